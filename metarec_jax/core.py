@@ -1,0 +1,102 @@
+"""The nouns: examples, tasks, tables, models, learners.
+
+Shapes: T tasks, n examples of a task (S support, Q query), D embedding size, f values of a feature.
+Everything here is a pure function of arrays or a tuple of such functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Params = Any
+"""A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays; the rest is small and dense."""
+Inputs = Mapping[str, Array]
+"""Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``."""
+
+
+class Examples(NamedTuple):
+    """`n` interactions. ``mask`` is 1.0 for an example, 0.0 for padding; padding never changes a result."""
+
+    inputs: Inputs
+    target: Array
+    mask: Array
+
+
+class Task(NamedTuple):
+    """One user (or one cold item, or one domain): what is known, and what is to be predicted."""
+
+    support: Examples
+    query: Examples
+
+
+class Table(NamedTuple):
+    """An embedding table. Row 0 is the unknown id; in a multi-valued column id 0 is padding.
+
+    Attributes:
+      num_rows: rows, the unknown one included.
+      size: length of a row.
+      columns: the input columns that index this table.
+      adapted: whether the inner loop may change rows of it. Where it may not, a row view need not make
+        repeated ids share one row, which is cheaper and gives the same gradient.
+    """
+
+    num_rows: int
+    size: int
+    columns: tuple[str, ...]
+    adapted: bool = True
+
+
+class Model(NamedTuple):
+    """A scoring function whose tables are plain arrays that the engine owns.
+
+    Attributes:
+      init: ``init(key) -> params``, a dict ``{"tables": {name: [num_rows, size]}, "net": ...}``.
+      apply: ``apply(params, inputs) -> scores [n]``.
+      tables: what the engine may gather, by name.
+      features: ``features(params, inputs) -> [n, D]``, the vectors on which the score is linear in the user;
+        closed-form learners solve for that user. None where the model has no such form.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Inputs], Array]
+    tables: Mapping[str, Table]
+    features: Callable[[Params, Inputs], Array] | None = None
+
+
+class Learner(NamedTuple):
+    """A meta-learner, as four pure functions. The engine, the evaluator and the recommender never ask which.
+
+    Attributes:
+      init: ``init(key) -> params``, the meta-parameters.
+      adapt: ``adapt(params, support, key) -> adapted``: what this task changed, never the size of the catalogue.
+      predict: ``predict(params, adapted, inputs) -> scores [n]``: the meta-parameters with the change laid over them.
+      loss: ``loss(params, task, key) -> (loss, metrics)``: the meta-objective of ONE task; metrics are scalars.
+      tables: what the engine may gather, by name.
+    """
+
+    init: Callable[[Array], Params]
+    adapt: Callable[[Params, Examples, Array], Any]
+    predict: Callable[[Params, Any, Inputs], Array]
+    loss: Callable[[Params, Task, Array], tuple[Array, Mapping[str, Array]]]
+    tables: Mapping[str, Table]
+
+
+class Method(NamedTuple):
+    """A fitted method: what `evaluate` compares and `Recommender` serves. Learners and baselines both become one.
+
+    Attributes:
+      params: the (meta-)parameters.
+      adapt, predict: as in `Learner`.
+    """
+
+    params: Params
+    adapt: Callable[[Params, Examples, Array], Any]
+    predict: Callable[[Params, Any, Inputs], Array]
+
+
+class MetarecError(Exception):
+    """Bad input, told in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""
