@@ -7,7 +7,7 @@ Everything here is a pure function of arrays or a tuple of such functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -15,7 +15,8 @@ Array = jax.Array
 Params = Any
 """A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays; the rest is small and dense."""
 Inputs = Mapping[str, Array]
-"""Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``."""
+"""Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``.
+A column that all examples share (the user's) may have leading axis 1."""
 
 
 class Examples(NamedTuple):
@@ -50,6 +51,13 @@ class Table(NamedTuple):
     adapted: bool = True
 
 
+class Column(NamedTuple):
+    """What an input column holds: ``size`` is the rows of an id or categorical column, or the width of a numeric one."""
+
+    kind: Literal["id", "categorical", "multi", "numeric"]
+    size: int
+
+
 class Model(NamedTuple):
     """A scoring function whose tables are plain arrays that the engine owns.
 
@@ -59,12 +67,14 @@ class Model(NamedTuple):
       tables: what the engine may gather, by name.
       features: ``features(params, inputs) -> [n, D]``, the vectors on which the score is linear in the user;
         closed-form learners solve for that user. None where the model has no such form.
+      num_features: D of ``features``.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[[Params, Inputs], Array]
     tables: Mapping[str, Table]
     features: Callable[[Params, Inputs], Array] | None = None
+    num_features: int = 0
 
 
 class Learner(NamedTuple):

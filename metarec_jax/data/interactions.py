@@ -12,13 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from metarec_jax.core import Column
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Ids as they were given, and their rows 1..n. Row 0 stands for any id that is not in it.
 
     Args:
       ids: ``[n]`` distinct ids, all strings or all integers; id ``ids[k]`` has row ``k + 1``.
+
+    Two vocabularies are equal only if they are the same object; compare ``ids`` for the rest.
 
     >>> v = Vocabulary(np.array(["b", "a"]))
     >>> v.encode(["a", "b", "zebra"])
@@ -31,7 +35,9 @@ class Vocabulary:
     _index: pd.Index = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_index", pd.Index(self.ids))
+        ids = np.asarray(self.ids)
+        index = pd.Index(ids) if ids.dtype.kind in "iu" else pd.Index(ids.astype(object), dtype=object)
+        object.__setattr__(self, "_index", index)
 
     @property
     def num_rows(self) -> int:
@@ -39,17 +45,18 @@ class Vocabulary:
         return len(self.ids) + 1
 
     def encode(self, values: Any) -> np.ndarray:
-        """Rows of ``values``, int32; 0 for an id never seen. Text that spells an integer id finds it."""
+        """Rows of ``values``, int32; 0 for an id never seen or missing.
+
+        An integer finds the text id that spells it (12 finds "12"), and text finds the integer id ("12" finds 12).
+        """
         values = np.asarray(values)
-        integer_ids = np.issubdtype(np.asarray(self.ids).dtype, np.integer)
-        if integer_ids and not np.issubdtype(values.dtype, np.integer):
-            numbers = pd.to_numeric(pd.Series(values.ravel()), errors="coerce").to_numpy(dtype=np.float64)
-            whole = np.isfinite(numbers) & (numbers == np.floor(np.nan_to_num(numbers)))
-            rows = self._index.get_indexer(np.where(whole, numbers, 0).astype(np.int64)) + 1
-            return np.where(whole, rows, 0).astype(np.int32).reshape(values.shape)
-        if not integer_ids:
-            values = values.astype(str).astype(object)
-        return (self._index.get_indexer(values.ravel()) + 1).astype(np.int32).reshape(values.shape)
+        flat = values.ravel()
+        if self._index.dtype != object:
+            wanted, valid = _integers(flat)
+            rows = np.where(valid, self._index.get_indexer(wanted) + 1, 0)
+        else:
+            rows = self._index.get_indexer(_texts(flat)) + 1
+        return rows.astype(np.int32).reshape(values.shape)
 
     def decode(self, rows: Any) -> np.ndarray:
         """Ids of rows ``1..n``. Raises IndexError for row 0 or a row past the end."""
@@ -59,7 +66,46 @@ class Vocabulary:
         return np.asarray(self.ids)[rows - 1]
 
 
-@dataclass(frozen=True)
+def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values as int64, and which of them are whole numbers (or spell one)."""
+    if values.dtype.kind in "iu":
+        valid = values <= np.iinfo(np.int64).max if values.dtype.kind == "u" else np.ones(values.shape, bool)
+        return values.astype(np.int64), valid
+    if values.dtype.kind == "f":
+        valid = (values == np.floor(values)) & (np.abs(values) < 2.0**63)
+        return np.where(valid, values, 0).astype(np.int64), valid
+    found = [_integer(value) for value in values.tolist()]
+    valid = np.array([n is not None for n in found], bool)
+    return np.array([n or 0 for n in found], np.int64), valid
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        number = int(value) if isinstance(value, (str, int)) else int(value) if float(value).is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        try:  # text such as "12.0", which spreadsheets make of 12
+            number = int(float(value)) if float(value).is_integer() else None
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return number if number is not None and -(2**63) <= number < 2**63 else None
+
+
+def _texts(values: np.ndarray) -> np.ndarray:
+    """Values as an object array of text; a missing value (None, nan) stays itself, and finds nothing."""
+    if values.dtype.kind == "U" or (values.dtype.kind == "O" and pd.api.types.infer_dtype(values) == "string"):
+        return values.astype(object)
+    if values.dtype.kind in "iu":
+        return values.astype(str).astype(object)
+    return np.array([_text(value) for value in values.tolist()] + [None], dtype=object)[:-1]
+
+
+def _text(value: Any) -> str | None:
+    if value is None or value is pd.NA or value != value:
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+@dataclass(frozen=True, eq=False)
 class Feature:
     """One side feature, aligned with the rows of a vocabulary (row 0: unknown).
 
@@ -74,8 +120,12 @@ class Feature:
     values: np.ndarray
     vocabulary: Vocabulary | None = None
 
+    @property
+    def column(self) -> Column:
+        return Column(self.kind, self.vocabulary.num_rows if self.vocabulary else self.values.shape[-1])
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Interactions:
     """Who gave what to which item, when. All arrays have one entry an interaction (N of them).
 
@@ -108,6 +158,14 @@ class Interactions:
     @property
     def implicit(self) -> bool:
         return self.rating is None
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The input columns of a model for this data, users first: ids, then features by name."""
+        out = {"user_id": Column("id", self.users.num_rows)}
+        out |= {name: f.column for name, f in self.user_features.items()}
+        out["item_id"] = Column("id", self.items.num_rows)
+        return out | {name: f.column for name, f in self.item_features.items()}
 
     def take(self, where: np.ndarray) -> Interactions:
         """The interactions that a boolean mask or an index array names; vocabularies and features stay whole."""

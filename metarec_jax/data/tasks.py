@@ -93,10 +93,11 @@ class TaskSet(NamedTuple):
 
 
 def _by_user(data: Interactions, rng: np.random.Generator, order: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row order grouped by user (inside: by time, or shuffled), the users, and the start of each group."""
+    """Row order grouped by user (inside: "time", "random" or "file"), the users, and the start of each group."""
     if order == "time" and data.timestamp is None:
         raise MetarecError("order='time' wants a timestamp column, and the data has none; use order='random'")
-    inside = rng.permutation(len(data)) if order == "random" else np.asarray(data.timestamp)
+    inside = rng.permutation(len(data)) if order == "random" else np.arange(len(data))
+    inside = np.asarray(data.timestamp) if order == "time" else inside
     by = np.lexsort((inside, data.user))
     users, starts = np.unique(data.user[by], return_index=True)
     return by, users, np.append(starts, len(by))

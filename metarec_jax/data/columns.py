@@ -1,0 +1,267 @@
+"""One column at a time: which one is meant, and its values as arrays. Bad values are refused by row and column."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from metarec_jax.core import MetarecError
+
+Where = Callable[[int], str]
+"""Where row ``k`` (from 0) of a table stands, in words: "line 7 of ratings.csv"."""
+
+MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
+"""Text that means "no value", in ids, ratings and timestamps; blanks around a value do not count."""
+
+ALIASES = {
+    "user": (
+        *("userid", "user", "uid", "customerid", "customer", "reviewerid", "reviewer", "memberid", "member"),
+        *("visitorid", "clientid", "accountid", "personid", "studentid", "useridx", "username", "sessionid"),
+    ),
+    "item": (
+        *("itemid", "item", "iid", "movieid", "movie", "productid", "product", "parentasin", "asin", "businessid"),
+        *("isbn", "bookid", "book", "songid", "trackid", "artistid", "articleid", "newsid", "videoid", "gameid"),
+        *("recipeid", "courseid", "jokeid", "contentid", "itemidx", "sku"),
+    ),
+    "rating": (
+        *("rating", "ratings", "score", "scores", "stars", "star", "starrating", "overall", "reviewscore"),
+        *("reviewrating", "bookrating", "userrating"),
+    ),
+    "timestamp": (
+        *("timestamp", "timestamps", "unixreviewtime", "unixtime", "ts", "time", "datetime", "date", "createdat"),
+        *("eventtime", "reviewtime", "reviewdate", "ratedat"),
+    ),
+    "title": ("title", "movietitle", "itemtitle", "booktitle", "producttitle", "name", "itemname", "productname"),
+}
+"""Names that people give to each column, as compared: letters and digits only, in lower case; the first one wins."""
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+class Coded(NamedTuple):
+    """A column of ids as codes. ``codes`` int32 ``[N]``, -1 where missing; ``ids`` ``[n]`` sorted, int64 or text."""
+
+    codes: np.ndarray
+    ids: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def plain(name: object) -> str:
+    """A column name as aliases are compared. ``plain("User_ID")`` is ``"userid"``."""
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def find_column(names: Sequence[str], role: str, asked: str | None, where: str) -> str | None:
+    """The column that plays ``role``: the one asked for, or the first alias; None where there is none.
+
+    Args:
+      names: the columns there are.
+      role: a key of `ALIASES`.
+      asked: a name that must be there; "" says that no column is to be used.
+      where: the table, for messages.
+
+    Raises:
+      MetarecError: a name asked for is not there.
+
+    >>> find_column(["userId", "movieId", "stars"], "item", None, "ratings.csv")
+    'movieId'
+    """
+    if asked == "":
+        return None
+    if asked is not None:
+        if asked in names:
+            return asked
+        close = difflib.get_close_matches(plain(asked), [plain(n) for n in names], n=1, cutoff=0.6)
+        hint = next((n for n in names if close and plain(n) == close[0]), None)
+        raise MetarecError(
+            f"{where} has no column {asked!r}; its columns are: {', '.join(map(str, names))}. "
+            + (f"Did you mean {hint!r}?" if hint else f"Name the {role} column with {option(role)}")
+        )
+    by_plain = {plain(n): n for n in reversed(names)}
+    return next((by_plain[alias] for alias in ALIASES[role] if alias in by_plain), None)
+
+
+def option(role: str) -> str:
+    """How a person names the column of a role: in Python and on the command line."""
+    return f"{role}_col= (--{role}-col)"
+
+
+def is_integer(text: str) -> bool:
+    """Whether text is an integer written in the one usual way, so that nothing is lost: no leading zeros, no "+"."""
+    return _INTEGER.fullmatch(text) is not None
+
+
+def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> Coded:
+    """Sorted distinct ids of a column, and each row's position among them.
+
+    Integers stay integers; text stays text, without blanks around it. Whole floats (what pandas makes of integers when
+    some are missing) become integers again. A mixture becomes text, and a note says so.
+
+    Args:
+      column: ``[N]``, of any dtype.
+      spelled: the values come from a text file: integers if every one is spelled as one without leading zeros.
+      name: of the column, for notes.
+
+    >>> code_ids(pd.Series(["b", "a", None, "b"]))
+    Coded(codes=array([ 1,  0, -1,  1], dtype=int32), ids=array(['a', 'b'], dtype=object), notes=())
+    """
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu" and len(column):
+        values = column.to_numpy()
+        low, high = int(values.min()), int(values.max())
+        if high < 2**63 and high - low < max(4 * len(values), 1 << 20):
+            return _code_dense(values, low, high)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes, distinct = column.cat.codes.to_numpy(), list(column.cat.categories)
+    else:
+        codes, found = pd.factorize(column)
+        distinct = found.tolist()
+    names = [_id(value) for value in distinct]
+    texts = [n for n in names if isinstance(n, str)]
+    notes: tuple[str, ...] = ()
+    as_integers = not texts or (spelled and len(texts) == len(names) - names.count(None) and all(map(is_integer, texts)))
+    if as_integers and all(n is None or -(2**63) <= int(n) < 2**63 for n in names):
+        known: list[Any] = [None if n is None else int(n) for n in names]
+    else:
+        known = [None if n is None else str(n) for n in names]
+        numbers = len(names) - names.count(None) - len(texts)
+        if spelled:
+            numbers = sum(map(is_integer, texts))
+        if 0 < numbers < len(names) - names.count(None):
+            notes = (f"column {name!r} mixes numbers ({numbers} ids) and text: all ids are kept as text",)
+    kept = [n for n in known if n is not None]
+    dtype = np.int64 if kept and isinstance(kept[0], int) else object
+    ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
+    lookup = np.full(len(known) + 1, -1, np.int32)  # the last one answers code -1
+    lookup[[k for k, n in enumerate(known) if n is not None]] = inverse
+    return Coded(lookup[codes], ids, notes)
+
+
+def _code_dense(values: np.ndarray, low: int, high: int) -> Coded:
+    if low < 0 or high >= max(4 * len(values), 1 << 20):
+        values = values - low
+        high -= low
+        shift = low
+    else:
+        shift = 0
+    seen = np.zeros(high + 1, bool)
+    seen[values] = True
+    lookup = np.cumsum(seen, dtype=np.int32)
+    lookup -= 1
+    return Coded(lookup[values], np.flatnonzero(seen).astype(np.int64) + shift)
+
+
+def _id(value: Any) -> str | int | None:
+    """An id as text or integer; None where there is none."""
+    if isinstance(value, str):
+        value = value.strip()
+        return None if value in MISSING else value
+    if isinstance(value, (bool, np.bool_)):
+        return str(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return None if np.isnan(value) else int(value) if float(value).is_integer() else str(value)
+    return None if value is None or value is pd.NA or value is pd.NaT else str(value)
+
+
+def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
+    """A column of numbers, float32 ``[N]``, nan where missing.
+
+    Raises:
+      MetarecError: a value is not a number, or is infinite; the message names its row.
+    """
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        out = column.to_numpy(dtype=np.float32, na_value=np.nan)
+    else:
+        codes, distinct = _distinct(column)
+        parsed = np.array([_float(value) for value in distinct] + [np.nan], np.float64)
+        bad = np.array([_float(v) is None for v in distinct] + [False])
+        if bad.any():
+            row = int(np.argmax(bad[codes]))
+            raise MetarecError(
+                f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is not a number. "
+                f"Correct or delete the row, or name another column with {option('rating')}"
+            )
+        out = parsed.astype(np.float32)[codes]
+    infinite = np.isinf(out)
+    if infinite.any():
+        row = int(np.argmax(infinite))
+        raise MetarecError(
+            f"{where(row)}, column {name!r}: {out[row]} where a finite number was wanted. Correct or delete the row"
+        )
+    return out
+
+
+def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.codes.to_numpy(), list(column.cat.categories)
+    codes, found = pd.factorize(column)
+    return codes, found.tolist() if hasattr(found, "tolist") else list(found)
+
+
+def _float(value: Any) -> float | None:
+    """A number; nan for a missing value; None for what is neither."""
+    if isinstance(value, str) and value.strip() in MISSING:
+        return np.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """A column of times: int64 seconds since 1970, which are missing (bool), and notes. All ``[N]``.
+
+    Numbers are seconds; where their median is 1e11 or more (as seconds, after the year 5138) they are taken as
+    milli-, micro- or nanoseconds, and a note says so. Dates and ISO 8601 text are read as UTC where they name no zone.
+
+    Raises:
+      MetarecError: a value is neither a number nor an ISO date; the message names its row.
+    """
+    if pd.api.types.is_datetime64_any_dtype(column.dtype):
+        missing = column.isna().to_numpy()
+        zoneless = column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz is not None else column
+        return zoneless.to_numpy().astype("datetime64[s]").astype(np.int64), missing, ()
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return _epoch(column, name, where)
+    codes, distinct = _distinct(column)
+    spelled = [_float(value) for value in distinct]
+    if all(value is not None for value in spelled):
+        return _epoch(pd.Series(np.array([*spelled, np.nan], np.float64)[codes]), name, where)
+    gone = np.array([isinstance(v, str) and v.strip() in MISSING for v in distinct] + [True])
+    texts = pd.Series([None if gone[k] else str(v).strip() for k, v in enumerate(distinct)], dtype=object)
+    dates = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
+    bad = np.append(dates.isna().to_numpy(), False) & ~gone
+    if bad.any():
+        row = int(np.argmax(bad[codes]))
+        raise MetarecError(
+            f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is neither seconds since 1970 nor an ISO date "
+            f"(2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with {option('timestamp')}, "
+            "or an empty name to use none"
+        )
+    parsed = np.append(dates.dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64), 0)
+    return parsed[codes], gone[codes], ()
+
+
+def _epoch(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
+        values, missing = column.to_numpy(dtype=np.int64), np.zeros(len(column), bool)
+    else:
+        floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        missing = np.isnan(floats)
+        far = np.abs(floats) >= 2.0**63
+        if far.any():
+            row = int(np.argmax(far))
+            raise MetarecError(f"{where(row)}, column {name!r}: {floats[row]} is not a time. Correct or delete the row")
+        values = np.where(missing, 0, floats).astype(np.int64)
+    known = values if not missing.any() else values[~missing]
+    middle = abs(float(np.partition(known, len(known) // 2)[len(known) // 2])) if len(known) else 0.0
+    for at_least, divisor, unit in ((1e17, 10**9, "nano"), (1e14, 10**6, "micro"), (1e11, 10**3, "milli")):
+        if middle >= at_least:
+            return values // divisor, missing, (f"column {name!r} was read as {unit}seconds and divided by {divisor:,}",)
+    return values, missing, ()

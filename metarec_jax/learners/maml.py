@@ -1,0 +1,128 @@
+"""MAML and its variants: gradient steps on the support, and the gradient through them.
+
+Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017. Variants are
+arguments: FOMAML ``first_order=True``; ANIL (Raghu et al. 2020) ``only=`` the last layer; BOIL (Oh et al. 2021) ``only=``
+all but the last; MeLU (Lee et al. 2019) ``only=("net",)``; Meta-SGD ``rule=meta_sgd(lr)``; the multi-step loss of
+MAML++ (Antoniou et al. 2019) ``per_step_losses=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses, rows, tree
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners.rules import Rule, sgd
+
+_UNROLL_UP_TO = 5
+
+
+def maml(
+    model: Model,
+    *,
+    inner_lr: float = 0.1,
+    inner_steps: int = 1,
+    rule: Rule | None = None,
+    loss: Callable[..., Array] = losses.mse,
+    only: Sequence[str] | None = None,
+    first_order: bool = False,
+    per_step_losses: bool = False,
+) -> Learner:
+    """Meta-train ``model`` so that a few gradient steps on the support predict the query.
+
+    ``loss(task) = L_query(p_k)``, ``p_{j+1} = rule(p_j, grad L_support(p_j))``, differentiated through every step.
+
+    Args:
+      inner_lr: rate of the default rule, SGD.
+      inner_steps: k, gradient steps on the support.
+      rule: an inner rule in place of SGD (`rules.from_optax`, `rules.meta_sgd`); ``inner_lr`` is then not used.
+      loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
+      only: path prefixes of the parameters that adapt, such as ``("net",)`` or ``("net/params/out", "tables/user_id")``;
+        None adapts all.
+      first_order: take the inner gradients for constants (FOMAML).
+      per_step_losses: mean of the query loss after every step, in place of the last alone.
+
+    Raises:
+      MetarecError: ``inner_steps`` below 0, or ``only`` names a parameter that does not exist.
+    """
+    if inner_steps < 0:
+        raise MetarecError(f"inner_steps must be 0 or more, got {inner_steps}")
+    inner = sgd(inner_lr) if rule is None else rule
+    adapted_tables = {
+        name: table._replace(adapted=only is None or any(_covers(p, f"tables/{name}") for p in only))
+        for name, table in model.tables.items()
+    }
+    moving_tables = {name: table for name, table in adapted_tables.items() if table.adapted}
+
+    def init(key: Array) -> Params:
+        params = model.init(key)
+        return {**params, "rule": inner.init(tree.partition(params, only)[0])}
+
+    def inner_loop(params: Params, support: Examples, visit: Callable[[Params], Array] | None) -> tuple[Params, Array]:
+        """Parameters after the last step, and ``visit`` of the parameters after each step."""
+        body = {name: part for name, part in params.items() if name != "rule"}
+        moving, _ = tree.partition(body, only)
+
+        def support_loss(moving: dict[str, Array]) -> Array:
+            return loss(model.apply(tree.merge(body, moving), support.inputs), support.target, where=support.mask)
+
+        def step(carry: Any, _: None) -> tuple[Any, Array]:
+            moving, state = carry
+            grads = jax.grad(support_loss)(moving)
+            if first_order:
+                grads = jax.lax.stop_gradient(grads)
+            moving, state = inner.update(params["rule"], grads, state, moving)
+            return (moving, state), jnp.zeros(()) if visit is None else visit(tree.merge(body, moving))
+
+        start = (moving, inner.start(params["rule"], moving))
+        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
+        (moving, _), seen = jax.lax.scan(step, start, None, length=inner_steps, unroll=unroll)
+        return tree.merge(body, moving), seen
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        def query_loss(body: Params) -> Array:
+            return loss(model.apply(body, task.query.inputs), task.query.target, where=task.query.mask)
+
+        if per_step_losses and inner_steps > 0:
+            _, seen = inner_loop(params, task.support, query_loss)
+            return seen.mean(), {"query_loss": seen[-1]}
+        value = query_loss(inner_loop(params, task.support, None)[0])
+        return value, {"query_loss": value}
+
+    def adapt(params: Params, support: Examples, key: Array) -> dict[str, Any]:
+        seen = rows.view(moving_tables, support.inputs)
+        local = {**params, "tables": {**params["tables"], **rows.gather(params["tables"], seen.ids)}}
+        moved, _ = inner_loop(local, support._replace(inputs=seen.inputs[0]), None)
+        return {
+            "ids": seen.ids,
+            "rows": {name: moved["tables"][name] for name in moving_tables},
+            "rest": tree.partition({k: v for k, v in moved.items() if k != "tables"}, None)[0],
+        }
+
+    def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
+        return model.apply(*laid_over(params, adapted, inputs, moving_tables))
+
+    return Learner(init, adapt, predict, meta_loss, adapted_tables)
+
+
+def laid_over(params: Params, adapted: dict[str, Any], inputs: Inputs, moving: dict[str, Any]) -> tuple[Params, Inputs]:
+    """Meta-parameters with a task's moved rows and dense parameters over them, and ``inputs`` that index them."""
+    tables, local = dict(params["tables"]), dict(inputs)
+    for name, table in moving.items():
+        columns = [c for c in table.columns if c in inputs]
+        slots = jnp.concatenate([inputs[c].reshape(-1) for c in columns])
+        tables[name], where = rows.overlay(tables[name], adapted["ids"][name], adapted["rows"][name], slots)
+        start = 0
+        for c in columns:
+            local[c] = where[start : start + inputs[c].size].reshape(inputs[c].shape)
+            start += inputs[c].size
+    rest = {k: v for k, v in params.items() if k not in ("tables", "rule")}
+    return {**tree.merge(rest, adapted["rest"]), "tables": tables}, local
+
+
+def _covers(prefix: str, name: str) -> bool:
+    return prefix in (name, name.split("/")[0])

@@ -1,0 +1,62 @@
+"""Reptile: move the initialisation towards each task's adapted parameters; no second derivative, no query needed.
+
+Source: Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms", 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses, tree
+from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
+from metarec_jax.learners.maml import maml
+from metarec_jax.learners.rules import Rule
+
+
+def reptile(
+    model: Model,
+    *,
+    inner_lr: float = 0.1,
+    inner_steps: int = 5,
+    rule: Rule | None = None,
+    loss: Callable[..., Array] = losses.mse,
+    only: Sequence[str] | None = None,
+) -> Learner:
+    """Meta-train by the surrogate ``<stop_gradient(p - adapted(p)), p>``, whose gradient is Reptile's direction.
+
+    A task adapts on support and query together, as Reptile does not split them. Arguments as for `maml`; the reported
+    ``query_loss`` is that of adapting on the support alone.
+    """
+    steps = maml(model, inner_lr=inner_lr, inner_steps=inner_steps, rule=rule, loss=loss, only=only, first_order=True)
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        start = jax.lax.stop_gradient(params)
+        adapted = steps.adapt(start, _joined(task), key)
+        moving, _ = tree.partition({k: v for k, v in params.items() if k != "rule"}, only)
+        surrogate = jnp.zeros(())
+        for name, value in moving.items():
+            if name.startswith("tables/"):
+                table = name.removeprefix("tables/")
+                ids = adapted["ids"][table]
+                surrogate += jnp.vdot(jax.lax.stop_gradient(value[ids] - adapted["rows"][table]), value[ids])
+            else:
+                surrogate += jnp.vdot(jax.lax.stop_gradient(value - adapted["rest"][name]), value)
+        scores = steps.predict(start, steps.adapt(start, task.support, key), task.query.inputs)
+        query_loss = loss(scores, task.query.target, where=task.query.mask)
+        return surrogate, {"query_loss": query_loss}
+
+    return steps._replace(loss=meta_loss)
+
+
+def _joined(task: Task) -> Examples:
+    """Support and query as one set of examples; a column that all share stays shared."""
+    n = task.support.mask.shape[0]
+
+    def join(a: Array, b: Any) -> Array:
+        return a if a.shape[0] == 1 and n != 1 else jnp.concatenate([a, b])
+
+    return jax.tree.map(join, task.support, task.query)

@@ -1,0 +1,70 @@
+"""Ridge: the user is the closed-form solution of a regularised regression on learned item vectors.
+
+Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (R2-D2), 2019.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+
+
+def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) -> Learner:
+    """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.
+
+    ``score = apply(params, x) + <d, [features(params, x), 1]>``, where d minimises
+    ``sum_support (target - score)^2 + sum_k exp(log_precision_k) d_k^2``.
+
+    The model's own score is the prior (for a new user: the unknown row and the user's content), so that an empty
+    support predicts exactly it. Precisions are learned, one a feature. The solution is linear in the targets, which
+    makes explanations exact.
+
+    Args:
+      model: with ``features``, such as `content_model`.
+      precision, bias_precision: initial precisions of the user's vector and of the user's bias, in units of ratings.
+
+    Raises:
+      MetarecError: the model has no ``features``.
+    """
+    if model.features is None:
+        raise MetarecError("ridge wants a model with features (vectors the score is linear in), such as content_model")
+    vectors = model.features
+
+    def design(params: Params, inputs: Inputs) -> Array:
+        phi = vectors(params, inputs)
+        return jnp.concatenate([phi, jnp.ones((phi.shape[0], 1), phi.dtype)], axis=1)
+
+    def init(key: Array) -> Params:
+        params = model.init(key)
+        log_precision = jnp.log(jnp.append(jnp.full((model.num_features,), precision), bias_precision))
+        return {**params, "ridge": {"log_precision": log_precision}}
+
+    def adapt(params: Params, support: Examples, key: Array) -> Array:
+        phi = design(params, support.inputs)
+        residual = support.target - model.apply(params, support.inputs)
+        return solve(phi, residual, support.mask, jnp.exp(params["ridge"]["log_precision"]))
+
+    def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
+        return model.apply(params, inputs) + design(params, inputs) @ adapted
+
+    def loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        error = predict(params, adapt(params, task.support, key), task.query.inputs) - task.query.target
+        mask = task.query.mask
+        value = jnp.sum(mask * error**2) / jnp.maximum(mask.sum(), 1.0)
+        return value, {"query_loss": value}
+
+    return Learner(init, adapt, predict, loss, {n: t._replace(adapted=False) for n, t in model.tables.items()})
+
+
+def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:
+    """``(phi' M phi + diag(precision))^-1 phi' M residual`` with ``M = diag(mask)``; phi ``[n, d]`` -> ``[d]``.
+
+    >>> solve(jnp.array([[1.0], [1.0]]), jnp.array([3.0, 100.0]), jnp.array([1.0, 0.0]), jnp.array([2.0]))
+    Array([1.], dtype=float32)
+    """
+    weighted = phi * mask[:, None]
+    normal = weighted.T @ phi + jnp.diag(precision)
+    return jax.scipy.linalg.solve(normal, weighted.T @ residual, assume_a="pos")
+

@@ -1,0 +1,316 @@
+"""Metrics of one task: rating errors and ranking quality. The last axis is the list, leading axes are batch.
+
+Every function is ``(scores, target, *, where=None, ...) -> [...]``: ``where`` is true (or 1) for an example, and the
+rest changes nothing. A task that has no answer (no example; no relevant item) gives nan, never 0, so that it can be left
+out of a mean and counted.
+
+Ranking functions read ``target`` as relevance (1 or more is relevant; `at_least` and `top_rated` make it from ratings),
+and take
+
+- ``topn``: how far down the list to look; None is the whole list;
+- ``key``: ties between scores are broken at random by it; without it, the item that stands first wins;
+- ``ranks``: 1-based ranks of the examples, if they are known, in a list that may be longer than the one given: the items
+  of it that are not given count as irrelevant. `ranks_among` finds them. So a ranking over a whole catalogue costs no
+  more than one over a short list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import rax
+from rax.utils import ranks as _rax_ranks
+
+from metarec_jax.core import Array, MetarecError
+
+GAINS: dict[str, Callable[[Array], Array]] = {
+    "exp": lambda r: 2.0**r - 1.0,
+    "linear": lambda r: r,
+    "square": lambda r: jnp.maximum(r * r - 1.0, 0.0),
+    "binary": lambda r: jnp.where(r >= 1.0, 1.0, 0.0),
+}
+"""Gains of `ndcg` by name: ``exp`` 2^r - 1, ``linear`` r, ``square`` r^2 - 1 (0 for r < 1), ``binary`` 1 if r >= 1."""
+
+
+def mae(scores: Array, target: Array, *, where: Array | None = None) -> Array:
+    """Mean absolute error of each task: ``mean_i |s_i - y_i|``.
+
+    >>> mae(jnp.array([3.0, 5.0]), jnp.array([4.0, 5.0]))
+    Array(0.5, dtype=float32)
+    """
+    return _mean(jnp.abs(scores - target), where)
+
+
+def squared_error(scores: Array, target: Array, *, where: Array | None = None) -> Array:
+    """Mean squared error of each task: ``mean_i (s_i - y_i)^2``.
+
+    The root of its mean over tasks, weighted by their examples, is the pooled RMSE of most papers; `rmse` is another
+    number.
+
+    >>> squared_error(jnp.array([3.0, 5.0]), jnp.array([4.0, 5.0]))
+    Array(0.5, dtype=float32)
+    """
+    return _mean(jnp.square(scores - target), where)
+
+
+def rmse(scores: Array, target: Array, *, where: Array | None = None) -> Array:
+    """Root mean squared error of each task: ``sqrt(mean_i (s_i - y_i)^2)``. Its mean over tasks is not the pooled RMSE.
+
+    >>> rmse(jnp.array([[3.0, 5.0], [2.0, 2.0]]), jnp.array([[4.0, 4.0], [2.0, 2.0]]))
+    Array([1., 0.], dtype=float32)
+    """
+    return jnp.sqrt(squared_error(scores, target, where=where))
+
+
+def ndcg(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    gain: str = "exp",
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """Normalised discounted cumulative gain: ``sum_i gain(y_i) / log2(1 + rank_i)`` over its largest possible value.
+
+    Args:
+      scores, target: ``[..., n]``; target is a grade (a rating, or relevance for ``gain="binary"``).
+      gain: a name in `GAINS`. The same ranking scores 0.690, 0.739 or 0.845 by this choice: say which one it was.
+      where, topn, key, ranks: see the module.
+
+    Returns:
+      ``[...]``; nan where no example has a gain.
+
+    Raises:
+      MetarecError: no such gain.
+
+    >>> print(f"{ndcg(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2):.4f}")  # 1 / (1 + 1 / log2(3))
+    0.6131
+
+    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002.
+    """
+    if gain not in GAINS:
+        raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(GAINS)}")
+    where = _all(target) if where is None else where.astype(bool)
+    value = rax.ndcg_metric(
+        scores, target, where=where, topn=topn, key=key, gain_fn=GAINS[gain], reduce_fn=None, **_given(ranks)
+    )
+    return _known(value, (GAINS[gain](target) > 0) & where)
+
+
+def precision(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """Share of the first ``topn`` that is relevant: ``hits / min(topn, n)``: a short list is not blamed for it.
+
+    >>> precision(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2)
+    Array(0.5, dtype=float32)
+    """
+    relevant, where = _relevant(target, where)
+    if ranks is None:
+        value = rax.precision_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None)
+    elif topn is None:
+        raise MetarecError("precision with ranks in a longer list wants a topn: the length of that list is not known")
+    else:
+        value = jnp.sum(relevant * (ranks <= topn), axis=-1) / topn
+    return _known(value, relevant > 0)
+
+
+def recall(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """Share of the relevant items that stand in the first ``topn``: ``hits / relevant``.
+
+    >>> recall(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2)
+    Array(0.5, dtype=float32)
+    """
+    relevant, where = _relevant(target, where)
+    value = rax.recall_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    return _known(value, relevant > 0)
+
+
+def hit_rate(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """1 where a relevant item stands in the first ``topn``, else 0.
+
+    >>> hit_rate(jnp.array([3.0, 2.0, 1.0]), jnp.array([0.0, 0.0, 1.0]), topn=2)
+    Array(0., dtype=float32)
+    """
+    found = recall(scores, target, where=where, topn=topn, key=key, ranks=ranks)
+    return jnp.where(jnp.isnan(found), found, jnp.where(found > 0, 1.0, 0.0))
+
+
+def mrr(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """Reciprocal rank of the first relevant item, 0 if it stands past ``topn``.
+
+    >>> mrr(jnp.array([3.0, 2.0, 1.0]), jnp.array([0.0, 1.0, 1.0]))
+    Array(0.5, dtype=float32)
+    """
+    relevant, where = _relevant(target, where)
+    value = rax.mrr_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    return _known(value, relevant > 0)
+
+
+def average_precision(
+    scores: Array,
+    target: Array,
+    *,
+    where: Array | None = None,
+    topn: int | None = None,
+    key: Array | None = None,
+    ranks: Array | None = None,
+) -> Array:
+    """Mean over ALL relevant items of the precision at their rank, 0 past ``topn``. The mean over tasks is MAP.
+
+    >>> print(f"{average_precision(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0])):.4f}")  # (1/1 + 2/3) / 2
+    0.8333
+    """
+    relevant, where = _relevant(target, where)
+    value = rax.ap_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    return _known(value, relevant > 0)
+
+
+def auc(scores: Array, target: Array, *, where: Array | None = None) -> Array:
+    """Chance that a relevant item scores above an irrelevant one; a tie counts a half.
+
+    nan where either kind is missing. Costs one sort, so that it also serves for one pooled list of many thousands.
+
+    >>> auc(jnp.array([3.0, 2.0, 2.0, 1.0]), jnp.array([1.0, 1.0, 0.0, 0.0]))  # (2 + 1.5) / (2 * 2)
+    Array(0.875, dtype=float32)
+    """
+    relevant, where = _relevant(target, where)
+    irrelevant = jnp.where(where, 1.0 - relevant, 0.0)
+    below = jnp.sort(jnp.where(irrelevant > 0, scores, jnp.inf), axis=-1)
+    place = lambda side: jnp.vectorize(lambda a, s: jnp.searchsorted(a, s, side=side), signature="(n),(n)->(n)")  # noqa: E731
+    count = jnp.sum(irrelevant, axis=-1)
+    wins = 0.5 * (place("left")(below, scores) + jnp.minimum(place("right")(below, scores), count[..., None]))
+    share = jnp.sum(relevant * wins / jnp.maximum(count, 1)[..., None], axis=-1) / jnp.maximum(relevant.sum(-1), 1)
+    return jnp.where((count > 0) & (relevant.sum(-1) > 0), share, jnp.nan)
+
+
+def ranks_of(scores: Array, *, where: Array | None = None, key: Array | None = None) -> Array:
+    """1-based ranks, best first; what is masked stands last. int32 ``[..., n]``.
+
+    >>> ranks_of(jnp.array([0.1, 0.7, 0.4]))
+    Array([3, 1, 2], dtype=int32)
+    """
+    return _rax_ranks(scores, where=None if where is None else where.astype(bool), key=key).astype(jnp.int32)
+
+
+def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
+    """Ranks of a few items in a long list, without a sort: 1 + the number of items that stand before.
+
+    Args:
+      scores: ``[N]`` of the whole list; where: bool ``[N]``, which of it takes part.
+      items: int32 ``[n]`` positions in the list.
+      key: breaks ties at random.
+
+    Returns:
+      int32 ``[n]``.
+
+    >>> ranks_among(jnp.array([0.1, 0.7, 0.4, 0.9]), jnp.array([1, 1, 1, 0]) > 0, jnp.array([2, 0]), jax.random.key(0))
+    Array([2, 3], dtype=int32)
+    """
+    draw = jax.random.bits(key, scores.shape, jnp.uint32)
+    mine, luck = scores[items][:, None], draw[items][:, None]
+    before = (scores > mine) | ((scores == mine) & (draw > luck))
+    return 1 + jnp.sum(before & where, axis=-1, dtype=jnp.int32)
+
+
+class Relevant(NamedTuple):
+    """Which items of a list count as relevant.
+
+    Attributes:
+      name: in words, for reports.
+      labels: ``labels(target [..., n], where [..., n], key) -> [..., n]``, 1 for relevant, 0 for not.
+    """
+
+    name: str
+    labels: Callable[[Array, Array, Array], Array]
+
+
+def at_least(threshold: float) -> Relevant:
+    """Relevant: ``target >= threshold``. For implicit feedback, where a positive is 1, ``at_least(1)``."""
+
+    def labels(target: Array, where: Array, key: Array) -> Array:
+        del key
+        return jnp.where(where.astype(bool) & (target >= threshold), 1.0, 0.0)
+
+    return Relevant(f"target >= {threshold:g}", labels)
+
+
+def top_rated(n: int) -> Relevant:
+    """Relevant: the ``n`` highest targets of the list, ties broken at random."""
+
+    def labels(target: Array, where: Array, key: Array) -> Array:
+        return jnp.where(where.astype(bool) & (ranks_of(target, where=where, key=key) <= n), 1.0, 0.0)
+
+    return Relevant(f"the {n} highest targets of the list", labels)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of a metric, named as in a report (``ndcg@5``, ``catalogue_recall@20``), is better."""
+    return metric.split("@")[0] not in {"mae", "rmse", "squared_error", "rmse_pooled"}
+
+
+def _all(target: Array) -> Array:
+    return jnp.ones(target.shape, bool)
+
+
+def _mean(values: Array, where: Array | None) -> Array:
+    where = _all(values) if where is None else where.astype(bool)
+    count = jnp.sum(where, axis=-1)
+    return jnp.where(count > 0, jnp.sum(jnp.where(where, values, 0.0), axis=-1) / jnp.maximum(count, 1), jnp.nan)
+
+
+def _relevant(target: Array, where: Array | None) -> tuple[Array, Array]:
+    where = _all(target) if where is None else where.astype(bool)
+    return jnp.where(where & (target >= 1), 1.0, 0.0), where
+
+
+def _known(value: Array, counts: Array) -> Array:
+    """rax gives 0 where nothing is relevant; that is no answer, so nan."""
+    return jnp.where(jnp.any(counts, axis=-1), value, jnp.nan)
+
+
+def _given(ranks: Array | None) -> dict[str, Any]:
+    """rax, told the ranks instead of finding them."""
+    if ranks is None:
+        return {}
+    return {
+        "rank_fn": lambda scores, **_: ranks,
+        "cutoff_fn": lambda minus_ranks, n=None, **_: (
+            jnp.ones(minus_ranks.shape, jnp.float32) if n is None else (-minus_ranks <= n).astype(jnp.float32)
+        ),
+    }

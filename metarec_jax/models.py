@@ -1,0 +1,216 @@
+"""Flax networks as `Model`s: the engine owns the tables, the network sees rows.
+
+A network is called with ``rows`` (one ``[n, size]`` array for each id, categorical or multi-valued column; the values of
+a multi-valued column are averaged) and ``inputs`` (the columns themselves). Leading axis 1 stands for "shared by all
+examples". Any Linen module of that signature plugs in through `flax_model`, any NNX module through `nnx_model`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metarec_jax.core import Array, Column, Inputs, MetarecError, Model, Params, Table
+
+Rows = Mapping[str, Array]
+
+
+def content_model(
+    columns: Mapping[str, Column],
+    *,
+    size: int = 16,
+    head: Literal["dot", "mlp"] = "dot",
+    hidden: tuple[int, ...] = (64, 64),
+    table_scale: float = 0.1,
+) -> Model:
+    """Ids and content of both sides; works for items never rated, whose row is the unknown one.
+
+    With ``head="dot"``: ``score = mean + b_user + b_item + <u, v>``, where a side's vector and bias are the sum of its
+    id row, its content rows and a linear map of its numeric features. With ``"mlp"``: all rows concatenated, dense
+    layers of ``hidden`` units with ReLU, one output.
+
+    Args:
+      columns: of the data, `Interactions.columns`.
+      size: D, length of the vectors.
+      table_scale: standard deviation of the initial rows.
+
+    >>> model = content_model({"user_id": Column("id", 4), "item_id": Column("id", 6)}, size=2)
+    >>> params = model.init(jax.random.key(0))
+    >>> model.apply(params, {"user_id": jnp.array([1]), "item_id": jnp.array([2, 5, 0])}).shape
+    (3,)
+    """
+    kinds = {name: column.kind for name, column in columns.items()}
+    if head == "dot":
+        return flax_model(TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale)
+    if head == "mlp":
+        return flax_model(Tower(kinds, hidden), columns, size=size, features="last_hidden", table_scale=table_scale)
+    raise MetarecError(f"head {head!r} is not known; use 'dot' or 'mlp'")
+
+
+def meta_recommender(num_users: int, num_items: int, *, size: int = 32, table_scale: float = 0.1) -> Model:
+    """The seed's model: user embedding and item embedding, concatenated, one linear layer.
+
+    ``score = w . [user row, item row] + b``
+
+    Args:
+      num_users, num_items: rows of the tables, the unknown row included (`Vocabulary.num_rows`).
+    """
+    columns = {"user_id": Column("id", num_users), "item_id": Column("id", num_items)}
+    kinds = {name: column.kind for name, column in columns.items()}
+    return flax_model(Tower(kinds, ()), columns, size=size, features="last_hidden", table_scale=table_scale)
+
+
+def flax_model(
+    module: nn.Module,
+    columns: Mapping[str, Column],
+    *,
+    size: int = 16,
+    features: str | None = None,
+    table_scale: float = 0.1,
+) -> Model:
+    """A Linen module as a `Model`: one table of row length ``size`` for each column that is not numeric.
+
+    Args:
+      module: called as ``module(rows, inputs) -> scores [n]``.
+      features: name of a method ``(rows, inputs) -> [n, D]``, for closed-form learners.
+    """
+    example_rows, example_inputs = _example(columns, size)
+
+    def init_net(key: Array) -> Any:
+        return module.init(key, example_rows, example_inputs)
+
+    def call(net: Any, rows: Rows, inputs: Inputs, method: str | None = None) -> Array:
+        return module.apply(net, rows, inputs, method=method)  # type: ignore[return-value]
+
+    return _model(init_net, call, columns, size, features, table_scale)
+
+
+def nnx_model(
+    make: Callable[[nnx.Rngs], Any],
+    columns: Mapping[str, Column],
+    *,
+    size: int = 16,
+    features: str | None = None,
+    table_scale: float = 0.1,
+) -> Model:
+    """An NNX module as a `Model`, through ``nnx.split`` and ``nnx.merge``.
+
+    Args:
+      make: ``make(rngs) -> module``; the module is called as ``module(rows, inputs) -> scores [n]``.
+      features: name of a method ``(rows, inputs) -> [n, D]``, for closed-form learners.
+    """
+    graph, _ = nnx.split(jax.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def init_net(key: Array) -> Any:
+        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1])
+
+    def call(net: Any, rows: Rows, inputs: Inputs, method: str | None = None) -> Array:
+        module = nnx.merge(graph, nnx.State(net))
+        return getattr(module, method)(rows, inputs) if method else module(rows, inputs)
+
+    return _model(init_net, call, columns, size, features, table_scale)
+
+
+def _model(
+    init_net: Callable[[Array], Any],
+    call: Callable[..., Array],
+    columns: Mapping[str, Column],
+    size: int,
+    features: str | None,
+    table_scale: float,
+) -> Model:
+    tables = {name: Table(c.size, size, (name,)) for name, c in columns.items() if c.kind != "numeric"}
+
+    def init(key: Array) -> Params:
+        k_net, *keys = jax.random.split(key, 1 + len(tables))
+        drawn = {n: table_scale * jax.random.normal(k, (t.num_rows, size)) for k, (n, t) in zip(keys, tables.items(), strict=True)}
+        return {"tables": {n: rows.at[0].set(0.0) for n, rows in drawn.items()}, "net": init_net(k_net)}
+
+    def lookup(params: Params, inputs: Inputs) -> Rows:
+        missing = [name for name in columns if name not in inputs]
+        if missing:
+            raise MetarecError(f"the inputs lack the model's columns {missing}; they have {sorted(inputs)}")
+        return {name: _pooled(params["tables"][name], inputs[name]) for name in tables}
+
+    def apply(params: Params, inputs: Inputs) -> Array:
+        return call(params["net"], lookup(params, inputs), inputs)
+
+    def vectors(params: Params, inputs: Inputs) -> Array:
+        return call(params["net"], lookup(params, inputs), inputs, features)
+
+    if features is None:
+        return Model(init, apply, tables)
+    num_features = jax.eval_shape(lambda key: vectors(init(key), _example(columns, size)[1]), jax.random.key(0)).shape[1]
+    return Model(init, apply, tables, vectors, num_features)
+
+
+def _pooled(table: Array, ids: Array) -> Array:
+    """Rows of ``ids [n]``, or the mean row of the values that are not padding of ``ids [n, f]``."""
+    if ids.ndim == 1:
+        return table[ids]
+    real = (ids > 0).astype(table.dtype)
+    return jnp.einsum("nfd,nf->nd", table[ids], real) / jnp.maximum(real.sum(1, keepdims=True), 1.0)
+
+
+def _example(columns: Mapping[str, Column], size: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Rows and inputs of one example, for shapes."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "id": ((1,), jnp.int32),
+        "categorical": ((1,), jnp.int32),
+        "multi": ((1, 1), jnp.int32),
+    }
+    inputs = {n: jnp.zeros((1, c.size)) if c.kind == "numeric" else jnp.zeros(*shapes[c.kind]) for n, c in columns.items()}
+    return {name: jnp.zeros((1, size)) for name, c in columns.items() if c.kind != "numeric"}, inputs
+
+
+class TwoSides(nn.Module):
+    """Dot product of a user side and an item side, with biases; column 0 of every row is the bias."""
+
+    kinds: Mapping[str, str]
+    size: int
+
+    def setup(self) -> None:
+        self.mean = self.param("mean", nn.initializers.zeros, ())
+        numeric = [name for name, kind in self.kinds.items() if kind == "numeric"]
+        zeros = nn.initializers.zeros
+        self.maps = {name: nn.Dense(self.size, use_bias=False, kernel_init=zeros, name=name) for name in numeric}
+
+    def side(self, rows: Rows, inputs: Inputs, prefix: str) -> Array:
+        names = [name for name in self.kinds if name.startswith(prefix)]
+        parts = [self.maps[name](inputs[name]) if name in self.maps else rows[name] for name in names]
+        return functools.reduce(jnp.add, parts)
+
+    def __call__(self, rows: Rows, inputs: Inputs) -> Array:
+        u, v = self.side(rows, inputs, "user_"), self.side(rows, inputs, "item_")
+        return self.mean + u[:, 0] + v[:, 0] + jnp.sum(u[:, 1:] * v[:, 1:], axis=-1)
+
+    def item_vectors(self, rows: Rows, inputs: Inputs) -> Array:
+        return self.side(rows, inputs, "item_")[:, 1:]
+
+
+class Tower(nn.Module):
+    """All rows and numeric features concatenated, dense layers with ReLU, one linear output. No layers: linear."""
+
+    kinds: Mapping[str, str]
+    hidden: tuple[int, ...]
+
+    def setup(self) -> None:
+        self.layers = [nn.Dense(units, name=f"dense_{k}") for k, units in enumerate(self.hidden)]
+        self.out = nn.Dense(1, name="out")
+
+    def last_hidden(self, rows: Rows, inputs: Inputs) -> Array:
+        parts = [rows[name] if name in rows else inputs[name] for name in self.kinds]
+        n = max(part.shape[0] for part in parts)
+        x = jnp.concatenate([jnp.broadcast_to(part, (n, part.shape[-1])) for part in parts], axis=-1)
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return x
+
+    def __call__(self, rows: Rows, inputs: Inputs) -> Array:
+        return self.out(self.last_hidden(rows, inputs))[:, 0]

@@ -1,0 +1,245 @@
+"""What a person sees of a training run: a bar or plain lines, a JSONL file, TensorBoard; and stopping when asked to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Shows and records a run; `update` is called once a chunk. A context manager.
+
+    Args:
+      steps: of the whole run, for the bar and the time left.
+      tasks: tasks a step, for tasks/s.
+      path: of the JSONL file, one object a line; None records nothing.
+      tensorboard: folder of the event files; used where tensorboardX is installed.
+      stream: where the bar or the lines go; None shows nothing.
+      bar: whether to draw a bar; by default where ``stream`` is a terminal. Elsewhere a plain line comes every ten
+        seconds, and at each validation.
+      clock: seconds, monotonic.
+
+    >>> with Progress(100, tasks=8, stream=sys.stdout, bar=False) as progress:
+    ...     progress.update(50, {"loss": 0.5, "validation/mae": 0.72})
+    step 50/100  loss 0.5  validation/mae 0.72  ...
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        tasks: int = 1,
+        path: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+        stream: TextIO | None = sys.stderr,
+        bar: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps, self._tasks, self._clock = steps, tasks, clock
+        self._path = None if path is None else Path(path)
+        self._stream = stream
+        self._history: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._events = None if tensorboard is None else _event_writer(tensorboard)
+        self._last = (0, clock())  # step and time of the last update
+        self._spoken = clock()
+        self._rate = math.nan  # steps a second, smoothed
+        terminal = stream is not None and stream.isatty()
+        self._bar = _Bar(steps, stream) if stream is not None and (terminal if bar is None else bar) else None
+        self.resume(0)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every recorded line so far, those of the run before a resume included."""
+        return self._history
+
+    def resume(self, step: int) -> None:
+        """Go on after ``step``: what the file says of later steps (and a line cut short) is dropped, and told again."""
+        if self._file is not None:
+            self._file.close()
+        self._history = []
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._history = [line for line in read_history(self._path) if line["step"] <= step]
+            partial = self._path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self._history))
+            os.replace(partial, self._path)
+            self._file = self._path.open("a")
+        self._last = (step, self._clock())
+        self._rate = math.nan
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record and show the numbers of a step: ``loss``, and any others; those named ``validation...`` are always shown."""
+        now = self._clock()
+        done, seconds = step - self._last[0], now - self._last[1]
+        if done > 0 and seconds > 0:
+            rate = done / seconds
+            self._rate = rate if math.isnan(self._rate) else 0.7 * self._rate + 0.3 * rate
+            self._last = (step, now)
+        numbers = {name: float(value) for name, value in metrics.items()}
+        speed = {} if math.isnan(self._rate) else {"tasks_per_second": round(self._rate * self._tasks, 1)}
+        line = {"step": int(step)} | {n: v if math.isfinite(v) else None for n, v in numbers.items()} | speed
+        self._history.append(line)
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
+        self._show(step, numbers, now)
+
+    def note(self, text: str) -> None:
+        """Say one line without spoiling the bar."""
+        if self._bar is not None:
+            self._bar.print(text)
+        elif self._stream is not None:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Close the file and take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _show(self, step: int, numbers: Mapping[str, float], now: float) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if not math.isnan(self._rate):
+            left = max(self._steps - step, 0) / self._rate
+            text += f"  {_short(self._rate * self._tasks)} tasks/s  {_duration(left)} left"
+        if self._bar is not None:
+            self._bar.update(step, text)
+        elif self._stream is not None:
+            validated = any(name.startswith("validation") for name in numbers)
+            if validated or step >= self._steps or now - self._spoken >= _SECONDS_BETWEEN_LINES:
+                self._spoken = now
+                print(f"step {step}/{self._steps}  {text}", file=self._stream, flush=True)
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a JSONL metrics file; a last line cut short by a kill is left out. [] where there is no file."""
+    lines = []
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
+    return lines
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag, so that a run saves and ends. A second SIGINT raises KeyboardInterrupt.
+
+    Away from the main thread, where Python takes no signals, it does nothing and is never set.
+
+    >>> with StopSignal() as stop:
+    ...     bool(stop)
+    False
+    """
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self._name is not None
+
+    @property
+    def name(self) -> str | None:
+        """Which signal came, such as "SIGTERM"; None while none did."""
+        return self._name
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+        self._old = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._name == "SIGINT":
+            raise KeyboardInterrupt
+        self._name = signal.Signals(number).name
+
+
+class _Bar:
+    """A rich progress bar with a line of numbers behind it."""
+
+    def __init__(self, steps: int, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(),
+            console=Console(file=stream),
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", total=steps, numbers="compiling")
+        self._progress.start()
+
+    def update(self, step: int, text: str) -> None:
+        self._progress.update(self._task, completed=step, numbers=text)
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def _event_writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _short(number: float) -> str:
+    """
+    >>> _short(246_100.0), _short(12.3)
+    ('246k', '12')
+    """
+    return f"{number / 1000:.0f}k" if number >= 10_000 else f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(7.4), _duration(125), _duration(7300)
+    ('7s', '2m05s', '2h01m')
+    """
+    minutes, whole = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{whole:02}s" if minutes else f"{whole}s"
+    return f"{minutes // 60}h{minutes % 60:02}m"

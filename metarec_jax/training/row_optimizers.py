@@ -1,0 +1,155 @@
+"""Optimisers that touch only the rows of a batch: lazy Adam, row-wise Adagrad; any optax transformation goes dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax.core import Array, Table
+
+Schedule = Callable[[Array], Array] | float
+
+
+class RowOptimizer(NamedTuple):
+    """A rule for single rows; every leaf of its state has the table's leading axis.
+
+    Attributes:
+      init: ``init(table [num_rows, size]) -> state``.
+      update: ``update(grads [m, size], state of those rows, rows [m, size], step []) -> (rows, state)``.
+    """
+
+    init: Callable[[Array], Any]
+    update: Callable[[Array, Any, Array, Array], tuple[Array, Any]]
+
+
+class LazyAdamState(NamedTuple):
+    """Moments ``[num_rows, size]`` and int32 ``[num_rows]``: updates of the row (or, with catch_up, its last step)."""
+
+    mu: Array
+    nu: Array
+    count: Array
+
+
+def lazy_adam(
+    lr: Schedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    catch_up: bool = False,
+) -> RowOptimizer:
+    """Adam on the rows of the batch alone.
+
+    This is not dense Adam: there, a row that a batch does not touch goes on moving by its momentum. Here it rests, its
+    moments frozen, and bias is corrected by the row's own count of updates.
+
+    Args:
+      lr: rate, or a function of the step.
+      weight_decay: decoupled (AdamW), applied to a row when it is touched.
+      catch_up: decay the moments for the steps that a row was not touched in, as dense Adam would have.
+    """
+
+    def init(table: Array) -> LazyAdamState:
+        return LazyAdamState(jnp.zeros_like(table), jnp.zeros_like(table), jnp.zeros(table.shape[0], jnp.int32))
+
+    def update(grads: Array, state: LazyAdamState, rows: Array, step: Array) -> tuple[Array, LazyAdamState]:
+        mu, nu = state.mu, state.nu
+        count = jnp.full_like(state.count, step + 1) if catch_up else state.count + 1
+        if catch_up:
+            missed = jnp.maximum(count - state.count - 1, 0).astype(grads.dtype)[:, None]
+            mu, nu = mu * b1**missed, nu * b2**missed
+        mu = b1 * mu + (1 - b1) * grads
+        nu = b2 * nu + (1 - b2) * grads**2
+        t = count.astype(grads.dtype)[:, None]
+        move = (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps) + weight_decay * rows
+        return rows - _rate(lr, step) * move, LazyAdamState(mu, nu, count)
+
+    return RowOptimizer(init, update)
+
+
+def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
+    """Adagrad with one accumulator a row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
+
+    The memory of its state is 1/size of Adam's moment. Source: the row-wise sparse Adagrad of FBGEMM and TorchRec.
+    """
+
+    def update(grads: Array, total: Array, rows: Array, step: Array) -> tuple[Array, Array]:
+        total = total + jnp.mean(grads**2, axis=1)
+        return rows - _rate(lr, step) * grads / (jnp.sqrt(total)[:, None] + eps), total
+
+    return RowOptimizer(lambda table: jnp.zeros(table.shape[0], table.dtype), update)
+
+
+def _rate(lr: Schedule, step: Array) -> Any:
+    return lr(step) if callable(lr) else lr
+
+
+class TableState(NamedTuple):
+    """What a table's optimiser keeps; ``slot`` int32 ``[num_rows]`` is scratch for finding duplicates, never cleared."""
+
+    inner: Any
+    slot: Array
+
+
+def init_table(optimizer: RowOptimizer | optax.GradientTransformation, table: Array) -> TableState:
+    if isinstance(optimizer, RowOptimizer):
+        return TableState(optimizer.init(table), jnp.zeros((table.shape[0],), jnp.int32))
+    return TableState(optimizer.init(table), jnp.zeros((0,), jnp.int32))
+
+
+def update_rows(
+    optimizer: RowOptimizer | optax.GradientTransformation,
+    table: Array,
+    state: TableState,
+    ids: Array,
+    grads: Array,
+    step: Array,
+) -> tuple[Array, TableState]:
+    """One step on the rows ``ids [m]`` given their gradients ``[m, size]``; repeated ids are summed first.
+
+    Duplicates are found without a sort: every copy of an id writes its position to ``slot[id]`` and reads back the one
+    that won. Rows are written in place when the buffers are donated.
+    """
+    if not isinstance(optimizer, RowOptimizer):
+        dense = jnp.zeros_like(table).at[ids].add(grads)
+        updates, inner = optimizer.update(dense, state.inner, table)
+        return table + updates, TableState(inner, state.slot)
+    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    slot = state.slot.at[ids].set(position)
+    owner = slot[ids]
+    summed = jnp.zeros_like(grads).at[owner].add(grads)
+    take = lambda a: a[ids]  # noqa: E731
+    rows, inner = optimizer.update(summed, jax.tree.map(take, state.inner), table[ids], step)
+    target = jnp.where(owner == position, ids, table.shape[0])
+    put = lambda a, b: a.at[target].set(b, mode="drop")  # noqa: E731
+    return put(table, rows), TableState(jax.tree.map(put, state.inner, inner), slot)
+
+
+def update_whole(
+    optimizer: RowOptimizer | optax.GradientTransformation,
+    table: Array,
+    state: TableState,
+    ids: Array,
+    grads: Array,
+    step: Array,
+) -> tuple[Array, TableState]:
+    """As `update_rows`, from a gradient of the whole table: the cheaper way where a batch touches most of it."""
+    if not isinstance(optimizer, RowOptimizer):
+        updates, inner = optimizer.update(grads, state.inner, table)
+        return table + updates, TableState(inner, state.slot)
+    touched = jnp.zeros((table.shape[0],), bool).at[ids].set(True)
+    rows, inner = optimizer.update(grads, state.inner, table, step)
+
+    def keep(old: Array, new: Array) -> Array:
+        return jnp.where(touched.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
+    return keep(table, rows), TableState(jax.tree.map(keep, state.inner, inner), state.slot)
+
+
+def shared_whole(table: Table, slots: int, tasks: int) -> bool:
+    """Whether a table is handed to the tasks whole: it has no more rows than the view would have slots."""
+    return table.num_rows <= (slots if table.adapted else slots * tasks)

@@ -1,0 +1,133 @@
+"""The outer step: draw tasks, take their rows, one gradient of the mean loss, write the touched rows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import rows
+from metarec_jax.core import Array, Learner, Params, Table, Task
+from metarec_jax.data.tasks import TaskSource
+from metarec_jax.training.row_optimizers import (
+    RowOptimizer,
+    TableState,
+    init_table,
+    shared_whole,
+    update_rows,
+    update_whole,
+)
+
+
+class TrainState(NamedTuple):
+    """All that the next step needs. ``key`` never changes: step k draws from ``fold_in(key, k)``."""
+
+    params: Params
+    dense: optax.OptState
+    tables: dict[str, TableState]
+    key: Array
+    step: Array
+
+
+class Optimizers(NamedTuple):
+    """One for the dense parameters, one for table rows."""
+
+    dense: optax.GradientTransformation
+    rows: RowOptimizer | optax.GradientTransformation
+
+
+def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Array) -> TrainState:
+    dense, tables = _split(params)
+    states = {name: init_table(optimizers.rows, table) for name, table in tables.items()}
+    return TrainState(params, optimizers.dense.init(dense), states, key, jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    learner: Learner, source: TaskSource, optimizers: Optimizers
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them."""
+
+    def step(state: TrainState, data: Any) -> tuple[TrainState, dict[str, Array]]:
+        k_draw, k_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batch = source.draw(data, k_draw)
+        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss)
+        params, dense, tables = _apply(optimizers, state, grads, ids)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads["dense"]), **metrics}
+        return TrainState(params, dense, tables, state.key, state.step + 1), metrics
+
+    return step
+
+
+def loss_and_grads(
+    learner: Learner, params: Params, batch: Task, key: Array
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
+    """Mean loss of a batch of tasks, and its gradient by row view.
+
+    Returns:
+      ``(loss, metrics)``; gradients ``{"dense": ..., "rows": {table: [T, L, size]}, "whole": {table: [num_rows, size]}}``;
+      ids ``{table: [T, L]}``, the global row of each gradient row (of a whole table: the ids that were touched).
+    """
+    dense, tables = _split(params)
+    tasks = batch.query.mask.shape[0]
+    viewed, whole = _plan(learner.tables, batch, tasks)
+    seen = jax.vmap(lambda s, q: rows.view(viewed, s, q))(batch.support.inputs, batch.query.inputs)
+    local = Task(
+        batch.support._replace(inputs=seen.inputs[0]),
+        batch.query._replace(inputs=seen.inputs[1]),
+    )
+    gathered = rows.gather({name: tables[name] for name in viewed}, seen.ids)
+
+    def mean_loss(leaves: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+        def one(own: dict[str, Array], task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
+            return learner.loss({**leaves["dense"], "tables": {**leaves["whole"], **own}}, task, key)
+
+        losses, metrics = jax.vmap(one)(leaves["rows"], local, jax.random.split(key, tasks))
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    leaves = {"dense": dense, "rows": gathered, "whole": {name: tables[name] for name in whole}}
+    value, grads = jax.value_and_grad(mean_loss, has_aux=True)(leaves)
+    touched = {name: _touched(table, batch) for name, table in whole.items()}
+    return value, grads, {**seen.ids, **touched}
+
+
+def _plan(tables: Mapping[str, Table], batch: Task, tasks: int) -> tuple[dict[str, Table], dict[str, Table]]:
+    """Which tables are seen through a row view, and which are so small that every task gets them whole."""
+
+    def slots(table: Table) -> int:
+        used = [part.inputs[c].size // tasks for part in batch for c in table.columns if c in part.inputs]
+        return 1 + sum(used)
+
+    whole = {name for name, table in tables.items() if shared_whole(table, slots(table), tasks)}
+    return (
+        {name: table for name, table in tables.items() if name not in whole},
+        {name: table for name, table in tables.items() if name in whole},
+    )
+
+
+def _touched(table: Table, batch: Task) -> Array:
+    used = [part.inputs[c].reshape(-1) for part in batch for c in table.columns if c in part.inputs]
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), *used])
+
+
+def _apply(
+    optimizers: Optimizers, state: TrainState, grads: dict[str, Any], ids: dict[str, Array]
+) -> tuple[Params, optax.OptState, dict[str, TableState]]:
+    dense, tables = _split(state.params)
+    updates, dense_state = optimizers.dense.update(grads["dense"], state.dense, dense)
+    dense = optax.apply_updates(dense, updates)
+    new_tables, new_states = dict(tables), dict(state.tables)
+    for name, table in tables.items():
+        args = (optimizers.rows, table, state.tables[name], ids[name].reshape(-1))
+        if name in grads["whole"]:
+            new_tables[name], new_states[name] = update_whole(*args, grads["whole"][name], state.step)
+        else:
+            flat = grads["rows"][name].reshape(-1, table.shape[1])
+            new_tables[name], new_states[name] = update_rows(*args, flat, state.step)
+    return {**dense, "tables": new_tables}, dense_state, new_states
+
+
+def _split(params: Params) -> tuple[dict[str, Any], dict[str, Array]]:
+    return {name: part for name, part in params.items() if name != "tables"}, dict(params["tables"])

@@ -1,0 +1,132 @@
+"""The record of a run is continuous over a resume; signals become a flag."""
+
+import io
+import json
+import math
+import os
+import signal
+import threading
+
+import pytest
+
+from metarec_jax.training.progress import Progress, StopSignal, read_history
+
+
+def ticking(*times: float):
+    """A clock that tells these times, and then the last one for ever."""
+    left = list(times)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+def steps(path):
+    return [line["step"] for line in read_history(path)]
+
+
+def test_records_one_object_a_line(tmp_path):
+    path = tmp_path / "runs" / "metrics.jsonl"
+    with Progress(20, tasks=4, path=path, stream=None) as progress:
+        progress.update(10, {"loss": 1.5})
+        progress.update(20, {"loss": math.nan, "validation/mae": 0.5})
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first["step"] == 10
+    assert first["loss"] == 1.5
+    assert second["loss"] is None  # NaN is no JSON
+    assert second["validation/mae"] == 0.5
+    assert progress.history == [first, second]
+
+
+def test_rate_is_tasks_over_time(tmp_path):
+    clock = ticking(0.0)
+    progress = Progress(100, tasks=8, stream=None, clock=lambda: clock())
+    clock = ticking(2.0)
+    progress.update(10, {"loss": 1.0})  # 10 steps x 8 tasks / 2 s
+    assert progress.history[-1]["tasks_per_second"] == 40.0
+    clock = ticking(3.0)
+    progress.update(20, {"loss": 1.0})  # 10 steps / 1 s, smoothed: 0.7 * 5 + 0.3 * 10 = 6.5 steps/s, x 8
+    assert progress.history[-1]["tasks_per_second"] == 52.0
+
+
+def test_resume_drops_what_came_after_the_step_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Progress(40, path=path, stream=None) as progress:
+        for step in (10, 20, 30):
+            progress.update(step, {"loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')
+    with Progress(40, path=path, stream=None) as progress:
+        progress.resume(20)
+        progress.update(30, {"loss": 2.0})
+        assert [line["step"] for line in progress.history] == [10, 20, 30]
+    assert steps(path) == [10, 20, 30]
+    assert read_history(path)[-1]["loss"] == 2.0
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        with Progress(10, path=path, stream=None) as progress:
+            progress.update(10, {"loss": 1.0})
+    assert steps(path) == [10]
+
+
+def test_plain_lines_come_every_ten_seconds_at_validation_and_at_the_end():
+    now = 0.0
+    out = io.StringIO()
+    with Progress(5, tasks=1, stream=out, clock=lambda: now) as progress:
+        for step, now, extra in [(1, 4.0, {}), (2, 11.0, {}), (3, 12.0, {"validation/mae": 0.7}), (4, 13.0, {}), (5, 14.0, {})]:
+            progress.update(step, {"loss": 1.0} | extra)
+        progress.note("saved")
+    said = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in said] == ["step 2/5", "step 3/5", "step 5/5", "saved"]
+    assert "validation/mae 0.7" in said[1]
+    assert "left" in said[0]
+
+
+def test_a_bar_shows_the_numbers():
+    out = io.StringIO()
+    with Progress(10, tasks=1, stream=out, bar=True) as progress:
+        progress.update(10, {"loss": 0.25})
+        progress.note("a line [with brackets]")
+    assert "10/10" in out.getvalue()
+    assert "loss 0.25" in out.getvalue()
+    assert "a line [with brackets]" in out.getvalue()
+
+
+def test_tensorboard_where_installed(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with Progress(10, stream=None, tensorboard=tmp_path) as progress:
+        progress.update(10, {"loss": 0.25})
+    assert list(tmp_path.glob("events*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_the_flag_and_the_handler_comes_back(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.name == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_off_the_main_thread_it_does_nothing():
+    seen = []
+
+    def work():
+        with StopSignal() as stop:
+            seen.append(bool(stop))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+    assert signal.getsignal(signal.SIGINT) is before
