@@ -6,10 +6,13 @@ one batched matrix product and one batched solve: nothing loops over users, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from metarec_jax.core import MetarecError
 
@@ -55,48 +58,50 @@ class Factors(NamedTuple):
     user_factors: np.ndarray
 
 
-class Grouped(NamedTuple):
-    """Ratings sorted by one side. Entity ``k`` owns ``start[k] .. start[k + 1]`` of ``other`` and ``value``."""
+class Group(NamedTuple):
+    """Entities with histories of like length. Padding points at row ``num_other``, which holds zeros.
 
-    start: np.ndarray
+    Attributes:
+      rows: ``[B]`` the entities.
+      other: int32 ``[B, L]`` rows of the other side.
+      value: float32 ``[B, L]``.
+    """
+
+    rows: np.ndarray
     other: np.ndarray
     value: np.ndarray
 
 
-def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_rows: int) -> Grouped:
-    """Sort ratings by the rows ``by``. ``start`` has ``num_rows + 1`` entries."""
+def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int, slots: int = _SLOTS) -> list[Group]:
+    """Ratings by the entity in ``by``, in groups of about ``slots`` ratings. Each rating stands once, with a fifth of padding."""
     order = np.argsort(by, kind="stable")
-    start = np.concatenate([[0], np.cumsum(np.bincount(by, minlength=num_rows))])
-    return Grouped(start, other[order].astype(np.int32), value[order].astype(np.float32))
-
-
-def padded(groups: Grouped, slots: int = _SLOTS) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Entities of like length together: ``(rows [B], other [B, L], value [B, L], mask [B, L])``, ``B * L`` about ``slots``."""
-    counts = np.diff(groups.start)
+    counts = np.bincount(by)
+    start = np.concatenate([[0], np.cumsum(counts)])
+    other, value = other[order].astype(np.int32), value[order].astype(np.float32)
     widths = np.ceil(np.log2(np.maximum(counts, 1)) * 2).astype(int)  # lengths grow by a factor of sqrt(2)
-    widths[counts == 0] = -1
-    for width in np.unique(widths[widths >= 0]):
-        members = np.flatnonzero(widths == width)
+    groups = []
+    for width in np.unique(widths[counts > 0]):
+        members = np.flatnonzero((widths == width) & (counts > 0))
         length = int(counts[members].max())
         step = max(1, slots // length)
         for first in range(0, len(members), step):
             rows = members[first : first + step]
-            at = groups.start[rows][:, None] + np.arange(length)
             mask = np.arange(length) < counts[rows][:, None]
-            at = np.where(mask, at, 0)
-            yield rows, groups.other[at], groups.value[at] * mask, mask.astype(np.float32)
+            at = np.where(mask, start[rows][:, None] + np.arange(length), 0)
+            groups.append(Group(rows, np.where(mask, other[at], np.int32(num_other)), np.where(mask, value[at], np.float32(0))))
+    return groups
 
 
-def als_factors(train: Feedback, *, size: int = 16, reg: float = 5.0, iterations: int = 8, seed: int = 0) -> Factors:
-    """Factorise ratings: min sum (r - mu - b_i - b_u - q_i . p_u)^2 + reg (|q|^2 + |p|^2 + |b|^2).
+def als_factors(train: Feedback, *, size: int = 16, reg: float = 5.0, reg_bias: float | None = None, iterations: int = 8, seed: int = 0) -> Factors:
+    """Factorise ratings: min sum (r - mu - b_i - b_u - q_i . p_u)^2 + reg (|q|^2 + |p|^2) + reg_bias |b|^2.
 
-    Each half step solves, for every user at once, (X^T X + reg I) [p_u, b_u] = X^T (r - mu - b_i) with X the rows
-    [q_i, 1] of the items the user rated; then the same for items. Biases are fitted alone first.
+    Each half step solves, for every user at once, (X^T X + R) [p_u, b_u] = X^T (r - mu - b_i) with X the rows [q_i, 1]
+    of the items the user rated and R = diag(reg, ..., reg, reg_bias); then the same for items. Biases are fitted alone first.
 
     Args:
       train: explicit ratings, in vocabulary rows.
       size: D, length of a factor.
-      reg: ridge, in units of one rating.
+      reg, reg_bias: ridge of factors and biases, in units of one rating; reg_bias None: reg.
       iterations: full sweeps.
       seed: of the first item factors.
 
@@ -107,34 +112,60 @@ def als_factors(train: Feedback, *, size: int = 16, reg: float = 5.0, iterations
     """
     if train.rating is None or not len(train.rating):
         raise MetarecError("als_factors wants ratings, and the data has none; use implicit_als_factors for clicks")
+    reg_bias = reg if reg_bias is None else reg_bias
     rng = np.random.default_rng(seed)
     mu = float(np.mean(train.rating, dtype=np.float64))
     residual = train.rating - np.float32(mu)
-    by_user = grouped(train.user, train.item, residual, train.users.num_rows)
-    by_item = grouped(train.item, train.user, residual, train.items.num_rows)
+    by_user = grouped(train.user, train.item, residual, train.items.num_rows)
+    by_item = grouped(train.item, train.user, residual, train.users.num_rows)
     item = np.zeros((train.items.num_rows, size + 1), np.float32)
-    seen = np.flatnonzero(np.diff(by_item.start))
+    seen = np.unique(train.item)
     item[seen, :size] = rng.normal(0, 0.1, (len(seen), size))
-    item[:, size] = bias_terms(train, reg_item=reg, reg_user=reg)[1]
+    item[:, size] = bias_terms(train, reg_item=reg_bias, reg_user=reg_bias)[1]
     user = np.zeros((train.users.num_rows, size + 1), np.float32)
     for _ in range(iterations):
-        _half_step(user, item, by_user, reg)
-        _half_step(item, user, by_item, reg)
-    _half_step(user, item, by_user, reg)
+        _half_step(user, item, by_user, reg, reg_bias)
+        _half_step(item, user, by_item, reg, reg_bias)
+    _half_step(user, item, by_user, reg, reg_bias)
     return Factors(mu, item[:, size].copy(), item[:, :size].copy(), user[:, size].copy(), user[:, :size].copy())
 
 
-def _half_step(out: np.ndarray, fixed: np.ndarray, groups: Grouped, reg: float) -> None:
+def _half_step(out: np.ndarray, fixed: np.ndarray, groups: list[Group], reg: float, reg_bias: float) -> None:
     """Solve for the rows of ``out`` (factors, then bias) given ``fixed``."""
     size = out.shape[1] - 1
-    ridge = (reg * np.eye(size + 1)).astype(np.float32)
-    for rows, other, value, mask in padded(groups):
-        x = fixed[other]
-        wanted = (value - x[..., size]) * mask
-        x[..., size] = 1.0
-        x *= mask[..., None]
-        xt = x.swapaxes(1, 2)
-        out[rows] = np.linalg.solve(xt @ x + ridge, xt @ wanted[..., None])[..., 0]
+    ridge = np.diag([reg] * size + [reg_bias]).astype(np.float32)
+    bias = np.append(fixed[:, size], np.float32(0))
+    features = np.vstack([fixed, np.zeros((1, size + 1), np.float32)])
+    features[:-1, size] = 1.0
+
+    def solve(group: Group) -> None:
+        x = features.take(group.other, axis=0)
+        left, right = _products(x, group.value - bias.take(group.other))
+        out[group.rows] = np.linalg.solve(left + ridge, right)[..., 0]
+
+    _in_threads(solve, groups)
+
+
+def _products(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """X^T X ``[B, D, D]`` and X^T y ``[B, D, 1]``, in pieces below BLAS's threshold for threads of its own.
+
+    Those spin while they wait: slower than none at this size, and ten times slower on a busy machine.
+    """
+    left = np.zeros((x.shape[0], x.shape[2], x.shape[2]), np.float32)
+    right = np.zeros((x.shape[0], x.shape[2], 1), np.float32)
+    step = max(1, (1 << 18) // x.shape[2] ** 2)
+    for first in range(0, x.shape[1], step):
+        part = x[:, first : first + step]
+        left += part.swapaxes(1, 2) @ part
+        right += part.swapaxes(1, 2) @ y[:, first : first + step, None]
+    return left, right
+
+
+def _in_threads(solve: Callable[[Group], None], groups: list[Group]) -> None:
+    """Each group writes rows of its own, so the order does not matter."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(solve, groups):
+            pass
 
 
 def implicit_als_factors(
@@ -157,10 +188,10 @@ def implicit_als_factors(
     """
     rng = np.random.default_rng(seed)
     ones = np.ones(len(train.user), np.float32)
-    by_user = grouped(train.user, train.item, ones, train.users.num_rows)
-    by_item = grouped(train.item, train.user, ones, train.items.num_rows)
+    by_user = grouped(train.user, train.item, ones, train.items.num_rows)
+    by_item = grouped(train.item, train.user, ones, train.users.num_rows)
     item = np.zeros((train.items.num_rows, size), np.float32)
-    seen = np.flatnonzero(np.diff(by_item.start))
+    seen = np.unique(train.item)
     item[seen] = rng.normal(0, 0.1, (len(seen), size))
     user = np.zeros((train.users.num_rows, size), np.float32)
     for _ in range(iterations):
@@ -170,13 +201,17 @@ def implicit_als_factors(
     return Factors(0.0, np.zeros(len(item), np.float32), item, np.zeros(len(user), np.float32), user)
 
 
-def _implicit_half_step(out: np.ndarray, fixed: np.ndarray, groups: Grouped, reg: float, alpha: float) -> None:
+def _implicit_half_step(out: np.ndarray, fixed: np.ndarray, groups: list[Group], reg: float, alpha: float) -> None:
     """Solve for the rows of ``out`` given ``fixed``, the absent pairs included through the Gram matrix."""
     everywhere = fixed.T @ fixed + (reg * np.eye(fixed.shape[1])).astype(np.float32)
-    for rows, other, _, mask in padded(groups):
-        x = fixed[other] * mask[..., None]
-        xt = x.swapaxes(1, 2)
-        out[rows] = np.linalg.solve(everywhere + alpha * (xt @ x), (1 + alpha) * x.sum(1)[..., None])[..., 0]
+    features = np.vstack([fixed, np.zeros((1, fixed.shape[1]), np.float32)])
+
+    def solve(group: Group) -> None:
+        x = features.take(group.other, axis=0)
+        left, right = _products(x, group.value)
+        out[group.rows] = np.linalg.solve(everywhere + alpha * left, (1 + alpha) * right)[..., 0]
+
+    _in_threads(solve, groups)
 
 
 def bias_terms(
@@ -201,3 +236,45 @@ def bias_terms(
         sums = np.bincount(train.user, residual - item[train.item], minlength=len(user))
         user = sums / np.maximum(count[1] + reg_user, 1e-12)
     return mu, item.astype(np.float32), user.astype(np.float32)
+
+
+def similarities(train: Feedback, values: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Positive shrunk cosine of item columns, float32 ``[rows, rows]``: max(0, r_i . r_j / (|r_i| |r_j| + shrinkage)), 0 on the diagonal.
+
+    Args:
+      values: float32 ``[N]``, one for each interaction: the entries of the columns.
+      shrinkage: 0 or more; a similarity that rests on few users is drawn to 0.
+    """
+    out = np.zeros((train.items.num_rows, train.items.num_rows), np.float32)
+    for first, block in _similar_blocks(train, values, shrinkage):
+        out[first : first + block.shape[0]] = block.toarray()
+    return out
+
+
+def neighbours(train: Feedback, values: np.ndarray, shrinkage: float, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``top`` most similar items of each: rows int32 and `similarities` float32, both ``[rows, top]``, padded with 0."""
+    ids = np.zeros((train.items.num_rows, top), np.int32)
+    similar = np.zeros((train.items.num_rows, top), np.float32)
+    for first, block in _similar_blocks(train, values, shrinkage):
+        for k in np.flatnonzero(np.diff(block.indptr)):
+            of = slice(block.indptr[k], block.indptr[k + 1])
+            best = np.argsort(-block.data[of], kind="stable")[:top]
+            ids[first + k, : len(best)] = block.indices[of][best]
+            similar[first + k, : len(best)] = block.data[of][best]
+    return ids, similar
+
+
+def _similar_blocks(train: Feedback, values: np.ndarray, shrinkage: float) -> Iterator[tuple[int, csr_matrix]]:
+    """Rows ``first ..`` of the similarity matrix, a few at a time, without entries that are 0 or less."""
+    rows = train.items.num_rows
+    by_user = csr_matrix((values, (train.user, train.item)), shape=(train.users.num_rows, rows), dtype=np.float32)
+    by_item = by_user.T.tocsr()
+    norm = np.sqrt(np.asarray(by_item.multiply(by_item).sum(1), np.float32).ravel())
+    step = max(1, (1 << 24) // rows)
+    for first in range(0, rows, step):
+        block = (by_item[first : first + step] @ by_user).tocsr()
+        at = np.repeat(np.arange(block.shape[0]) + first, np.diff(block.indptr))
+        block.data /= np.maximum(norm[at] * norm[block.indices] + np.float32(shrinkage), 1e-12)
+        block.data[(at == block.indices) | (block.data < 0)] = 0
+        block.eliminate_zeros()
+        yield first, block

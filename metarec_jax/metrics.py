@@ -1,22 +1,23 @@
 """Metrics of one task: rating errors and ranking quality. The last axis is the list, leading axes are batch.
 
 Every function is ``(scores, target, *, where=None, ...) -> [...]``: ``where`` is true (or 1) for an example, and the
-rest changes nothing. A task that has no answer (no example; no relevant item) gives nan, never 0, so that it can be left
-out of a mean and counted.
+rest changes nothing. A task that has no answer (no example; no relevant item) gives nan, never 0, so that it can be
+left out of a mean and counted.
 
 Ranking functions read ``target`` as relevance (1 or more is relevant; `at_least` and `top_rated` make it from ratings),
 and take
 
 - ``topn``: how far down the list to look; None is the whole list;
 - ``key``: ties between scores are broken at random by it; without it, the item that stands first wins;
-- ``ranks``: 1-based ranks of the examples, if they are known, in a list that may be longer than the one given: the items
-  of it that are not given count as irrelevant. `ranks_among` finds them. So a ranking over a whole catalogue costs no
-  more than one over a short list.
+- ``ranks``: 1-based ranks of the examples, if they are known, in a list that may be longer than the one given: the
+  items of it that are not given count as irrelevant. `ranks_among` finds them. So a ranking over a whole catalogue
+  costs no more than one over a short list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -110,8 +111,15 @@ def precision(
     topn: int | None = None,
     key: Array | None = None,
     ranks: Array | None = None,
+    length: Array | int | None = None,
 ) -> Array:
     """Share of the first ``topn`` that is relevant: ``hits / min(topn, n)``: a short list is not blamed for it.
+
+    Args:
+      length: of the list that ``ranks`` belong to, ``[...]`` or one number; without it, no shorter than ``topn``.
+
+    Raises:
+      MetarecError: ranks with neither topn nor length.
 
     >>> precision(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2)
     Array(0.5, dtype=float32)
@@ -119,10 +127,12 @@ def precision(
     relevant, where = _relevant(target, where)
     if ranks is None:
         value = rax.precision_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None)
-    elif topn is None:
-        raise MetarecError("precision with ranks in a longer list wants a topn: the length of that list is not known")
     else:
-        value = jnp.sum(relevant * (ranks <= topn), axis=-1) / topn
+        sizes = [size for size in (topn, length) if size is not None]
+        if not sizes:
+            raise MetarecError("precision was given ranks, but neither topn nor length; give one of them")
+        hits = relevant if topn is None else relevant * (ranks <= topn)
+        value = jnp.sum(hits, axis=-1) / jnp.maximum(reduce(jnp.minimum, sizes), 1)
     return _known(value, relevant > 0)
 
 
@@ -244,8 +254,8 @@ def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
     """
     draw = jax.random.bits(key, scores.shape, jnp.uint32)
     mine, luck = scores[items][:, None], draw[items][:, None]
-    before = (scores > mine) | ((scores == mine) & (draw > luck))
-    return 1 + jnp.sum(before & where, axis=-1, dtype=jnp.int32)
+    before = (scores[None] > mine) | ((scores[None] == mine) & (draw[None] > luck))
+    return 1 + jnp.sum(before & where[None], axis=-1, dtype=jnp.int32)
 
 
 class Relevant(NamedTuple):
@@ -260,6 +270,7 @@ class Relevant(NamedTuple):
     labels: Callable[[Array, Array, Array], Array]
 
 
+@lru_cache
 def at_least(threshold: float) -> Relevant:
     """Relevant: ``target >= threshold``. For implicit feedback, where a positive is 1, ``at_least(1)``."""
 
@@ -270,6 +281,7 @@ def at_least(threshold: float) -> Relevant:
     return Relevant(f"target >= {threshold:g}", labels)
 
 
+@lru_cache
 def top_rated(n: int) -> Relevant:
     """Relevant: the ``n`` highest targets of the list, ties broken at random."""
 

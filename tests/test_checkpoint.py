@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ IDENTITY = {"config": {"lr": 0.1, "steps": 10}, "data": "abc"}
 
 def state(step: int) -> dict:
     """A state with every kind of leaf that training has; each leaf depends on ``step``."""
-    params = {"tables": {"item_id": jax.random.normal(jax.random.key(step), (7, 3))}, "net": [jnp.float32(step), jnp.ones(2)]}
+    table = jax.random.normal(jax.random.key(step), (7, 3))
+    params = {"tables": {"item_id": table}, "net": [jnp.float32(step), jnp.ones(2)]}
     return {
         "params": params,
         "moments": optax.adam(0.1).init(params),
@@ -99,7 +101,7 @@ def test_the_copy_is_made_before_save_returns(tmp_path):
 
 def damage(run, kind, step):
     """Flip one bit in the largest data file of a step."""
-    files = [p for p in (run / "checkpoints" / kind / str(step) / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    files = (run / "checkpoints" / kind / str(step) / "state").rglob("d/*")
     file = max(files, key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -164,13 +166,13 @@ def test_another_identity_is_refused_by_name(run):
 
 
 def test_differences_are_named():
-    assert different({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == ["b.c was 2, now 3", "d was 'absent', now 4"]
+    old, new = {"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}
+    assert different(old, new) == ["b.c was 2, now 3", "d was 'absent', now 4"]
 
 
 def test_a_directory_in_use_is_refused(run):
-    with Checkpoints(run, identity=IDENTITY):
-        with pytest.raises(MetarecError, match=f"in use.*{os.getpid()}"):
-            Checkpoints(run, identity=IDENTITY)
+    with Checkpoints(run, identity=IDENTITY), pytest.raises(MetarecError, match=f"in use.*{os.getpid()}"):
+        Checkpoints(run, identity=IDENTITY)
     Checkpoints(run, identity=IDENTITY).close()
 
 
@@ -195,6 +197,17 @@ def test_params_alone_for_serving(run):
     nested = load_params(run)
     assert nested["tables"]["item_id"].shape == (7, 3)
     assert nested["net"]["0"] == 2.0
+
+
+def test_params_are_found_wherever_the_state_has_them(tmp_path):
+    class Outer(NamedTuple):
+        train: dict
+        best: float
+
+    params = {"net": jnp.ones(2)}
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(1, Outer({"params": params, "moments": optax.adam(0.1).init({"params": params})}, 0.0))
+    assert equal(load_params(tmp_path), params)
 
 
 def test_params_of_a_damaged_best_and_of_an_empty_run(run, tmp_path):

@@ -50,6 +50,20 @@ class Coded(NamedTuple):
     ids: np.ndarray
     notes: tuple[str, ...] = ()
 
+    def shown(self, code: int) -> str:
+        """An id as a message shows it: text in quotes."""
+        return repr(self.ids[[code]].tolist()[0])
+
+
+class Roles(NamedTuple):
+    """The column of each role, or None."""
+
+    user: str
+    item: str
+    rating: str | None
+    timestamp: str | None
+    title: str | None
+
 
 def plain(name: object) -> str:
     """A column name as aliases are compared. ``plain("User_ID")`` is ``"userid"``."""
@@ -84,6 +98,42 @@ def find_column(names: Sequence[str], role: str, asked: str | None, where: str) 
         )
     by_plain = {plain(n): n for n in reversed(names)}
     return next((by_plain[alias] for alias in ALIASES[role] if alias in by_plain), None)
+
+
+def find_roles(
+    names: Sequence[str],
+    user: str | None,
+    item: str | None,
+    rating: str | None,
+    timestamp: str | None,
+    title: str | None,
+    implicit: bool,
+    source: str,
+) -> Roles:
+    """The columns of a table of interactions; a name asked for must be there, and user and item must be found.
+
+    Raises:
+      MetarecError: a column is missing; the columns that are there are named.
+    """
+    found = {}
+    for role, asked in (("user", user), ("item", item)):
+        column = find_column(names, role, asked or None, source)
+        if column is None:
+            raise MetarecError(
+                f"{source} has no {role} column by a usual name; its columns are: {', '.join(names)}. "
+                f"Name it with {option(role)}"
+            )
+        found[role] = column
+    if found["user"] == found["item"]:
+        raise MetarecError(
+            f"{source}: column {found['user']!r} cannot be both user and item. Name each with {option('item')}"
+        )
+    return Roles(
+        **found,
+        rating=None if implicit else find_column(names, "rating", rating, source),
+        timestamp=find_column(names, "timestamp", timestamp, source),
+        title=None if title is None else find_column(names, "title", title, source),
+    )
 
 
 def option(role: str) -> str:
@@ -123,16 +173,15 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
     names = [_id(value) for value in distinct]
     texts = [n for n in names if isinstance(n, str)]
     notes: tuple[str, ...] = ()
-    as_integers = not texts or (spelled and len(texts) == len(names) - names.count(None) and all(map(is_integer, texts)))
+    given = len(names) - names.count(None)
+    as_integers = not texts or (spelled and len(texts) == given and all(map(is_integer, texts)))
     if as_integers and all(n is None or -(2**63) <= int(n) < 2**63 for n in names):
         known: list[Any] = [None if n is None else int(n) for n in names]
     else:
         known = [None if n is None else str(n) for n in names]
-        numbers = len(names) - names.count(None) - len(texts)
-        if spelled:
-            numbers = sum(map(is_integer, texts))
-        if 0 < numbers < len(names) - names.count(None):
-            notes = (f"column {name!r} mixes numbers ({numbers} ids) and text: all ids are kept as text",)
+        spelled_numbers = sum(map(is_integer, texts)) if spelled else given - len(texts)
+        if 0 < spelled_numbers < given:
+            notes = (f"column {name!r} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
     kept = [n for n in known if n is not None]
     dtype = np.int64 if kept and isinstance(kept[0], int) else object
     ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
@@ -236,12 +285,15 @@ def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.
     gone = np.array([isinstance(v, str) and v.strip() in MISSING for v in distinct] + [True])
     texts = pd.Series([None if gone[k] else str(v).strip() for k, v in enumerate(distinct)], dtype=object)
     dates = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
+    is_number = np.array([value is not None for value in spelled] + [True])
     bad = np.append(dates.isna().to_numpy(), False) & ~gone
+    if 2 * is_number.sum() > len(is_number):  # a column of seconds, so blame what is no number
+        bad = ~is_number
     if bad.any():
         row = int(np.argmax(bad[codes]))
         raise MetarecError(
-            f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is neither seconds since 1970 nor an ISO date "
-            f"(2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with {option('timestamp')}, "
+            f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is neither seconds since 1970 nor an ISO "
+            f"date (2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with {option('timestamp')}, "
             "or an empty name to use none"
         )
     parsed = np.append(dates.dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64), 0)
@@ -263,5 +315,6 @@ def _epoch(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.n
     middle = abs(float(np.partition(known, len(known) // 2)[len(known) // 2])) if len(known) else 0.0
     for at_least, divisor, unit in ((1e17, 10**9, "nano"), (1e14, 10**6, "micro"), (1e11, 10**3, "milli")):
         if middle >= at_least:
-            return values // divisor, missing, (f"column {name!r} was read as {unit}seconds and divided by {divisor:,}",)
+            note = f"column {name!r} was read as {unit}seconds and divided by {divisor:,}"
+            return values // divisor, missing, (note,)
     return values, missing, ()

@@ -53,9 +53,9 @@ class Vocabulary:
         flat = values.ravel()
         if self._index.dtype != object:
             wanted, valid = _integers(flat)
-            rows = np.where(valid, self._index.get_indexer(wanted) + 1, 0)
+            rows = np.where(valid, self._index.get_indexer(pd.Index(wanted)) + 1, 0)
         else:
-            rows = self._index.get_indexer(_texts(flat)) + 1
+            rows = self._index.get_indexer(pd.Index(_texts(flat), dtype=object)) + 1
         return rows.astype(np.int32).reshape(values.shape)
 
     def decode(self, rows: Any) -> np.ndarray:

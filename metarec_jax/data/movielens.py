@@ -44,8 +44,8 @@ OCCUPATIONS = (
 """ML-1M's occupations by code, as its README names them."""
 
 GENRES_100K = (
-    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"),
-    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
 )
 """The order of the genre flags in ML-100K's ``u.item``."""
 
@@ -94,7 +94,7 @@ def ml_100k(files: Mapping[str, bytes], name: str) -> Interactions:
 
 
 def atomic(files: Mapping[str, bytes], name: str) -> Interactions:
-    """From RecBole's ``NAME.inter``, ``NAME.user``, ``NAME.item``, whose user ids wear a prefix and whose item ids are titles."""
+    """From RecBole's ``NAME.inter``, ``NAME.user``, ``NAME.item``: user ids wear a prefix, and item ids are titles."""
 
     def table(suffix: str) -> pd.DataFrame:
         raw = io.BytesIO(files[f"{name}.{suffix}"])
@@ -141,7 +141,7 @@ def canonical(ratings: pd.DataFrame, users: pd.DataFrame, items: pd.DataFrame, n
     row_title, distinct = pd.factorize(ratings["item"])
     spelled = pd.Series(distinct).map(_title)
     user_ids = np.sort(ratings["user"].unique())
-    item_ids = np.sort(spelled.unique().astype(str))
+    item_ids = np.unique(spelled.to_numpy(str))
     item = (pd.Index(item_ids).get_indexer(spelled) + 1).astype(np.int32)[row_title]
     user = (pd.Index(user_ids).get_indexer(ratings["user"]) + 1).astype(np.int32)
     rating, timestamp = ratings["rating"].to_numpy(np.float32), ratings["timestamp"].to_numpy(np.int64)
@@ -178,7 +178,7 @@ def canonical(ratings: pd.DataFrame, users: pd.DataFrame, items: pd.DataFrame, n
         },
         item_features={
             "item_genre": _multi(frame["genres"].loc[item_ids].tolist()),
-            "item_half_decade": _categorical(np.array([_half_decade(y) for y in year])),
+            "item_half_decade": _categorical(np.array([_half_decade(float(y)) for y in year])),
             "item_year": _numeric(year),
         },
         notes=tuple(notes),

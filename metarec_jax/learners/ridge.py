@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 
@@ -38,7 +39,8 @@ def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) 
 
     def init(key: Array) -> Params:
         params = model.init(key)
-        log_precision = jnp.log(jnp.append(jnp.full((model.num_features,), precision), bias_precision))
+        initial = np.append(np.full(model.num_features, precision), bias_precision)
+        log_precision = jnp.asarray(np.log(initial), jnp.float32)
         return {**params, "ridge": {"log_precision": log_precision}}
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the latest and the best state, checked by digest, resumed bit for bit. The only importer of Orbax.
+"""Checkpoints of a run: the latest and the best state, checked by digest, resumed bit for bit. Orbax stands only here.
 
 A run directory holds ``checkpoints/latest/STEP``, ``checkpoints/best/STEP``, ``identity.json`` (what the run is) and
 ``.lock``. Leaves are stored in a flat list with their paths, shapes, dtypes and sha256 beside them: Orbax alone loads
@@ -16,13 +16,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import MetarecError
+from metarec_jax.training import leaves
 
 Which = Literal["latest", "best"]
 _SUMS = "sha256.json"
@@ -35,7 +34,7 @@ class Checkpoints:
     Args:
       directory: of the run; made if missing.
       identity: what the run is (configuration, data, version), JSON-able; compared with what the directory holds.
-      keep: how many of the latest, and of the best, stay on disk; more than one, so that a damaged one can be passed over.
+      keep: how many of the latest, and of the best, stay on disk; 2 or more, so that a damaged one can be passed over.
       fresh: forget the checkpoints that are there.
       say: gets one line for each thing worth knowing, such as a damaged checkpoint; default: this module's logger.
 
@@ -43,6 +42,7 @@ class Checkpoints:
       MetarecError: the directory holds a run of another identity, or another process trains in it.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as run:
     ...     with Checkpoints(run, identity={"seed": 0}) as checkpoints:
     ...         checkpoints.save(10, {"params": jnp.arange(3.0)})
@@ -83,7 +83,13 @@ class Checkpoints:
         self.close()
 
     def save(
-        self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None, best: bool = False, wait: bool = False
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        best: bool = False,
+        wait: bool = False,
     ) -> None:
         """Copy ``state`` to the host now and write it in the background: as the latest and, if ``best``, as the best.
 
@@ -96,12 +102,11 @@ class Checkpoints:
           MetarecError: this save, or the one before it in the background, could not be written.
         """
         self.wait()
-        leaves = [_to_host(leaf) for leaf in jax.tree.leaves(state)]
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+        flat = leaves.flatten(state)
         extra = {name: float(value) for name, value in (metrics or {}).items()}
         # The best goes first: a run killed in between redoes this step from an older "latest", and finds its own best.
         kinds: list[Which] = ["best", "latest"] if best else ["latest"]
-        self._pending = self._worker.submit(self._write, int(step), paths, leaves, extra, kinds)
+        self._pending = self._worker.submit(self._write, int(step), flat, extra, kinds)
         if wait:
             self.wait()
 
@@ -180,13 +185,12 @@ class Checkpoints:
             if kind in self._open:
                 self._open[kind].reload()
 
-    def _write(
-        self, step: int, paths: list[str], leaves: list[_Leaf], metrics: dict[str, float], kinds: list[Which]
-    ) -> None:
-        described = [_describe(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-        state = {_name(k): leaf.value for k, leaf in enumerate(leaves) if leaf.value.size}
+    def _write(self, step: int, flat: list[leaves.Leaf], metrics: dict[str, float], kinds: list[Which]) -> None:
+        described = [leaves.describe(leaf) for leaf in flat]
+        state = {_name(k): leaf.value for k, leaf in enumerate(flat) if leaf.value.size}  # Orbax refuses empty ones
         for kind in kinds:
-            if step in _steps(self.directory, kind) and _described(self.directory, kind, step) == described:
+            folder = self.directory / "checkpoints" / kind / str(step)
+            if step in _steps(self.directory, kind) and _described(folder) == described:
                 continue
             self._delete(kind, step)
             try:
@@ -198,7 +202,6 @@ class Checkpoints:
                     f"could not write the checkpoint of step {step} in {self.directory}: {_first_line(error)}. "
                     "Check the disk and run the same command again to resume"
                 ) from error
-            folder = self.directory / "checkpoints" / kind / str(step)
             partial = folder.with_name(f"{step}.sums")
             partial.write_text(json.dumps(_sums(folder)))
             os.replace(partial, folder / _SUMS)
@@ -217,7 +220,7 @@ def load_params(
     Args:
       which: "best" takes the latest where the run kept no best one.
       like: their pytree, of arrays or `jax.ShapeDtypeStruct`; None gives nested dicts by the names in the checkpoint.
-      under: the entry of the state that holds them.
+      under: the entry of the state that holds them; of several, the nearest to the root.
 
     Raises:
       MetarecError: no checkpoint, none that is sound, or one of other shapes than ``like``.
@@ -227,8 +230,7 @@ def load_params(
         which = "latest"
     if not _steps(run, which):
         raise MetarecError(f"{run} holds no checkpoint; train one first (metarec fit), or name another run directory")
-    prefixes = (f"['{under}']", f".{under}")
-    found = _newest(run, which, like, say or _log.warning, prefixes)
+    found = _newest(run, which, like, say or _log.warning, under)
     if found is None:
         raise MetarecError(f"no checkpoint in {run} is sound; train again with --fresh")
     return found[1]
@@ -238,7 +240,7 @@ def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -
     """The step of the newest checkpoint and the metrics stored beside it; None where there is none."""
     run = Path(directory).absolute()
     steps = _steps(run, which)
-    return (steps[-1], dict(_metadata(run, which, steps[-1]).get("metrics", {}))) if steps else None
+    return (steps[-1], _metadata(run / "checkpoints" / which / str(steps[-1]))["metrics"]) if steps else None
 
 
 def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -257,127 +259,44 @@ def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str =
     return lines
 
 
-class _Leaf(NamedTuple):
-    value: np.ndarray
-    dtype: str  # of the leaf itself: "key<fry>" where value is the key's data
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_host(leaf: Any) -> _Leaf:
-    if _is_key(leaf):
-        return _Leaf(np.array(jax.random.key_data(leaf), copy=True), str(leaf.dtype))
-    value = np.array(leaf, copy=True)
-    return _Leaf(value, str(value.dtype))
-
-
-def _describe(path: str, leaf: _Leaf) -> dict[str, Any]:
-    digest = hashlib.sha256(np.ascontiguousarray(leaf.value).reshape(-1).view(np.uint8).data).hexdigest()
-    return {"path": path, "shape": list(leaf.value.shape), "dtype": leaf.dtype, "sha256": digest}
-
-
-def _place(value: np.ndarray, like: Any) -> Any:
-    """``value`` as the kind of thing that ``like`` is: a key, a number, a NumPy array, a device array where it belongs."""
-    if isinstance(like, bool | int | float):
-        return type(like)(value.item())
-    if isinstance(like, np.ndarray | np.generic):
-        return value
-    if _is_key(like):
-        name = str(like.dtype).removeprefix("key<").removesuffix(">")
-        impl = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}.get(name, name)
-        return jax.random.wrap_key_data(jnp.array(value, copy=True), impl=impl)
-    sharding = getattr(like, "sharding", None)
-    if sharding is not None and len(sharding.device_set) > 1:
-        return jax.device_put(value, sharding)
-    return jnp.array(value, copy=True)
-
-
-def _expected(like: Any) -> tuple[list[int] | None, str]:
-    if _is_key(like):  # the shape of a key's data is its implementation's business
-        return None, str(like.dtype)
-    if isinstance(like, bool | int | float):
-        return [], str(np.asarray(like).dtype)
-    return list(like.shape), str(like.dtype)
-
-
 def _newest(
-    run: Path, which: Which, like: Any, say: Callable[[str], None], prefixes: tuple[str, ...] = ("",)
+    run: Path, which: Which, like: Any, say: Callable[[str], None], under: str | None = None
 ) -> tuple[int, Any] | None:
     for step in reversed(_steps(run, which)):
+        folder = run / "checkpoints" / which / str(step)
         try:
-            folder = run / "checkpoints" / which / str(step)
             if _sums(folder) != json.loads((folder / _SUMS).read_text()):
                 raise ValueError("the digest of its files does not match")
-            described = _metadata(run, which, step)["leaves"]
-            chosen = [
-                (k, next(d["path"].removeprefix(p) for p in prefixes if d["path"].startswith(p)), d)
-                for k, d in enumerate(described)
-                if d["path"].startswith(prefixes)
-            ]
-            if like is not None:
-                _check(run, step, [(path, d) for _, path, d in chosen], like)
-            values = _read(run, which, step, chosen)
-        except MetarecError:
-            raise
+            described = _metadata(folder)["leaves"]
+            chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
+            differs = None if like is None else leaves.mismatch(list(chosen.values()), like)
+            values = {} if differs else _read(folder, chosen)
         except Exception as error:  # Orbax and TensorStore raise anything on damaged files
             say(f"passed over the damaged checkpoint of step {step} in {run} ({_first_line(error)})")
             continue
-        if like is None:
-            return step, _nested([(path, _as_array(value, d)) for (_, path, d), value in zip(chosen, values, strict=True)])
-        leaves, structure = jax.tree.flatten(like)
-        return step, structure.unflatten([_place(v, leaf) for v, leaf in zip(values, leaves, strict=True)])
+        if differs:
+            raise MetarecError(
+                f"the checkpoint of step {step} in {run} does not fit this program: {differs}. "
+                "Use the settings and the version that trained it, or start over (--fresh)"
+            )
+        return step, leaves.nested(values) if like is None else leaves.unflatten(list(values.values()), like)
     return None
 
 
-def _read(run: Path, which: str, step: int, chosen: list[tuple[int, str, dict[str, Any]]]) -> list[np.ndarray]:
+def _read(folder: Path, chosen: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The values of these leaves by path, each checked against its digest."""
     ocp = _orbax()
-    stored = {_name(k): d for k, _, d in chosen if np.prod(d["shape"], dtype=int)}
-    dtypes = {name: "uint32" if d["dtype"].startswith("key<") else d["dtype"] for name, d in stored.items()}
-    like = {name: np.empty(d["shape"], jnp.dtype(dtypes[name])) for name, d in stored.items()}
+    empty = {k: np.empty(d["shape"], leaves.host_dtype(d["dtype"])) for k, d in chosen.items()}
+    like = {_name(k): value for k, value in empty.items() if value.size}
     partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    path_of_step = run / "checkpoints" / which / str(step)
     with ocp.Context(pytree_options=partial):
-        loaded = ocp.load(path_of_step, like, checkpointable_name="state") if like else {}
-    values = []
-    for k, path, d in chosen:
-        value = np.asarray(loaded[_name(k)]) if _name(k) in loaded else np.empty(d["shape"], jnp.dtype(d["dtype"]))
-        if _describe("", _Leaf(value, d["dtype"]))["sha256"] != d["sha256"]:
-            raise ValueError(f"the digest of {path or 'the state'} does not match")
-        values.append(value)
+        loaded = ocp.load(folder, like, checkpointable_name="state") if like else {}
+    values = {}
+    for k, d in chosen.items():
+        values[d["path"]] = np.asarray(loaded.get(_name(k), empty[k]))
+        if leaves.describe(leaves.Leaf(d["path"], values[d["path"]], d["dtype"])) != d:
+            raise ValueError(f"the digest of {d['path']} does not match")
     return values
-
-
-def _check(run: Path, step: int, found: list[tuple[str, dict[str, Any]]], like: Any) -> None:
-    wanted = {jax.tree_util.keystr(path): _expected(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-    stored = {path: (d["shape"], d["dtype"]) for path, d in found}
-    for path in [*wanted, *stored]:
-        old, new = stored.get(path), wanted.get(path)
-        if old is None or new is None or old[1] != new[1] or (new[0] is not None and old[0] != new[0]):
-            shown = [f"{dtype}{shape or ''}" if leaf else "absent" for leaf in (old, new) for shape, dtype in [leaf or (0, 0)]]
-            raise MetarecError(
-                f"the checkpoint of step {step} in {run} does not fit this program: {path} is {shown[0]} there and "
-                f"{shown[1]} here. Use the settings and the version that trained it, or start over (--fresh)"
-            )
-
-
-def _as_array(value: np.ndarray, described: dict[str, Any]) -> Any:
-    return _place(value, jax.ShapeDtypeStruct(value.shape, value.dtype))
-
-
-def _nested(leaves: list[tuple[str, Any]]) -> Any:
-    """Nested dicts from key paths such as ``['tables']['item']`` or ``.net['kernel']``."""
-    root: dict[str, Any] = {}
-    for path, value in leaves:
-        names = path.replace("']", "").replace("]", "").replace("['", ".").replace("[", ".").strip(".").split(".")
-        if names == [""]:
-            return value
-        place = root
-        for name in names[:-1]:
-            place = place.setdefault(name, {})
-        place[names[-1]] = value
-    return root
 
 
 def _steps(run: Path, kind: str) -> list[int]:
@@ -392,13 +311,13 @@ def _sums(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def _metadata(run: Path, kind: str, step: int) -> dict[str, Any]:
-    return json.loads((run / "checkpoints" / kind / str(step) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+def _metadata(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
 
-def _described(run: Path, kind: str, step: int) -> Any:
+def _described(folder: Path) -> Any:
     try:
-        return _metadata(run, kind, step)["leaves"]
+        return _metadata(folder)["leaves"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -31,8 +31,8 @@ class Progress:
       clock: seconds, monotonic.
 
     >>> with Progress(100, tasks=8, stream=sys.stdout, bar=False) as progress:
-    ...     progress.update(50, {"loss": 0.5, "validation/mae": 0.72})
-    step 50/100  loss 0.5  validation/mae 0.72  ...
+    ...     progress.update(50, {"loss": 0.5, "validation_mae": 0.72})
+    step 50/100  loss 0.5  validation mae 0.72  ...
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Progress:
         self._last = (0, clock())  # step and time of the last update
         self._spoken = clock()
         self._rate = math.nan  # steps a second, smoothed
+        self._chunks = 0
         terminal = stream is not None and stream.isatty()
         self._bar = _Bar(steps, stream) if stream is not None and (terminal if bar is None else bar) else None
-        self.resume(0)
 
     def __enter__(self) -> Progress:
         return self
@@ -71,7 +71,10 @@ class Progress:
         return self._history
 
     def resume(self, step: int) -> None:
-        """Go on after ``step``: what the file says of later steps (and a line cut short) is dropped, and told again."""
+        """Go on after ``step``: what the file says of later steps (and a line cut short) is dropped, and told again.
+
+        Without this call the first `update` begins a new file.
+        """
         if self._file is not None:
             self._file.close()
         self._history = []
@@ -82,19 +85,27 @@ class Progress:
             partial.write_text("".join(json.dumps(line) + "\n" for line in self._history))
             os.replace(partial, self._path)
             self._file = self._path.open("a")
-        self._last = (step, self._clock())
-        self._rate = math.nan
+        if step:
+            self._last = (step, self._clock())
+            self._rate, self._chunks = math.nan, 0
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record and show the numbers of a step: ``loss``, and any others; those named ``validation...`` are always shown."""
+        """Record the numbers of a step and show them, always so where one is named ``validation...``.
+
+        Args:
+          metrics: shown are ``loss`` and what is named ``validation...``; recorded are all, and tasks a second.
+        """
+        if self._path is not None and self._file is None:
+            self.resume(0)
         now = self._clock()
         done, seconds = step - self._last[0], now - self._last[1]
         if done > 0 and seconds > 0:
             rate = done / seconds
-            self._rate = rate if math.isnan(self._rate) else 0.7 * self._rate + 0.3 * rate
-            self._last = (step, now)
-        numbers = {name: float(value) for name, value in metrics.items()}
-        speed = {} if math.isnan(self._rate) else {"tasks_per_second": round(self._rate * self._tasks, 1)}
+            # The first chunk compiles; its rate counts only until there is another.
+            self._rate = rate if self._chunks < 2 else 0.7 * self._rate + 0.3 * rate
+            self._last, self._chunks = (step, now), self._chunks + 1
+        numbers = {name: float(value) for name, value in metrics.items() if name not in ("step", "tasks_per_s")}
+        speed = {} if math.isnan(self._rate) else {"tasks_per_s": round(self._rate * self._tasks, 1)}
         line = {"step": int(step)} | {n: v if math.isfinite(v) else None for n, v in numbers.items()} | speed
         self._history.append(line)
         if self._file is not None:
@@ -125,7 +136,8 @@ class Progress:
             self._events = None
 
     def _show(self, step: int, numbers: Mapping[str, float], now: float) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        shown = {n: v for n, v in numbers.items() if n == "loss" or n.startswith("validation")}
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         if not math.isnan(self._rate):
             left = max(self._steps - step, 0) / self._rate
             text += f"  {_short(self._rate * self._tasks)} tasks/s  {_duration(left)} left"
@@ -202,9 +214,13 @@ class _Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(24),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
             console=Console(file=stream),
-        )  # fmt: skip
+        )
         self._task = self._progress.add_task("training", total=steps, numbers="compiling")
         self._progress.start()
 

@@ -1,0 +1,142 @@
+"""``metarec recommend``: what a trained run says to users it has never seen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarec_jax import config as configs
+from metarec_jax import runs
+from metarec_jax.core import MetarecError
+from metarec_jax.data.histories import read_histories
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.doctor import compile_cache
+from metarec_jax.online.history import Unknown
+from metarec_jax.online.recommend import Recommendations, Recommender
+
+_TOLD_UNKNOWN = 5
+_SHOWN_USERS = 3
+
+
+def recommend(
+    directory: Path,
+    *,
+    rate: Sequence[str],
+    history: Path | None,
+    top: int,
+    out: Path | None,
+    why: bool,
+    as_json: bool,
+) -> int:
+    """Adapt on the given feedback, print the list (or write it), and say why."""
+    if rate and history is not None:
+        raise MetarecError("--rate and --history are both given; a table and a single user are two commands")
+    compile_cache()
+    run = runs.open_run(directory)
+    given = parse_rates(rate, run.data)
+    negatives = configs.negatives(run.config.tasks, run.data)
+    serve = Recommender(runs.method(run), run.data, run.known, negatives=negatives)
+    if history is None:
+        found = serve.recommend(given, top, explain=3 if why else 0)
+        _tell_unknown(found.unknown, len(given), directory, run.data)
+        _tell(found.notes)
+        rows = found.rows()
+        if out is None:
+            if not given:
+                print("no feedback was given: this is the list for a user of whom nothing is known")
+            _show(found)
+    else:
+        table = read_histories(history)
+        _tell(table.notes)
+        columns = {"user_id": table.user_id, "item_id": table.item_id}
+        if table.rating is not None:
+            columns["rating"] = table.rating
+        many = serve.recommend_many(columns, top, explain=3 if why else 0)
+        _tell_unknown(many.unknown, len(set(map(str, table.item_id))), directory, run.data)
+        _tell(many.notes)
+        rows = many.rows()
+        if out is None:
+            for user in list(many)[:_SHOWN_USERS]:
+                print(f"{user}:")
+                _show(many[user])
+            if len(many) > _SHOWN_USERS:
+                print(f"and {len(many) - _SHOWN_USERS} users more; --out FILE.csv writes all")
+    if out is not None:
+        _write(out, rows)
+        users = len({row.get("user_id") for row in rows})
+        print(f"{len(rows)} recommendations for {users} user{'s' if users != 1 else ''} in {out}")
+    if as_json:
+        print(json.dumps({"recommendations": rows}))
+    return 0
+
+
+def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, float] | list[str]:
+    """``{item: rating}`` of arguments such as ``Heat (1995)=2``; for clicks a list of items.
+
+    Raises:
+      MetarecError: no rating, one that is no number, or one outside the scale.
+    """
+    if data.rating is None:
+        return [text.removesuffix("=1") for text in rate]
+    low, high = float(data.rating.min()), float(data.rating.max())
+    found: dict[str, float] = {}
+    for text in rate:
+        item, equals, rating = text.rpartition("=")
+        if not equals or not item.strip():
+            raise MetarecError(f'--rate {text!r} gives no rating; write --rate "{text.strip("= ")}={high:g}"')
+        try:
+            value = float(rating)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise MetarecError(
+                f'--rate {text!r}: {rating!r} is no rating from {low:g} to {high:g}; write --rate "{item}={high:g}"'
+            )
+        found[item.strip()] = value
+    return found
+
+
+def _tell_unknown(unknown: Sequence[Unknown], given: int, directory: Path, data: Interactions) -> None:
+    if not unknown:
+        return
+    if len(unknown) >= given:
+        names = data.items.ids if data.titles is None else data.titles
+        like = unknown[0].suggestions
+        hint = (
+            f"perhaps you meant {' or '.join(map(repr, like))}" if like else f"its items are such as {str(names[0])!r}"
+        )
+        first = repr(unknown[0].name) if given == 1 else f"none of the {given} items ({unknown[0].name!r}, ...)"
+        raise MetarecError(f"{first} is no item that {directory} knows; {hint}")
+    for item in unknown[:_TOLD_UNKNOWN]:
+        close = f"; perhaps you meant {' or '.join(map(repr, item.suggestions))}" if item.suggestions else ""
+        print(f"skipped: no item is called {item.name!r}{close}", file=sys.stderr)
+    if len(unknown) > _TOLD_UNKNOWN:
+        print(f"skipped: {len(unknown) - _TOLD_UNKNOWN} items more that are not known", file=sys.stderr)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _show(found: Recommendations) -> None:
+    for rank, item in enumerate(found, 1):
+        print(f"{rank:>4}  {item.score:6.3f}  {item.title or item.item_id}")
+        if item.because:
+            reasons = ", ".join(f"{i.title or i.item_id}={i.rating:g} ({i.contribution:+.3f})" for i in item.because)
+            print(f"{'':>14}because of {reasons}")
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank", "item_id", "title", "score", "because"])
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    except OSError as error:
+        raise MetarecError(f"{out} cannot be written ({error}); give --out a path that can") from error

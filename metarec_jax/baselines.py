@@ -1,0 +1,414 @@
+"""Plain baselines, in closed form: what a meta-learner has to beat, and stands beside in every table.
+
+Each factory ``name(train, known, ...)`` gives a fitted `Method`. Items come by ``inputs["item_id"]``; 0, the unknown item, gets
+the prior. All hyperparameters of `adapt` and `predict` are in ``params``, so refitting with others compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
+from metarec_jax.factorization import als_factors, bias_terms, implicit_als_factors, neighbours, similarities
+
+Factory = Callable[..., Method]
+
+
+def _ratings(train: Interactions, known: Catalogue, name: str, instead: str) -> np.ndarray:
+    _check(train, known, name)
+    if train.rating is None:
+        raise MetarecError(f"{name} wants ratings, and the data is implicit feedback; use {instead}")
+    return train.rating
+
+
+def _check(train: Interactions, known: Catalogue, name: str) -> None:
+    if not len(train):
+        raise MetarecError(f"{name} wants interactions to fit, and got none; give it a training part with rows")
+    if known.item_row.shape[0] != train.items.num_rows:
+        raise MetarecError(
+            f"the catalogue has {known.item_row.shape[0]} item rows and the training data {train.items.num_rows}; "
+            "make the catalogue from the same data"
+        )
+
+
+def _weighted(support: Examples) -> tuple[Array, Array]:
+    """Targets with 0 in the padding, and weights."""
+    return jnp.where(support.mask > 0, support.target, 0.0), support.mask
+
+
+def _nothing(params: Any, support: Examples, key: Array) -> Any:
+    return ()
+
+
+# Random order -------------------------------------------------------------------------------------------------------
+
+
+def random(train: Interactions, known: Catalogue) -> Method:
+    """A uniform number for each item, by the key of `adapt` and the item id; between the lowest and the highest rating.
+
+    An unknown item gets the number of its position in the list, so that unknown items are not tied.
+    """
+    _check(train, known, "random")
+    low, high = (0.0, 1.0) if train.rating is None else (float(train.rating.min()), float(train.rating.max()))
+    return Method({"low": jnp.float32(low), "high": jnp.float32(high)}, _random_adapt, _random_predict)
+
+
+def _random_adapt(params: Any, support: Examples, key: Array) -> Any:
+    return {"key": key}
+
+
+def _random_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    ids = inputs["item_id"]
+    name = jnp.where(ids > 0, ids, -1 - jnp.arange(ids.shape[0])).astype(jnp.uint32)
+    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(adapted["key"], i)))(name)
+    return params["low"] + (params["high"] - params["low"]) * draws
+
+
+# Means and biases ---------------------------------------------------------------------------------------------------
+
+
+def popularity(train: Interactions, known: Catalogue) -> Method:
+    """log(1 + interactions of the item): a ranking, not a rating; its MAE and RMSE mean nothing."""
+    _check(train, known, "popularity")
+    count = np.bincount(train.item, minlength=train.items.num_rows)
+    return Method({"score": jnp.asarray(np.log1p(count), jnp.float32)}, _nothing, _by_item)
+
+
+def item_mean(train: Interactions, known: Catalogue, *, shrinkage: float = 0.0) -> Method:
+    """The item's mean rating, (sum r + shrinkage mu) / (n + shrinkage); mu, the global mean, where it has none."""
+    rating = _ratings(train, known, "item_mean", "popularity")
+    mu = float(rating.mean(dtype=np.float64))
+    count = np.bincount(train.item, minlength=train.items.num_rows) + shrinkage
+    total = np.bincount(train.item, rating, minlength=train.items.num_rows) + shrinkage * mu
+    score = np.where(count > 0, total / np.where(count > 0, count, 1), mu)
+    return Method({"score": jnp.asarray(score, jnp.float32)}, _nothing, _by_item)
+
+
+def _by_item(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    return params["score"][inputs["item_id"]]
+
+
+def user_mean(train: Interactions, known: Catalogue) -> Method:
+    """The mean of the support; the global mean where the support is empty."""
+    rating = _ratings(train, known, "user_mean", "popularity")
+    return Method({"mu": jnp.float32(rating.mean(dtype=np.float64))}, _user_mean_adapt, _user_mean_predict)
+
+
+def _user_mean_adapt(params: Any, support: Examples, key: Array) -> Any:
+    target, weight = _weighted(support)
+    total = weight.sum()
+    return {"mean": jnp.where(total > 0, (weight * target).sum() / jnp.where(total > 0, total, 1.0), params["mu"])}
+
+
+def _user_mean_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    return jnp.broadcast_to(adapted["mean"], inputs["item_id"].shape)
+
+
+def bias(train: Interactions, known: Catalogue, *, reg_item: float = 5.0, reg_user: float = 2.0) -> Method:
+    """mu + b_i + b_u; b_u of a new user is sum(r - mu - b_i) / (n + reg_user) over the support.
+
+    Args:
+      reg_item, reg_user: shrinkage, in ratings: so many ratings without deviation are added to each item and user.
+    """
+    _ratings(train, known, "bias", "popularity")
+    return Method(_bias_params(train, reg_item, reg_user), _bias_adapt, _bias_predict)
+
+
+def _bias_params(train: Interactions, reg_item: float, reg_user: float) -> dict[str, Array]:
+    mu, item_bias, _ = bias_terms(train, reg_item=reg_item, reg_user=reg_user)
+    return {"mu": jnp.float32(mu), "item_bias": jnp.asarray(item_bias), "reg_user": jnp.float32(reg_user)}
+
+
+def _bias_adapt(params: Any, support: Examples, key: Array) -> Any:
+    target, weight = _weighted(support)
+    residual = (target - params["mu"] - params["item_bias"][support.inputs["item_id"]]) * weight
+    return {"bias": residual.sum() / jnp.maximum(weight.sum() + params["reg_user"], 1e-12)}
+
+
+def _bias_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    return params["mu"] + params["item_bias"][inputs["item_id"]] + adapted["bias"]
+
+
+# Item kNN -----------------------------------------------------------------------------------------------------------
+
+
+def item_knn(
+    train: Interactions,
+    known: Catalogue,
+    *,
+    shrinkage: float = 20.0,
+    shrinkage_predict: float = 0.1,
+    top: int | None = None,
+    dense_limit: int = 10_000,
+) -> Method:
+    """Item neighbours: bias + sum_j s_ij e_j / (sum_j s_ij + shrinkage_predict) over the support j; clicks: sum_j s_ij.
+
+    s_ij = max(0, r_i . r_j / (|r_i| |r_j| + shrinkage)), where r_i is the item's column of residuals of the bias model
+    (adjusted cosine), or of clicks; e_j is the residual of the support's rating.
+
+    Args:
+      shrinkage: of a similarity that rests on few users, in squared ratings (ratings) or users (clicks).
+      shrinkage_predict: of a prediction that rests on little similarity. Ratings only.
+      top: neighbours kept for each item. None: all, as a dense matrix, for up to ``dense_limit`` item rows; else 200.
+
+    Source: Sarwar et al., "Item-based Collaborative Filtering Recommendation Algorithms", 2001.
+    """
+    _check(train, known, "item_knn")
+    if train.rating is None:
+        values, params = np.ones(len(train), np.float32), {}
+    else:
+        mu, item_bias, user_bias = bias_terms(train)
+        values = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
+        params = _bias_params(train, 5.0, 2.0) | {"shrinkage": jnp.float32(shrinkage_predict)}
+    if top is None and train.items.num_rows <= dense_limit:
+        params["similar"] = jnp.asarray(similarities(train, values, shrinkage))
+    else:
+        ids, similar = neighbours(train, values, shrinkage, 200 if top is None else top)
+        params |= {"neighbour": jnp.asarray(ids), "similar": jnp.asarray(similar)}
+    return Method(params, _knn_adapt, _knn_predict)
+
+
+def _knn_adapt(params: Any, support: Examples, key: Array) -> Any:
+    """The support itself, sorted by item id; padding has id 0, which nobody's neighbour is."""
+    target, weight = _weighted(support)
+    ids = jnp.where(weight > 0, support.inputs["item_id"], 0)
+    order = jnp.argsort(ids)
+    if "mu" not in params:
+        return {"id": ids[order], "weight": (weight * target)[order]}
+    user = _bias_adapt(params, support, key)
+    residual = target - _bias_predict(params, user, {"item_id": ids})
+    return user | {"id": ids[order], "weight": weight[order], "residual": residual[order]}
+
+
+def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    if "neighbour" in params:
+        found = params["neighbour"][inputs["item_id"]]
+        place = jnp.minimum(jnp.searchsorted(adapted["id"], found), adapted["id"].shape[0] - 1)
+        similar = params["similar"][inputs["item_id"]] * (adapted["id"][place] == found)
+        pick = lambda a: a[place]  # noqa: E731
+    else:
+        similar = params["similar"][inputs["item_id"][:, None], adapted["id"]]
+        pick = lambda a: a  # noqa: E731
+    similar = similar * pick(adapted["weight"])
+    if "residual" not in adapted:
+        return similar.sum(-1)
+    moved = (similar * pick(adapted["residual"])).sum(-1) / (similar.sum(-1) + params["shrinkage"])
+    return _bias_predict(params, adapted, inputs) + moved
+
+
+# Matrix factorisation -----------------------------------------------------------------------------------------------
+
+
+def als(
+    train: Interactions,
+    known: Catalogue,
+    *,
+    size: int = 16,
+    reg: float = 5.0,
+    reg_bias: float | None = None,
+    alpha: float = 10.0,
+    iterations: int = 8,
+    seed: int = 0,
+) -> Method:
+    """Matrix factorisation by ALS; a new user's factors and bias are folded in by the same normal equations.
+
+    Ratings: [p, b] = (X^T X + R)^-1 X^T (r - mu - b_i), X = [q_i, 1] over the support, R = diag(reg, ..., reg, reg_bias). Clicks: p = (Q^T Q + alpha X^T X +
+    reg I)^-1 (1 + alpha) X^T 1, X = q_i over the support's positives. See `metarec_jax.factorization`.
+
+    Args:
+      size: length of a factor.
+      reg, reg_bias: ridge of the factors and of the biases; None: reg. Biases are of ratings only.
+      alpha: weight of a click over its absence; clicks only.
+      iterations, seed: of the fit.
+    """
+    _check(train, known, "als")
+    if train.rating is None:
+        f = implicit_als_factors(train, size=size, reg=reg, alpha=alpha, iterations=iterations, seed=seed)
+        gram = f.item_factors.T @ f.item_factors
+        params = {"item": jnp.asarray(f.item_factors), "gram": jnp.asarray(gram), "alpha": jnp.float32(alpha)}
+        return Method(params | {"reg": jnp.float32(reg)}, _implicit_fold_in, _implicit_predict)
+    f = als_factors(train, size=size, reg=reg, reg_bias=reg_bias, iterations=iterations, seed=seed)
+    ridge = np.array([reg] * size + [reg if reg_bias is None else reg_bias], np.float32)
+    params = {"mu": jnp.float32(f.mu), "item_bias": jnp.asarray(f.item_bias), "item": jnp.asarray(f.item_factors)}
+    return Method(params | {"reg": jnp.asarray(ridge)}, _fold_in, _als_predict)
+
+
+def _fold_in(params: Any, support: Examples, key: Array) -> Any:
+    target, weight = _weighted(support)
+    ids = support.inputs["item_id"]
+    x = jnp.concatenate([params["item"][ids], jnp.ones((ids.shape[0], 1))], axis=1)
+    wanted = (target - params["mu"] - params["item_bias"][ids]) * weight
+    left = x.T @ (x * weight[:, None]) + jnp.diag(params["reg"])
+    solved = jax.scipy.linalg.solve(left, x.T @ wanted, assume_a="pos")
+    return {"factors": solved[:-1], "bias": solved[-1]}
+
+
+def _als_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    return _bias_predict(params, adapted, inputs) + params["item"][inputs["item_id"]] @ adapted["factors"]
+
+
+def _implicit_fold_in(params: Any, support: Examples, key: Array) -> Any:
+    target, weight = _weighted(support)
+    x, liked = params["item"][support.inputs["item_id"]], (weight * target)[:, None]
+    left = params["gram"] + params["alpha"] * x.T @ (x * liked) + params["reg"] * jnp.eye(x.shape[1])
+    return {"factors": jax.scipy.linalg.solve(left, (1 + params["alpha"]) * (x * liked).sum(0), assume_a="pos")}
+
+
+def _implicit_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    return params["item"][inputs["item_id"]] @ adapted["factors"]
+
+
+BASELINES: Mapping[str, Factory] = MappingProxyType(
+    {
+        "random": random,
+        "popularity": popularity,
+        "item_mean": item_mean,
+        "user_mean": user_mean,
+        "bias": bias,
+        "item_knn": item_knn,
+        "als": als,
+    }
+)
+"""The factories by name. ``item_mean``, ``user_mean`` and ``bias`` want ratings."""
+
+
+# Fitting and tuning all of them -------------------------------------------------------------------------------------
+
+_GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "bias": {"reg_user": (0.5, 1.0, 2.0, 5.0), "reg_item": (2.0, 5.0, 10.0)},
+    "item_knn": {"shrinkage_predict": (0.03, 0.1, 0.3, 1.0), "shrinkage": (5.0, 20.0, 100.0)},
+    "als": {"reg": (3.0, 5.0, 8.0, 12.0), "size": (8, 16, 32), "reg_bias": (2.0, 5.0, 10.0)},
+}
+_CLICK_GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "item_knn": {"shrinkage": (1.0, 10.0, 100.0)},
+    "als": {"alpha": (2.0, 10.0, 40.0), "reg": (1.0, 10.0, 50.0), "size": (16, 32, 64)},
+}
+
+
+def fit_baselines(
+    train: Interactions,
+    known: Catalogue,
+    validation_tasks: Mapping[str, TaskSet] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    tuning_rows: int = 1_000_000,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Method]:
+    """Fit baselines; with validation tasks, hyperparameters are tuned first, one at a time, each over a small grid.
+
+    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
+
+    Args:
+      validation_tasks: by scenario; None or empty: the defaults are taken.
+      names: of `BASELINES`; None: all that suit the data.
+      tuning_rows: tuning sees the whole histories of random users, about this many interactions; the fit sees all.
+      say: called with one line for each tuned baseline.
+
+    Raises:
+      MetarecError: an unknown name, or one that wants ratings where there are none.
+    """
+    suitable = [n for n in BASELINES if not (train.implicit and n in ("item_mean", "user_mean", "bias"))]
+    names = suitable if names is None else list(names)
+    for name in names:
+        if name not in BASELINES:
+            raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
+    grids = _CLICK_GRIDS if train.implicit else _GRIDS
+    tasks = {s: t for s, t in (validation_tasks or {}).items() if len(t)}
+    part = _some_users(train, tuning_rows) if tasks else train
+    methods = {}
+    for name in names:
+        chosen: dict[str, Any] = {}
+        if tasks and name in grids:
+            chosen, score = _search(BASELINES[name], grids[name], part, known, tasks)
+            if say is not None:
+                told = ", ".join(f"{k} {v:g}" for k, v in chosen.items())
+                say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
+        methods[name] = BASELINES[name](train, known, **chosen)
+    return methods
+
+
+def _some_users(train: Interactions, rows: int) -> Interactions:
+    if len(train) <= rows:
+        return train
+    users = np.random.default_rng(0).permutation(train.users.num_rows)
+    count = np.bincount(train.user, minlength=train.users.num_rows)[users]
+    keep = np.zeros(train.users.num_rows, bool)
+    keep[users[: max(1, int(np.searchsorted(np.cumsum(count), rows)))]] = True
+    part = train.take(keep[train.user])
+    return part if len(part) else train
+
+
+def _search(
+    factory: Factory, grid: Mapping[str, Sequence[float]], train: Interactions, known: Catalogue, tasks: Mapping[str, TaskSet]
+) -> tuple[dict[str, Any], float]:
+    """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
+    chosen: dict[str, Any] = {}
+    best = np.inf
+    for argument, values in grid.items():
+        scores = {}
+        for value in values:
+            method = factory(train, known, **chosen, **{argument: value})
+            scores[value] = float(np.mean([_quality(method, t, known, train) for t in tasks.values()]))
+        chosen[argument] = min(scores, key=scores.__getitem__)
+        best = scores[chosen[argument]]
+    return chosen, best
+
+
+def _quality(method: Method, tasks: TaskSet, known: Catalogue, train: Interactions, size: int = 64) -> float:
+    """Mean over tasks of MAE, or of -nDCG@10 where the feedback is implicit."""
+    key = jax.random.key(0)
+    each: list[np.ndarray] = []
+    if train.rating is None:
+        items = np.unique(train.item)
+        pool = jnp.asarray(items if len(items) <= 20_000 else np.random.default_rng(0).choice(items, 20_000, replace=False))
+        for index, task in batches(tasks, known, size):
+            gain = _click_quality(method.adapt, method.predict, method.params, known, pool, task, key)
+            each.append(-np.asarray(gain)[: len(index)])
+    else:
+        low, high = float(train.rating.min()), float(train.rating.max())
+        for index, task in batches(tasks, known, size):
+            each.append(np.asarray(_rating_quality(method.adapt, method.predict, method.params, task, low, high, key))[: len(index)])
+    return float(np.concatenate(each).mean())
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rating_quality(adapt: Any, predict: Any, params: Any, task: Task, low: Array, high: Array, key: Array) -> Array:
+    def one(task: Task) -> Array:
+        scores = jnp.clip(predict(params, adapt(params, task.support, key), task.query.inputs), low, high)
+        mask = task.query.mask
+        return (jnp.abs(scores - task.query.target) * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+    return jax.vmap(one)(task)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _click_quality(
+    adapt: Any, predict: Any, params: Any, known: Catalogue, pool: Array, task: Task, key: Array
+) -> Array:
+    """nDCG@10 of the query's positives among ``pool``; a tie counts half, and the support competes with nothing."""
+    candidates = inputs(known, jnp.int32(0), pool)
+    competes = candidates["item_id"]
+
+    def one(task: Task) -> Array:
+        adapted = adapt(params, task.support, key)
+        user = {name: column for name, column in task.query.inputs.items() if name.startswith("user_")}
+        own = predict(params, adapted, task.query.inputs)[:, None]
+        others = predict(params, adapted, {**candidates, **user})[None, :]
+        support = jnp.where(task.support.mask > 0, task.support.inputs["item_id"], 0)
+        free = (competes[None, :] != task.query.inputs["item_id"][:, None]) & ~jnp.isin(competes, support)
+        rank = 1 + (free * ((others > own) + 0.5 * (others == own))).sum(1)
+        liked = task.query.mask * (task.query.target > 0)
+        gain = (liked * (rank <= 10) / jnp.log2(1 + rank)).sum()
+        ideal = jnp.where(jnp.arange(10) < liked.sum(), 1 / jnp.log2(2.0 + jnp.arange(10)), 0.0).sum()
+        return gain / jnp.maximum(ideal, 1e-6)
+
+    return jax.vmap(one)(task)

@@ -1,0 +1,207 @@
+"""The command line, ``metarec``. tyro stands only here; jax is imported inside commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metarec_jax import config
+
+_INTERRUPTED = 130
+
+
+def _sections() -> type:
+    """One dataclass of all options of a run, in the groups of `config.Config`, with its names, defaults and help."""
+    groups: list[tuple[str, Any, Any]] = []
+    for name, section in typing.get_type_hints(config.Config).items():
+        hints = typing.get_type_hints(section)
+        fields: list[tuple[str, Any, Any]] = []
+        for f in dataclasses.fields(section):
+            kind = hints[f.name]
+            if f.metadata["flag"] == "data":
+                kind = Annotated[kind, tyro.conf.Positional]
+            text = {str: "DATA", str | None: "TEXT", int | None: "INT"}.get(hints[f.name])
+            hint = "" if f.default in (None, ()) else None
+            kind = Annotated[kind, tyro.conf.arg(help=f.metadata["help"], metavar=text, help_behavior_hint=hint)]
+            fields.append((f.metadata["flag"] or f.name, kind, dataclasses.field(default=f.default)))
+        group = dataclasses.make_dataclass(name, fields)
+        group.__doc__ = f"{section.__doc__}"
+        groups.append((name, group, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("Options", groups)
+
+
+Options: Any = _sections()
+
+
+def _configured(options: Any) -> config.Config:
+    sections = typing.get_type_hints(config.Config)
+    return config.Config(
+        **{
+            name: section(**{f.name: getattr(getattr(options, name), f.metadata["flag"] or f.name) for f in fields})
+            for name, section in sections.items()
+            for fields in [dataclasses.fields(section)]
+        }
+    )
+
+
+RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="a run directory, such as runs/ml-1m")]
+DataDir = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        metavar="PATH", help_behavior_hint="", help="cache of named data sets; default: METAREC_DATA_DIR, or the user's"
+    ),
+]
+Json = Annotated[bool, tyro.conf.arg(help="print the results as one JSON object, the last line")]
+
+
+def fit(
+    options: Any,
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="run directory; default: runs/NAME")
+    ] = None,
+    fresh: Annotated[bool, tyro.conf.arg(help="start over, whatever the run directory holds")] = False,
+    evaluate: Annotated[
+        bool, tyro.conf.arg(help="only train: no comparison with the baselines, no report", help_behavior_hint="")
+    ] = True,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> int:
+    """Meta-train a recommender, compare it with plain baselines, write a report. The same command again resumes.
+
+    For example:
+
+      metarec fit ml-1m
+      metarec fit ratings.csv --user-col uid --item-features movies.csv
+      metarec fit ml-1m --learner maml --inner-steps 5 --out runs/maml
+    """
+    from metarec_jax import commands
+
+    return commands.fit(_configured(options), out=out, fresh=fresh, evaluate=evaluate, data_dir=data_dir, as_json=json)
+
+
+def evaluate(
+    run: RunDir,
+    seeds: Annotated[int, tyro.conf.arg(help="draws of support and query to average over")] = 1,
+    max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
+    json: Json = False,
+) -> int:
+    """Measure a trained run beside the baselines, on its held-out users and items; write report.md and report.html.
+
+    For example:
+
+      metarec evaluate runs/ml-1m
+      metarec evaluate runs/ml-1m --seeds 5 --json
+    """
+    from metarec_jax import commands
+
+    return commands.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
+
+
+def recommend(
+    run: RunDir,
+    rate: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="ITEM=RATING", help="what the new user thinks of an item, by id or title; may be repeated"
+        ),
+    ] = (),
+    history: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="table of new users and their ratings")
+    ] = None,
+    top: Annotated[int, tyro.conf.arg(aliases=["-n"], help="items to recommend")] = 10,
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="write a CSV file instead of printing")
+    ] = None,
+    why: Annotated[
+        bool, tyro.conf.arg(help="do not name the feedback that moved each score", help_behavior_hint="")
+    ] = True,
+    json: Json = False,
+) -> int:
+    """Recommend items to users the model has never seen, from what they say of a few items.
+
+    For example:
+
+      metarec recommend runs/ml-1m --rate "Toy Story (1995)=5" --rate "Heat (1995)=2" -n 10
+      metarec recommend runs/ml-1m --history new_users.csv -n 10 --out recs.csv
+    """
+    from metarec_jax import asking
+
+    return asking.recommend(run, rate=rate, history=history, top=top, out=out, why=why, as_json=json)
+
+
+def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
+    """Say what is in a data set: counts, densities, ratings, cold-start facts, and what was dropped on reading.
+
+    For example:
+
+      metarec data ml-1m
+      metarec data ratings.csv --user-col uid --json
+    """
+    from metarec_jax import commands
+
+    section = config.DataConfig
+    given = {f.name: getattr(options, f.metadata["flag"] or f.name) for f in dataclasses.fields(section)}
+    return commands.data(section(**given), data_dir=data_dir, as_json=json)
+
+
+# The options are made, not written, so their types cannot be either.
+_FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.arg(name=""))
+fit.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[misc]
+data.__annotations__["options"] = Annotated[(typing.get_type_hints(Options)["data"], *_FLAT)]  # type: ignore[misc]
+
+
+def doctor(data_dir: DataDir = None) -> int:
+    """Show versions, devices, threads, caches and disk, and what is missing and what it would bring.
+
+    For example:
+
+      metarec doctor
+    """
+    from metarec_jax import doctor
+
+    return doctor.doctor(data_dir=data_dir)
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {
+    "fit": fit,
+    "evaluate": evaluate,
+    "recommend": recommend,
+    "data": data,
+    "doctor": doctor,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS,
+            prog="metarec",
+            description="Recommend to users never seen, from a table of interactions. Begin with: metarec fit ml-1m",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from metarec_jax.core import MetarecError
+
+        if not isinstance(error, MetarecError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""What the commands do. Human text goes to stdout, progress to stderr; with ``as_json`` the last line is one object."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarec_jax import config as configs
+from metarec_jax import runs
+from metarec_jax.core import Method
+from metarec_jax.data.datasets import describe
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.splits import Split
+from metarec_jax.data.tasks import TaskSet, catalogue, make_tasks
+from metarec_jax.doctor import compile_cache, line
+from metarec_jax.results import Report
+from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.training.progress import Progress, StopSignal, read_history
+
+_VALIDATION_USERS = 1000
+_CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
+
+
+class Phases:
+    """Wall-clock seconds of the parts of a command."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
+
+
+def fit(
+    config: configs.Config, *, out: Path | None, fresh: bool, evaluate: bool, data_dir: Path | None, as_json: bool
+) -> int:
+    """``metarec fit``: train (or resume), then measure and report."""
+    compile_cache()
+    phases = Phases()
+    with phases("load"):
+        data = configs.build_data(config.data, data_dir=data_dir)
+    _tell_data(data)
+    directory = out or Path("runs") / runs.name_of(data)
+    with Checkpoints(directory, identity=runs.identity(config, data), fresh=fresh, say=print) as checkpoints:
+        if fresh:
+            _clear(directory)
+        if runs.result(directory) is None and not _train(config, data, directory, checkpoints, phases):
+            return 0
+        if not evaluate:
+            print(f"trained: {directory}; {phases}")
+            print(f"next: metarec evaluate {directory}")
+            return 0
+        summary = directory / "evaluation" / "summary.json"
+        if summary.is_file():
+            print(f"{directory} is finished already (--fresh starts over)")
+            found = json.loads(summary.read_text())
+        else:
+            found = _measure(runs.open_run(directory), 1, 1000, phases)
+    _tell_next(directory, data)
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> int:
+    """``metarec evaluate``: measure a trained run beside the baselines."""
+    compile_cache()
+    phases = Phases()
+    with phases("open"):
+        run = runs.open_run(directory)
+    found = _measure(run, seeds, max_users, phases)
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def data(config: configs.DataConfig, *, data_dir: Path | None, as_json: bool) -> int:
+    """``metarec data``: what is in a data set."""
+    found = describe(configs.build_data(config, data_dir=data_dir))
+    print(runs.summary(found))
+    line("density", f"{found['density']:.3%}")
+    for name in ("per_user", "per_item"):
+        line(name.replace("_", " "), "  ".join(f"{k} {v:,.0f}" for k, v in found[name].items()))
+    if found["ratings"] is None:
+        line("ratings", "none: implicit feedback")
+    else:
+        line("ratings", f"mean {found['ratings']['mean']:.3f}, sd {found['ratings']['sd']:.3f}")
+        most = max(found["ratings"]["histogram"].values())
+        for value, count in found["ratings"]["histogram"].items():
+            line("", f"{value:>12}  {count:>10,}  {'#' * round(30 * count / most)}")
+    if found["time"] is not None:
+        line("time", f"{found['time']['first']} to {found['time']['last']} ({found['time']['days'] or 0:,.0f} days)")
+    for name, share in found["concentration"].items():
+        line(name.replace("_", " "), f"{share:.2f}" if name == "gini" else f"{share:.1%} of interactions")
+    for side in ("users", "items"):
+        few = found["cold_start"][f"{side}_with_fewer_than"]
+        line(f"cold {side}", ", ".join(f"{count:,} with fewer than {n}" for n, count in few.items()))
+    for name, facts in (found["user_features"] | found["item_features"]).items():
+        values = f", {facts['cardinality']:,} values" if facts["cardinality"] is not None else ""
+        line(name, f"{facts['kind']}{values}, known for {facts['coverage']:.0%}")
+    for note in found["notes"]:
+        line("note", note)
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def _train(
+    config: configs.Config, data: Interactions, directory: Path, checkpoints: Checkpoints, phases: Phases
+) -> bool:
+    """Train to the end and write it down; False where a signal stopped it."""
+    from metarec_jax.training.loop import fit
+    from metarec_jax.training.validation import validator
+
+    with phases("prepare"):
+        parts = configs.build_split(config.split, data)
+        _tell_split(parts)
+        runs.write(directory, config, data, parts.train)
+        learner = configs.build_learner(config, data)
+        source = configs.build_source(config.tasks, parts.train)
+        params = configs.build_params(config, learner, parts.train)
+        held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
+        known = catalogue(data, parts.train, config.tasks.user_rows)
+        validate = validator(learner, held, known, rating_range=_range(data)) if held else None
+    settings = config.train
+    with (
+        phases("train"),
+        StopSignal() as stop,
+        Progress(
+            settings.steps,
+            tasks=config.tasks.tasks,
+            path=directory / "metrics.jsonl",
+            tensorboard=directory / "tensorboard",
+        ) as progress,
+    ):
+        found = fit(
+            learner,
+            source,
+            steps=settings.steps,
+            lr=settings.lr,
+            seed=settings.seed,
+            params=params,
+            validate=validate,
+            validate_every=settings.validate_every,
+            monitor="error",
+            patience=settings.patience,
+            checkpoints=_Resuming(checkpoints, progress),
+            save_every=settings.save_every,
+            progress=progress.update,
+            stop=lambda: bool(stop),
+        )
+    if found.stopped == "interrupted":
+        print(f"{stop.name}: saved at step {found.step} of {settings.steps} in {directory}")
+        print("resume: run the same command again")
+        return False
+    print(f"trained {found.step} steps ({found.stopped})")
+    runs.write_json(directory / "result.json", {"step": found.step, "stopped": found.stopped})
+    return True
+
+
+class _Resuming:
+    """Checkpoints that tell the progress where training goes on."""
+
+    def __init__(self, checkpoints: Checkpoints, progress: Progress) -> None:
+        self._progress, self.save = progress, checkpoints.save
+        self._checkpoints = checkpoints
+
+    def restore(self, like: Any, *, which: Any = "latest") -> tuple[int, Any] | None:
+        found = self._checkpoints.restore(like, which=which)
+        if which == "latest" and found is not None:
+            self._progress.resume(found[0])
+            self._progress.note(f"resuming at step {found[0]}")
+        return found
+
+
+def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
+    """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
+    from metarec_jax import results
+    from metarec_jax.baselines import fit_baselines
+    from metarec_jax.evaluation import evaluate
+    from metarec_jax.report import terminal_table, write_report
+
+    config = run.config
+    with phases("baselines"):
+        parts = configs.build_split(config.split, run.data)
+        held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
+        baselines = fit_baselines(parts.train, run.known, held, say=print)
+    methods: dict[str, Method] = {config.learner.name: runs.method(run)} | baselines
+    with phases("evaluate"):
+        reports = [
+            evaluate(
+                methods,
+                _tasks(config, parts, parts.test, seed=seed, max_users=max_users),
+                run.known,
+                rating_range=_range(run.data),
+                relevant=_relevant(run.data),
+                catalogue_ranking=True,
+                curve=_CURVE,
+                baselines=tuple(baselines),
+                ranking_only=_ranking_only(run.data, methods),
+                seed=seed,
+            )
+            for seed in range(seeds)
+        ]
+        report: Report = results.merge(reports)
+    with phases("report"):
+        report.save(run.directory / "evaluation")
+        write_report(report, run.directory, history=read_history(run.directory / "metrics.jsonl"))
+        found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
+        runs.write_json(run.directory / "evaluation" / "summary.json", found)
+    print(terminal_table(report))
+    print(f"report: {run.directory / 'report.html'}")
+    print(phases)
+    return found
+
+
+def _tasks(
+    config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
+) -> dict[str, TaskSet]:
+    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed."""
+    found = {}
+    for name, part in scenarios.items():
+        if not len(part):
+            continue
+        tasks = make_tasks(
+            part,
+            history=parts.history.get(name),
+            query=config.tasks.query,
+            order=config.tasks.order,
+            negatives=configs.negatives(config.tasks, part),
+            seed=seed,
+        )
+        if len(tasks) > max_users:
+            chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
+            tasks = TaskSet(*(column[chosen] for column in tasks))
+        if len(tasks):
+            found[name] = tasks
+    return found
+
+
+def _range(data: Interactions) -> tuple[float, float] | None:
+    return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
+
+
+def _relevant(data: Interactions) -> float:
+    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
+    span = _range(data)
+    return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
+
+
+def _ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
+    return tuple(methods) if data.implicit else ("popularity",)
+
+
+def _tell_data(data: Interactions) -> None:
+    counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
+    print(f"{data.name}: {runs.summary({'counts': counts})}")
+    features = [*data.user_features, *data.item_features]
+    print(f"  features: {', '.join(features) if features else 'none; items never rated are all alike'}")
+    for note in data.notes:
+        print(f"  note: {note}")
+
+
+def _tell_split(parts: Split) -> None:
+    print(f"  training on {len(parts.train):,} interactions of {len(np.unique(parts.train.user)):,} users")
+    for name, part in parts.test.items():
+        print(f"  held out for test, {name}: {len(part):,} of {len(np.unique(part.user)):,} users")
+    for reason, count in parts.dropped.items():
+        print(f"  left out: {count:,} ({reason})")
+
+
+def _tell_next(directory: Path, data: Interactions) -> None:
+    popular = int(np.bincount(data.item).argmax())
+    title = data.items.decode([popular])[0] if data.titles is None else data.titles[popular - 1]
+    best = "" if data.rating is None else f"={data.rating.max():g}"
+    print(f'next: metarec recommend {directory} --rate "{title}{best}" -n 10')
+
+
+def _clear(directory: Path) -> None:
+    """Forget a run's files; what the user put there stays."""
+    for name in ("evaluation", "tensorboard"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (
+        "result.json",
+        "metrics.jsonl",
+        "report.md",
+        "report.html",
+        "data.parquet",
+        "catalogue.npz",
+        "config.json",
+    ):
+        (directory / name).unlink(missing_ok=True)

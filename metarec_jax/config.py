@@ -1,0 +1,363 @@
+"""The configuration of a run, and the ONE place where a string becomes a value.
+
+Plain frozen dataclasses; every default, bound and line of help stands here and nowhere else (the command line is made
+from them). Nothing heavy is imported until something is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from metarec_jax.core import Array, Learner, Model, Params
+    from metarec_jax.data.interactions import Interactions
+    from metarec_jax.data.splits import Split
+    from metarec_jax.data.tasks import TaskSource
+
+
+def option(
+    default: Any, help: str, *, flag: str | None = None, low: float | None = None, high: float | None = None
+) -> Any:
+    """A field: its default, its help, its name on the command line, and bounds for each number in it."""
+    return field(default=default, metadata={"help": help, "flag": flag, "low": low, "high": high})
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if "help" in f.metadata:
+                _check(f"{_section(type(self))}.{f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    """What to learn from: a named data set, or a file or folder and the columns in it."""
+
+    name: str = option("ml-1m", "a data set (ml-1m, ml-100k, synthetic) or the path of a file or folder", flag="data")
+    user_col: str | None = option(None, "column of user ids; found by its usual names if not given")
+    item_col: str | None = option(None, "column of item ids")
+    rating_col: str | None = option(None, "column of ratings; '' reads clicks, not ratings")
+    timestamp_col: str | None = option(None, "column of times; '' reads without times")
+    title_col: str | None = option(None, "column of display names of items")
+    implicit: bool = option(False, "take no notice of ratings: every row is a positive")
+    user_features: str | None = option(None, "file with one row a user")
+    item_features: str | None = option(None, "file with one row an item")
+    unrated_items: bool = option(False, "recommend also items that only the file of item features names")
+    duplicates: Literal["last", "first", "mean", "error"] = option("last", "which rating of a repeated pair to keep")
+
+
+@dataclass(frozen=True)
+class SplitConfig(_Checked):
+    """Which users and items are held out."""
+
+    scenarios: tuple[str, ...] = option(
+        ("warm", "user_cold", "item_cold", "both_cold"), "what to test: warm, user_cold, item_cold, both_cold"
+    )
+    by: Literal["random", "time"] = option("random", "hold out at random, or those who came last")
+    test: float = option(0.1, "share of users, and of items, for the test", low=0.0, high=0.9)
+    validation: float = option(0.1, "share of users, and of items, for validation", low=0.0, high=0.9)
+    seed: int = option(0, "seed of the split", flag="split_seed", low=0)
+    partition: str | None = option(None, "file of a published partition, in place of all of the above")
+
+
+@dataclass(frozen=True)
+class TaskConfig(_Checked):
+    """How a user becomes a task."""
+
+    tasks: int = option(64, "tasks (users) a step", low=1)
+    support: tuple[int, int] = option((3, 64), "fewest and most ratings to adapt on", low=0)
+    query: int = option(10, "ratings to predict", low=1)
+    order: Literal["random", "time"] = option("random", "support and query at random, or past and future")
+    user_rows: Literal["prior", "own"] = option("prior", "users enter as new ones, or with a row of their own")
+    user_drop: float = option(0.0, "chance that a user's id is hidden", low=0.0, high=1.0)
+    item_drop: float = option(0.3, "chance that an item's id is hidden, so that content is learned", low=0.0, high=1.0)
+    negatives: int | None = option(
+        None, "items never had, for each one had; by default 4 for clicks, 0 for ratings", low=0
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """The scoring function."""
+
+    name: Literal["content", "meta_recommender"] = option(
+        "content", "ids and features of both sides, or two embeddings and a linear layer", flag="model"
+    )
+    size: int = option(16, "length of the vectors", low=1, high=4096)
+    head: Literal["dot", "mlp"] = option("dot", "of the content model: dot product, or dense layers")
+    hidden: tuple[int, ...] = option((64, 64), "units of the dense layers", low=1)
+
+
+@dataclass(frozen=True)
+class LearnerConfig(_Checked):
+    """The meta-learner."""
+
+    name: Literal["ridge", "maml", "reptile"] = option(
+        "ridge", "closed form on learned vectors, or gradient steps", flag="learner"
+    )
+    inner_lr: float = option(0.1, "maml, reptile: inner rate", low=0.0)
+    inner_steps: int = option(5, "maml, reptile: inner steps", low=0)
+    rule: Literal["sgd", "meta_sgd", "adam"] = option("sgd", "maml, reptile: inner rule; meta_sgd learns its rates")
+    only: tuple[str, ...] = option((), "maml, reptile: parameters that adapt, such as 'net'; all by default")
+    first_order: bool = option(False, "maml: take inner gradients for constants")
+    per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
+    loss: Literal["auto", "mse", "bce", "bpr", "sampled_softmax"] = option(
+        "auto", "maml, reptile: the loss; auto is mse for ratings, bce for clicks"
+    )
+    precision: float = option(5.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Checked):
+    """Meta-training."""
+
+    steps: int = option(2000, "outer steps", low=0)
+    lr: float = option(3e-3, "outer rate, decayed to a tenth", low=0.0)
+    seed: int = option(0, "seed of parameters and tasks", low=0)
+    warm_start: bool = option(True, "start item vectors from a matrix factorisation; on by default")
+    validate_every: int = option(250, "steps between validations", low=1)
+    patience: int = option(8, "validations without a better one before stopping early", low=1)
+    save_every: int = option(250, "steps between checkpoints", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. ``Config()`` is what ``metarec fit`` does.
+
+    >>> Config(learner=LearnerConfig(name="maml", inner_steps=1)).learner.inner_lr
+    0.1
+    >>> from_dict(to_dict(Config())) == Config()
+    True
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        known = ("warm", "user_cold", "item_cold", "both_cold")
+        for name in self.split.scenarios:
+            if name not in known:
+                raise _error(f"split.scenarios: {name!r} is not known; {_meant(name, known)}")
+        low, high = self.tasks.support
+        if low > high:
+            raise _error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
+        if self.learner.name == "ridge" and (self.model.name, self.model.head) == ("meta_recommender", "dot"):
+            raise _error("learner 'ridge' wants model 'content'; give --model content, or --learner maml")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dicts and lists, for JSON."""
+    return {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
+        for name, part in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration of nested dicts; what is not given has its default.
+
+    Raises:
+      MetarecError: an unknown name, or a value of the wrong type or out of bounds.
+    """
+    sections = typing.get_type_hints(Config)
+    parts = {}
+    for name, given in values.items():
+        _known(name, sections, "the configuration")
+        names = [f.name for f in dataclasses.fields(sections[name])]
+        for key in given:
+            _known(key, names, f"section {name!r}")
+        parts[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return Config(**parts)
+
+
+def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Interactions:
+    """Read the data set or the file that ``config`` names. ``data_dir`` is the cache of named data sets."""
+    from metarec_jax.data import datasets, readers
+
+    columns = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("name", "implicit")
+    }
+    path = Path(config.name).expanduser()
+    if path.exists() and config.name not in datasets.DATASETS:
+        return readers.read(path, implicit=config.implicit, **columns)
+    given = [f.name for f in dataclasses.fields(config) if f.name in columns and columns[f.name] != f.default]
+    data = datasets.load(config.name, data_dir=data_dir)
+    if given:
+        raise _error(f"{given[0]} is for files, and {config.name!r} is a named data set; leave it out")
+    return dataclasses.replace(data, rating=None) if config.implicit else data
+
+
+def build_split(config: SplitConfig, data: Interactions) -> Split:
+    """Part the data as ``config`` says."""
+    from metarec_jax.data import splits
+
+    if config.partition is not None:
+        return splits.read_partition(config.partition, data, validation=config.validation, seed=config.seed)
+    return splits.split(
+        data, config.scenarios, by=config.by, test=config.test, validation=config.validation, seed=config.seed
+    )
+
+
+def negatives(config: TaskConfig, data: Interactions) -> int:
+    """Negatives for each positive: as configured, or by the kind of feedback."""
+    return config.negatives if config.negatives is not None else 4 if data.implicit else 0
+
+
+def build_source(config: TaskConfig, train: Interactions) -> TaskSource:
+    """Tasks drawn from the training part."""
+    from metarec_jax.data.tasks import task_source
+
+    return task_source(
+        train,
+        tasks=config.tasks,
+        support=config.support,
+        query=config.query,
+        order=config.order,
+        user_rows=config.user_rows,
+        user_drop=config.user_drop,
+        item_drop=config.item_drop,
+        negatives=negatives(config, train),
+    )
+
+
+def build_model(config: ModelConfig, data: Interactions) -> Model:
+    """The model for the columns of ``data``."""
+    from metarec_jax import models
+
+    if config.name == "meta_recommender":
+        return models.meta_recommender(data.users.num_rows, data.items.num_rows, size=config.size)
+    return models.content_model(data.columns, size=config.size, head=config.head, hidden=config.hidden)
+
+
+def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array]:
+    """The loss of gradient-based learners."""
+    from metarec_jax import losses
+
+    name = ("bce" if data.implicit else "mse") if config.loss == "auto" else config.loss
+    return {f.__name__: f for f in (losses.mse, losses.bce, losses.bpr, losses.sampled_softmax)}[name]
+
+
+def build_learner(config: Config, data: Interactions) -> Learner:
+    """The meta-learner over the model, for the columns of ``data``."""
+    import optax
+
+    from metarec_jax import learners
+
+    model, given = build_model(config.model, data), config.learner
+    if given.name == "ridge":
+        return learners.ridge(model, precision=given.precision)
+    rules = {
+        "sgd": lambda: learners.sgd(given.inner_lr),
+        "meta_sgd": lambda: learners.meta_sgd(given.inner_lr),
+        "adam": lambda: learners.from_optax(optax.adam(given.inner_lr, eps_root=1e-8)),
+    }
+    shared: dict[str, Any] = {
+        "inner_steps": given.inner_steps,
+        "rule": rules[given.rule](),
+        "loss": build_loss(given, data),
+        "only": given.only or None,
+    }
+    if given.name == "reptile":
+        return learners.reptile(model, **shared)
+    return learners.maml(model, first_order=given.first_order, per_step_losses=given.per_step_losses, **shared)
+
+
+def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
+    """Where training starts: item vectors of a quick matrix factorisation, or None for the learner's own start.
+
+    The dot head scores ``mean + b_user + b_item + <u, v>``, as a factorisation does; its rows are laid in as they are.
+    """
+    import jax
+    import numpy as np
+
+    warm = config.train.warm_start and not train.implicit
+    if not warm or (config.model.name, config.model.head) != ("content", "dot"):
+        return None
+    from metarec_jax.factorization import als_factors
+
+    found = als_factors(train, size=config.model.size, seed=config.train.seed)
+    params = learner.init(jax.random.key(config.train.seed))
+    tables, net = dict(params["tables"]), params["net"]
+    rows = {"item_id": (found.item_bias, found.item_factors), "user_id": (found.user_bias, found.user_factors)}
+    for name, (bias, factors) in rows.items():
+        tables[name] = jax.numpy.asarray(np.concatenate([bias[:, None], factors], axis=1))
+    net = {**net, "params": {**net["params"], "mean": jax.numpy.float32(found.mu)}}
+    return {**params, "tables": tables, "net": net}
+
+
+def _error(message: str) -> Exception:
+    from metarec_jax.core import MetarecError  # imports jax, which --help must not
+
+    return MetarecError(message)
+
+
+def _section(kind: type) -> str:
+    return {"TaskConfig": "tasks"}.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
+
+
+def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise _error(f"{name}: {value!r} is not known; {_meant(str(value), typing.get_args(hint))}")
+        return
+    if not _fits(value, hint):
+        raise _error(f"{name} wants {_spoken(hint)}, got {value!r}; correct it")
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        low, high = metadata["low"], metadata["high"]
+        if isinstance(number, bool | str | NoneType):
+            continue
+        if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
+            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
+            raise _error(f"{name} must be {bounds}, got {number}; correct it")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        many = parts[-1] is Ellipsis
+        return (
+            isinstance(value, tuple) and (many or len(value) == len(parts)) and all(_fits(v, parts[0]) for v in value)
+        )
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _spoken(hint: Any) -> str:
+    """
+    >>> _spoken(tuple[int, int]), _spoken(str | None)
+    ('a list of 2 whole numbers', 'text or nothing')
+    """
+    if isinstance(hint, UnionType):
+        return " or ".join(_spoken(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}[parts[0]]
+        return f"a list of {plural}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {plural}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}[hint]
+
+
+def _known(name: str, names: Any, where: str) -> None:
+    if name not in names:
+        raise _error(f"{where} has no {name!r}; {_meant(name, names)}")
+
+
+def _meant(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name.lower(), [str(n) for n in names], n=1, cutoff=0.5)
+    return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"

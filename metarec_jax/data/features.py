@@ -1,0 +1,233 @@
+"""Side features from a table: which of its columns are features, of which kind, as arrays in vocabulary rows.
+
+Which kind a column is, by what it holds (missing values do not count):
+
+- lists, or text where "|" parts values -> "multi". Lists of decimal numbers, all equally long -> "numeric".
+- true/false, pandas categories, text, and whole numbers of at most `FEW` different values -> "categorical".
+- any other number, and dates -> "numeric".
+- no feature: a column with one value only, and labels, that is text (or whole numbers in a column named like an id or
+  a zip code) where more than half of the rows have a value of their own: titles, addresses, descriptions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data.columns import MISSING, find_column, plain
+from metarec_jax.data.interactions import Feature, Vocabulary
+
+MAX_VALUES = 32
+"""A multi-valued feature keeps this many values of a row, the first ones."""
+FEW = 50
+"""Whole numbers of at most this many different values are categories."""
+
+_FEWEST_LABELS = 20
+_LABEL_NAME = re.compile(r"(zip|postal|postcode|phone|url)|(_id|Id|ID)s?$", re.IGNORECASE)
+_NO_VALUE = {*MISSING, "(no genres listed)"}
+
+
+class SideTable(NamedTuple):
+    """Features by name, display titles ``[len(vocabulary.ids)]`` or None, and what was left out."""
+
+    features: dict[str, Feature]
+    titles: np.ndarray | None
+    notes: tuple[str, ...]
+
+
+def side_features(
+    frame: pd.DataFrame, vocabulary: Vocabulary, *, side: str, id_col: str | None = None, title_col: str | None = None
+) -> SideTable:
+    """The features of users or items, aligned with their vocabulary.
+
+    Names get the prefix ``user_`` or ``item_`` unless they have it. Vocabularies of values are sorted. Numeric columns
+    are standardised over the known values of the vocabulary's ids, and a missing value is 0, the mean.
+
+    Args:
+      frame: one row an id; of a repeated id the last row counts; ids outside the vocabulary are left out.
+      side: "user" or "item".
+      id_col: the column of ids; found by its name where None.
+      title_col: the column of titles; found by its name where None (items only).
+
+    Raises:
+      MetarecError: a column asked for is not there, or no id of the table is one of the interactions.
+
+    >>> table = pd.DataFrame({"item": ["b", "a"], "genres": ["War|Drama", "Drama"]})
+    >>> genres = side_features(table, Vocabulary(np.array(["a", "b"])), side="item").features["item_genres"]
+    >>> genres.kind, genres.vocabulary.ids.tolist(), genres.values.tolist()  # rows: unknown, "a", "b"
+    ('multi', ['Drama', 'War'], [[0, 0], [1, 0], [2, 1]])
+    """
+    found = id_column(frame, side, id_col)
+    rows = vocabulary.encode(frame[found].to_numpy(dtype=object, na_value=None))
+    notes = []
+    if outside := int((rows == 0).sum()):
+        notes.append(f"{outside} {side}s of the {side} table have no interaction: left out")
+    if outside == len(rows):
+        raise MetarecError(
+            f"no id in column {found!r} of the {side} table is among the {len(vocabulary.ids)} {side} ids of the "
+            f"interactions (such as {vocabulary.ids.tolist()[0]!r}, against {frame[found].head(1).tolist()}). "
+            f"Name its id column with {side}_col="
+        )
+    known = pd.Series(np.arange(len(rows)), index=rows)[rows > 0]
+    repeated = known.index.duplicated(keep="last")
+    if repeated.any():
+        notes.append(f"{int(repeated.sum())} repeated {side} ids in the {side} table: the last row counts")
+    known = known[~repeated]
+    if without := len(vocabulary.ids) - len(known):
+        notes.append(f"{without} {side}s have no row in the {side} table: their features are unknown")
+    at = known.index.to_numpy()
+    frame = frame.iloc[known.to_numpy()].reset_index(drop=True)
+
+    columns = [str(c) for c in frame.columns]
+    title = find_column(columns, "title", title_col, f"the {side} table") if side == "item" else None
+    titles = None
+    if title is not None:
+        titles = vocabulary.ids.astype(str).astype(object)
+        given = frame[title].to_numpy(dtype=object, na_value=None)
+        has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in given], bool)
+        titles[at[has] - 1] = given[has]
+    features: dict[str, Feature] = {}
+    for column in columns:
+        if column in (found, title):
+            continue
+        name = column if column.startswith(f"{side}_") else f"{side}_{column}"
+        feature, note = _feature(column, frame[column], at, vocabulary.num_rows)
+        if feature is not None and (name in features or name in ("user_id", "item_id")):
+            feature, note = None, f"is a second {name!r}: no feature"
+        if feature is not None:
+            features[name] = feature
+        if note:
+            notes.append(f"{side} column {column!r} {note}")
+    return SideTable(features, titles, tuple(notes))
+
+
+def id_column(frame: pd.DataFrame, side: str, asked: str | None) -> str:
+    """The column of ids of a side table: the one asked for if it is there, else the first alias, else "id"."""
+    names = [str(c) for c in frame.columns]
+    if asked is not None and asked in names:
+        return asked
+    found = find_column(names, side, None, f"the {side} table") or next((n for n in names if plain(n) == "id"), None)
+    if found is None:
+        raise MetarecError(
+            f"the {side} table has no column of {side} ids; its columns are: {', '.join(names)}. "
+            f"Call one of them {asked or side + '_id'!r}"
+        )
+    return found
+
+
+def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
+    """The feature a column makes, or None; and what to say of it."""
+    values = _numbers(column)
+    if values is None and (lists := _lists(column)) is not None:
+        width = {len(row) for row in lists if row}
+        if len(width) == 1 and all(isinstance(v, float) for row in lists for v in row):
+            values = np.array([row or [np.nan] * max(width) for row in lists], np.float64)
+        else:
+            return _multi(lists, at, num_rows)
+    if values is not None:
+        values = values.reshape(len(values), -1)
+        present = values[np.isfinite(values)]
+        distinct = np.unique(present)
+        if len(distinct) < 2:
+            return None, "is the same everywhere: no feature"
+        whole = values.shape[1] == 1 and bool((present == np.floor(present)).all())
+        dated = pd.api.types.is_datetime64_any_dtype(column.dtype)
+        label = whole and not dated and _LABEL_NAME.search(name) is not None
+        if label and _is_label(len(distinct), len(present)):
+            return None, "differs on most rows, like a label: no feature"
+        if not label and (dated or not whole or len(distinct) > FEW):
+            return _numeric(values, at, num_rows)
+        texts = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
+    else:
+        texts = [_text(v) for v in column.to_numpy(dtype=object, na_value=None)]
+    given = [t for t in texts if t is not None]
+    if len(set(given)) < 2:
+        return None, "is the same everywhere: no feature"
+    if values is None and not isinstance(column.dtype, pd.CategoricalDtype) and _is_label(len(set(given)), len(given)):
+        return None, "differs on most rows, like a label: no feature"
+    vocabulary = _vocabulary(given)
+    out = np.zeros(num_rows, np.int32)
+    out[at] = vocabulary.encode(np.array([*texts, None], dtype=object)[:-1])
+    return Feature("categorical", out, vocabulary), None
+
+
+def _is_label(distinct: int, rows: int) -> bool:
+    return distinct > _FEWEST_LABELS and 2 * distinct > rows
+
+
+def _vocabulary(values: Any) -> Vocabulary:
+    distinct = sorted(set(values))
+    return Vocabulary(np.array(distinct, dtype=np.int64 if isinstance(distinct[0], int) else object))
+
+
+def _text(value: Any) -> str | None:
+    if value is None or value is pd.NA or value != value:
+        return None
+    text = str(value).strip()
+    return None if text in _NO_VALUE else text
+
+
+def _numbers(column: pd.Series) -> np.ndarray | None:
+    """A numeric or date column as float64, nan where missing; None for another."""
+    if pd.api.types.is_bool_dtype(column.dtype) or isinstance(column.dtype, pd.CategoricalDtype):
+        return None
+    if pd.api.types.is_datetime64_any_dtype(column.dtype):
+        days = (column - pd.Timestamp(0, tz=column.dt.tz)) / pd.Timedelta(days=1)
+        return days.to_numpy(dtype=np.float64, na_value=np.nan)
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return None
+
+
+def _lists(column: pd.Series) -> list[list[Any]] | None:
+    """A column of lists, or of text parted by "|", as lists without missing or repeated values; None for another."""
+    if isinstance(column.dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(column.dtype):
+        return None
+    values = column.to_numpy(dtype=object, na_value=None).tolist()
+    listed = any(isinstance(v, (list, tuple, set, frozenset, np.ndarray)) for v in values)
+    if not listed and not any(isinstance(v, str) and "|" in v for v in values):
+        return None
+    out = []
+    for value in values:
+        if isinstance(value, str) or value is None or isinstance(value, float):
+            row = [] if not isinstance(value, str) else value.split("|")
+        else:
+            row = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
+        if row and all(isinstance(v, (float, np.floating)) for v in row):
+            out.append([float(v) for v in row])
+        else:
+            out.append(list(dict.fromkeys(t for t in map(_text, row) if t is not None)))
+    return out
+
+
+def _multi(lists: list[list[Any]], at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
+    lists = [[str(v) for v in row] for row in lists]
+    distinct = {value for row in lists for value in row}
+    if len(distinct) < 2 or len({tuple(row) for row in lists}) < 2:
+        return None, "is the same everywhere: no feature"
+    longest = max(map(len, lists))
+    width = min(longest, MAX_VALUES)
+    vocabulary = _vocabulary(distinct)
+    lengths = np.array([min(len(row), width) for row in lists])
+    flat = vocabulary.encode(np.array([v for row in lists for v in row[:width]] + [None], dtype=object)[:-1])
+    slot = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    out = np.zeros((num_rows, width), np.int32)
+    out[np.repeat(at, lengths), slot] = flat
+    cut = sum(len(row) > width for row in lists)
+    note = f"has up to {longest} values a row: the first {width} are kept ({cut} rows cut)" if cut else None
+    return Feature("multi", out, vocabulary), note
+
+
+def _numeric(values: np.ndarray, at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
+    infinite = np.isinf(values)
+    values = np.where(infinite, np.nan, values)
+    spread = np.nanstd(values, axis=0)
+    scaled = (values - np.nanmean(values, axis=0)) / np.where(spread > 0, spread, 1.0)
+    out = np.zeros((num_rows, values.shape[1]), np.float32)
+    out[at] = np.nan_to_num(scaled)
+    note = f"has {int(infinite.sum())} infinite values: taken as missing" if infinite.any() else None
+    return Feature("numeric", out), note

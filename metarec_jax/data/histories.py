@@ -1,0 +1,56 @@
+"""A table of new users and what they say of items: read as it stands, since it need not be a data set to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data import formats, layouts
+from metarec_jax.data.columns import find_column
+
+
+class Histories(NamedTuple):
+    """Columns with one entry a feedback. ``rating`` is None where the table has none; ``notes`` tell what was left out."""
+
+    user_id: list[Any]
+    item_id: list[Any]
+    rating: list[Any] | None
+    notes: tuple[str, ...] = ()
+
+
+def read_histories(path: str | Path) -> Histories:
+    """Users, items (by id or title) and ratings of a delimited or Parquet file, columns found by their usual names.
+
+    Rows without an item or, in a table with ratings, without a rating are left out, and counted in ``notes``. A table
+    without a user column is one user's.
+
+    Raises:
+      MetarecError: no such file, no item column, or a file that cannot be read; the line is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
+    if layouts.layout(path) == "parquet":
+        frame = formats.read_parquet(path)
+    else:
+        frame = formats.read_text(path, formats.sniff(path))
+    names = [str(name) for name in frame.columns]
+    user, item, rating = (find_column(names, role, None, str(path)) for role in ("user", "item", "rating"))
+    item = item or find_column(names, "title", None, str(path))
+    if item is None:
+        raise MetarecError(
+            f"{path} has no item column by a usual name; its columns are: {', '.join(names)}. Name one of them item_id"
+        )
+    wanted = [item] if rating is None else [item, rating]
+    if user is not None:
+        wanted.append(user)
+    whole = frame[wanted].dropna()
+    notes = []
+    if lost := len(frame) - len(whole):
+        notes.append(f"{lost} rows of {path} left out: they lack one of {', '.join(wanted)}")
+    columns = {name: whole[name].astype(object).tolist() for name in wanted}
+    users = ["new user"] * len(whole) if user is None else columns[user]
+    if len({type(u) for u in users}) > 1:
+        users = [str(u) for u in users]
+    return Histories(users, columns[item], None if rating is None else columns[rating], tuple(notes))

@@ -1,0 +1,109 @@
+"""Layouts of folders: where the interactions are, and which tables of users and items stand beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data import formats
+from metarec_jax.data.columns import plain
+from metarec_jax.data.movielens import GENRES_100K
+
+Format = Literal["csv", "parquet", "recbole", "movielens"]
+
+_MOVIELENS_100K = re.compile(r"u\.data|u[1-5ab]\.(base|test)")
+_SIDE_NAMES = {
+    "users.dat": ("user_id", "gender", "age", "occupation", "zip_code"),
+    "movies.dat": ("item_id", "title", "genres"),
+    "u.user": ("user_id", "age", "gender", "occupation", "zip_code"),
+    "u.item": ("item_id", "title", "release_date", "video_date", "url", *GENRES_100K),
+}
+"""MovieLens files of users and items, which have no header."""
+
+
+def find(folder: Path) -> Path:
+    """The interactions in a folder: a known layout, or its only table.
+
+    Raises:
+      MetarecError: there is none, or there are several.
+    """
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+    except OSError as error:
+        raise MetarecError(f"the folder {folder} may not be read ({error.strerror}). Change its permissions") from error
+    layouts = (
+        [p for p in files if p.name.endswith((".inter", ".inter.gz"))],
+        [
+            p
+            for n in ("ratings.dat", "u.data", "ratings.csv", "ratings.parquet")
+            for p in files
+            if p.name in (n, f"{n}.gz")
+        ],
+        [p for p in files if re.search(r"\.(csv|tsv|parquet)(\.gz|\.bz2)?$", p.name)],
+    )
+    for k, found in enumerate(layouts):
+        if len(found) == 1 or (found and k == 1):
+            return found[0]
+        if found:
+            raise MetarecError(
+                f"the folder {folder} holds several tables: {', '.join(p.name for p in found[:8])}. Name one"
+            )
+    raise MetarecError(
+        f"the folder {folder} holds no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, or one CSV "
+        f"or Parquet file); it holds: {', '.join(p.name for p in files[:8]) or 'no files'}. Name a file"
+    )
+
+
+def layout(path: Path) -> Format:
+    """What a file of interactions is, by its content, and for MovieLens by its name."""
+    if formats.kind(path) == "parquet":
+        return "parquet"
+    dialect_types = formats.sniff(path).types
+    if any(dialect_types):
+        return "recbole"
+    base = path.name.removesuffix(".gz")
+    known = base == "ratings.dat" or _MOVIELENS_100K.fullmatch(base)
+    return "movielens" if known or (base == "ratings.csv" and beside(path, "movielens")[1] is not None) else "csv"
+
+
+def beside(path: Path, form: Format) -> tuple[Path | None, Path | None]:
+    """The files of users and items that a layout keeps beside its interactions, where they are there."""
+    base = path.name.removesuffix(".gz")
+    if form == "recbole":
+        pair = (f"{base.removesuffix('.inter')}.user", f"{base.removesuffix('.inter')}.item")
+    elif form == "movielens":
+        pair = {"ratings.dat": ("users.dat", "movies.dat"), "ratings.csv": ("", "movies.csv")}.get(
+            base, ("u.user", "u.item")
+        )
+    else:
+        return None, None
+    there = [[p for p in (path.parent / name, path.parent / f"{name}.gz") if name and p.is_file()] for name in pair]
+    return (there[0][0] if there[0] else None), (there[1][0] if there[1] else None)
+
+
+def side_frame(path: str | Path | None) -> pd.DataFrame | None:
+    """A table of users or items; MovieLens' own get names, lists of genres, and the year that stands in the title."""
+    if path is None:
+        return None
+    where = Path(path)
+    if formats.kind(where) == "parquet":
+        return formats.read_parquet(where)
+    base = where.name.removesuffix(".gz")
+    names = _SIDE_NAMES.get(base)
+    dialect = formats.sniff(where, names, latin=names is not None)
+    if names is None and not dialect.header:
+        raise MetarecError(f"{where} has no header, so its columns have no names. Put one on its first line")
+    frame = formats.read_text(where, dialect)
+    if base == "u.item":
+        flags = frame[list(GENRES_100K)].to_numpy(dtype=np.float64, na_value=0) > 0
+        genres = [[g for g, on in zip(GENRES_100K, row, strict=True) if on and g != "unknown"] for row in flags]
+        frame = frame[["item_id", "title"]].assign(genres=pd.Series(genres, dtype=object))
+    if base in ("movies.dat", "u.item") or (base == "movies.csv" and "title" in map(plain, frame.columns)):
+        year = frame["title"].astype("string").str.extract(r"\((\d{4})\)\s*$")[0]
+        frame = frame.assign(year=year.astype("Float64"))
+    return frame

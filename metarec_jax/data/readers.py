@@ -1,0 +1,380 @@
+"""From tables and files to `Interactions`: columns found, ids coded, bad rows named, dropped ones counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data import formats, layouts
+from metarec_jax.data.columns import Coded, Roles, Where, code_ids, find_roles, is_integer, numbers, option, seconds
+from metarec_jax.data.features import id_column, side_features
+from metarec_jax.data.interactions import Interactions, Vocabulary
+from metarec_jax.data.layouts import Format
+
+Duplicates = Literal["last", "first", "mean", "error"]
+
+
+def from_pandas(
+    frame: pd.DataFrame,
+    *,
+    user_col: str | None = None,
+    item_col: str | None = None,
+    rating_col: str | None = None,
+    timestamp_col: str | None = None,
+    implicit: bool = False,
+    user_features: pd.DataFrame | None = None,
+    item_features: pd.DataFrame | None = None,
+    title_col: str | None = None,
+    unrated_items: bool = False,
+    duplicates: Duplicates = "last",
+    name: str = "interactions",
+) -> Interactions:
+    """Interactions from a table with one row each; ids are kept, and sorted in the vocabularies.
+
+    Args:
+      frame: a user and an item column; a rating column or none (implicit feedback: every row is a positive); times in
+        seconds since 1970 (milli-, micro- and nanoseconds are recognised by their size), dates, or ISO text.
+      user_col, item_col, rating_col, timestamp_col: found by the names that people use where None (`columns.ALIASES`);
+        "" says that no rating or timestamp column is to be used.
+      implicit: take no notice of ratings.
+      user_features, item_features: one row an id; see `metarec_jax.data.features` for the kinds of columns.
+      title_col: display names of items, a column of ``item_features`` or else of ``frame``.
+      unrated_items: let items that only ``item_features`` names into the vocabulary, to be recommended by content.
+      duplicates: of several rows of one user and item keep the "last" or "first" (in time; without times in order), or
+        the "mean" of the ratings with the last time; or "error".
+      name: of the data set, for reports.
+
+    Returns:
+      The interactions, in the order of the rows. ``notes`` says in one sentence each what was dropped or changed. Rows
+      without a user, item, rating or timestamp are dropped.
+
+    Raises:
+      MetarecError: a column asked for is missing, a value is no number or infinite, fewer than two users, ratings that
+        are all equal; the row and column are named.
+
+    >>> data = from_pandas(pd.DataFrame({"user": ["b", "a", "b"], "item": [7, 7, 9], "stars": [5, 3, 1]}))
+    >>> data.user.tolist(), data.item.tolist(), data.rating.tolist()
+    ([2, 1, 2], [1, 1, 2], [5.0, 3.0, 1.0])
+    >>> data.users.ids.tolist(), data.items.ids.tolist()
+    (['a', 'b'], [7, 9])
+    """
+    names = [str(c) for c in frame.columns]
+    if repeated := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
+        raise MetarecError(f"the table has two columns called {repeated[0]!r}. Rename one of them")
+    frame = frame.set_axis(names, axis=1)
+    in_items = item_features is not None and (title_col is None or title_col in map(str, item_features.columns))
+    roles = find_roles(
+        names, user_col, item_col, rating_col, timestamp_col, None if in_items else title_col, implicit, "the table"
+    )
+    return _interactions(
+        frame,
+        roles,
+        names,
+        lambda row: f"frame.iloc[{row}]",
+        source="the table",
+        implicit=implicit,
+        user_features=user_features,
+        item_features=item_features,
+        asked=(user_col, item_col, title_col if in_items else None),
+        unrated_items=unrated_items,
+        duplicates=duplicates,
+        name=name,
+    )
+
+
+def read(
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    user_col: str | None = None,
+    item_col: str | None = None,
+    rating_col: str | None = None,
+    timestamp_col: str | None = None,
+    implicit: bool = False,
+    user_features: str | Path | None = None,
+    item_features: str | Path | None = None,
+    title_col: str | None = None,
+    unrated_items: bool = False,
+    duplicates: Duplicates = "last",
+    name: str | None = None,
+) -> Interactions:
+    """Interactions from a file, or from a folder that holds one in a known layout.
+
+    - Delimited text: comma, tab, semicolon, "|" or "::", plain or compressed (gzip, bzip2), UTF-8, with a header or
+      without (then user_id, item_id, rating, timestamp by position; a column may be asked for as "1", "2", ...).
+    - Parquet.
+    - RecBole: ``NAME.inter`` with a typed header; ``NAME.user`` and ``NAME.item`` beside it are its features.
+    - MovieLens: ``ratings.dat`` with ``users.dat`` and ``movies.dat`` beside it, ``u.data`` with ``u.user`` and
+      ``u.item``, ``ratings.csv`` with ``movies.csv``; each may be compressed.
+
+    A column of integers without leading zeros is integer ids, any other is text. Empty fields, NA, N/A, NaN, NULL and
+    None are missing values.
+
+    Args:
+      path: the file or folder.
+      format: what it must be; by content where None.
+      user_features, item_features: files, instead of those found beside the interactions.
+      name: of the data set; of the file (or folder) where None.
+      user_col, item_col, rating_col, timestamp_col, implicit: as in `from_pandas`; and so are
+      title_col, unrated_items, duplicates.
+
+    Raises:
+      MetarecError: whatever is wrong with the files; a bad row is named by its line.
+    """
+    path = Path(path)
+    folder = path.is_dir()
+    path = layouts.find(path) if folder else path
+    form = layouts.layout(path)
+    if format is not None and format != form and not (format == "csv" and form in ("recbole", "movielens")):
+        raise MetarecError(
+            f"{path} was to be read as {format!r}, and it is {form!r}. Leave the format out, or name {form!r}"
+        )
+    parquet = form == "parquet"
+    asked = tuple(c for c in (user_col, item_col, rating_col, timestamp_col, title_col) if c)
+    dialect = None if parquet else formats.sniff(path, asked=asked)
+    names = formats.parquet_columns(path) if dialect is None else list(dialect.names)
+    if dialect is not None and not dialect.header:
+        by_position = {str(k + 1): n for k, n in enumerate(names)}
+        user_col, item_col, rating_col, timestamp_col = (
+            None if c is None else by_position.get(c, c) for c in (user_col, item_col, rating_col, timestamp_col)
+        )
+    beside = (None, None) if format == "csv" else layouts.beside(path, form)
+    users = layouts.side_frame(user_features or beside[0])
+    items = layouts.side_frame(item_features or beside[1])
+    in_items = items is not None and (title_col is None or title_col in items.columns)
+    roles = find_roles(
+        names, user_col, item_col, rating_col, timestamp_col, None if in_items else title_col, implicit, str(path)
+    )
+    wanted = [c for c in dict.fromkeys(roles) if c is not None]
+    if dialect is None:
+        frame = formats.read_parquet(path, wanted)
+    else:
+        frame = formats.read_columns(path, dialect, {c: _type(c, roles, dialect) for c in wanted})
+
+    def where(row: int) -> str:
+        return (
+            f"row {row + 1} of {path}" if dialect is None else f"line {formats.line_of(path, dialect, row)} of {path}"
+        )
+
+    if name is None:
+        stem = path.name.split(".")[0]
+        name = (
+            path.resolve().parent.name
+            if form == "movielens" or (folder and stem in ("ratings", "interactions"))
+            else stem
+        )
+    return _interactions(
+        frame,
+        roles,
+        names,
+        where,
+        source=str(path),
+        spelled=dialect is not None,
+        implicit=implicit,
+        user_features=users,
+        item_features=items,
+        asked=(user_col, item_col, title_col if in_items else None),
+        unrated_items=unrated_items,
+        duplicates=duplicates,
+        name=name,
+    )
+
+
+def _type(column: str, roles: Roles, dialect: formats.Dialect) -> pa.DataType:
+    """What to read a text column as. Ids are text: only so are leading zeros and odd spellings kept."""
+    if column == roles.rating:
+        return pa.float32()
+    if column == roles.timestamp:
+        k = dialect.names.index(column)
+        sample = [row[k].strip() for row in dialect.sample if k < len(row) and row[k].strip()]
+        if all(map(is_integer, sample)):
+            return pa.int64()
+        if all(formats.number(value) is not None for value in sample):
+            return pa.float64()
+    return pa.dictionary(pa.int32(), pa.string())
+
+
+def _interactions(
+    frame: pd.DataFrame,
+    roles: Roles,
+    names: Sequence[str],
+    where: Where,
+    *,
+    source: str,
+    spelled: bool = False,
+    implicit: bool,
+    user_features: pd.DataFrame | None,
+    item_features: pd.DataFrame | None,
+    asked: tuple[str | None, str | None, str | None],
+    unrated_items: bool,
+    duplicates: Duplicates,
+    name: str,
+) -> Interactions:
+    """The one path of every source: code, check, drop, count."""
+    if duplicates not in ("last", "first", "mean", "error"):
+        raise MetarecError(f"duplicates={duplicates!r} is none of 'last', 'first', 'mean', 'error'. Name one of them")
+    if not len(frame):
+        raise MetarecError(f"{source} holds no rows. A table with one row an interaction was wanted")
+    notes = []
+    if roles.rating is None:
+        notes.append(
+            "ratings were left out, as asked (implicit)" if implicit else "no rating column: implicit feedback"
+        )
+    if unused := [c for c in names if c not in roles]:
+        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+        notes.append(f"columns not used: {', '.join(unused[:10])}{more}")
+
+    titles = frame.pop(roles.title) if roles.title is not None else None
+    timestamp = rating = None
+    missing: dict[str, np.ndarray] = {}
+    if roles.rating is not None:
+        rating = numbers(frame[roles.rating], roles.rating, where)
+        missing[roles.rating] = np.isnan(rating)
+    if roles.timestamp is not None:
+        timestamp, missing[roles.timestamp], said = seconds(frame[roles.timestamp], roles.timestamp, where)
+        notes.extend(said)
+        if missing[roles.timestamp].all():
+            timestamp = None
+            del missing[roles.timestamp]
+            notes.append(f"column {roles.timestamp!r} is empty: read without timestamps")
+    user = code_ids(frame[roles.user], spelled=spelled, name=roles.user)
+    item = code_ids(frame[roles.item], spelled=spelled, name=roles.item)
+    del frame
+    notes.extend([*user.notes, *item.notes])
+    missing = {roles.user: user.codes < 0, roles.item: item.codes < 0, **missing}
+    counts = {column: int(gone.sum()) for column, gone in missing.items()}
+    rows: np.ndarray | None = None  # which rows of the source are left; None: all of them
+    if any(counts.values()):
+        gone = np.logical_or.reduce(list(missing.values()))
+        first = where(int(np.argmax(gone)))
+        each = ", ".join(f"{n} without {column}" for column, n in counts.items() if n)
+        notes.append(f"{int(gone.sum())} rows with missing values dropped ({each}; the first is {first})")
+        rows = np.flatnonzero(~gone)
+        if not len(rows):
+            raise MetarecError(f"every row of {source} lacks a value ({each}). Complete rows were wanted")
+        user, item = _taken(user, rows), _taken(item, rows)
+        rating = None if rating is None else rating[rows]
+        timestamp = None if timestamp is None else timestamp[rows]
+    del missing
+
+    keep, rating, repeats = _without_repeats(user, item, rating, timestamp, duplicates)
+    if keep is not None:
+        if duplicates == "error":
+            raise MetarecError(_repeat_message(user, item, where, rows))
+        notes.append(f"{repeats} repeated rows of a user and item dropped (the {duplicates} is kept)")
+        timestamp = None if timestamp is None else timestamp[keep]
+        user, item = user._replace(codes=user.codes[keep]), item._replace(codes=item.codes[keep])
+        rows = keep if rows is None else rows[keep]
+    _check(user, rating, roles, source)
+    singles = int((np.bincount(user.codes, minlength=len(user.ids)) == 1).sum())
+    if singles:
+        notes.append(
+            f"{singles} of {len(user.ids)} users have a single interaction: kept, but too few to adapt and test on"
+        )
+
+    if unrated_items and item_features is not None:
+        more_ids = code_ids(item_features[id_column(item_features, "item", asked[1])], spelled=spelled).ids
+        if len(more_ids) and more_ids.dtype != item.ids.dtype:
+            more_ids = more_ids.astype(str).astype(object) if item.ids.dtype == object else more_ids[:0]
+        union = np.union1d(item.ids, more_ids)
+        notes.append(f"{len(union) - len(item.ids)} items without an interaction kept from the item table")
+        item = Coded(np.searchsorted(union, item.ids).astype(np.int32)[item.codes], union)
+    users, items = Vocabulary(user.ids), Vocabulary(item.ids)
+    about_users = None if user_features is None else side_features(user_features, users, side="user", id_col=asked[0])
+    about_items = (
+        None
+        if item_features is None
+        else side_features(item_features, items, side="item", id_col=asked[1], title_col=asked[2])
+    )
+    shown = about_items.titles if about_items is not None else None
+    if titles is not None:
+        shown = items.ids.astype(str).astype(object)
+        kept_titles = titles if rows is None else titles.iloc[rows]
+        of_row = pd.Series(kept_titles.to_numpy(dtype=object), index=item.codes).dropna()
+        of_row = of_row[~of_row.index.duplicated()]
+        shown[of_row.index.to_numpy()] = of_row.astype(str).to_numpy()
+    for about in (about_users, about_items):
+        notes.extend(about.notes if about is not None else ())
+    user.codes[...] += 1
+    item.codes[...] += 1
+    rating, timestamp = (None if a is None else np.require(a, requirements=["O", "W"]) for a in (rating, timestamp))
+    return Interactions(
+        user=user.codes,
+        item=item.codes,
+        rating=rating,
+        timestamp=timestamp,
+        users=users,
+        items=items,
+        user_features=about_users.features if about_users is not None else {},
+        item_features=about_items.features if about_items is not None else {},
+        titles=shown,
+        notes=tuple(notes),
+        name=name,
+    )
+
+
+def _taken(coded: Coded, rows: np.ndarray) -> Coded:
+    """The ids of some rows only, and their codes."""
+    codes = coded.codes[rows]
+    present = np.bincount(codes, minlength=len(coded.ids)) > 0
+    if present.all():
+        return coded._replace(codes=codes)
+    return coded._replace(
+        codes=(np.cumsum(present, dtype=np.int32) - 1)[codes].astype(np.int32), ids=coded.ids[present]
+    )
+
+
+def _without_repeats(
+    user: Coded, item: Coded, rating: np.ndarray | None, timestamp: np.ndarray | None, how: Duplicates
+) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """Which rows to keep (None: all), the ratings of those, and how many rows go."""
+    pair = user.codes.astype(np.int64)
+    pair *= len(item.ids)
+    pair += item.codes
+    ranked = np.sort(pair)
+    repeats = int((ranked[1:] == ranked[:-1]).sum())
+    del ranked
+    if not repeats:
+        return None, rating, 0
+    by = np.argsort(pair, kind="stable") if timestamp is None else np.lexsort((timestamp, pair))
+    pair = pair[by]
+    change = np.flatnonzero(pair[1:] != pair[:-1]) + 1
+    starts, ends = np.append(0, change), np.append(change, len(pair))
+    keep = by[starts] if how == "first" else by[ends - 1]
+    if how == "mean" and rating is not None:
+        total = np.add.reduceat(rating[by].astype(np.float64), starts)
+        mean = (total / (ends - starts)).astype(np.float32)
+        in_order = np.argsort(keep)
+        return keep[in_order], mean[in_order], repeats
+    keep.sort()
+    return keep, None if rating is None else rating[keep], repeats
+
+
+def _repeat_message(user: Coded, item: Coded, where: Where, rows: np.ndarray | None) -> str:
+    pair = pd.Series(user.codes.astype(np.int64) * len(item.ids) + item.codes)
+    second = int(np.argmax(pair.duplicated().to_numpy()))
+    first = int(np.argmax((pair == pair[second]).to_numpy()))
+    at = [where(k if rows is None else int(rows[k])) for k in (first, second)]
+    return (
+        f"user {user.shown(user.codes[second])} and item {item.shown(item.codes[second])} stand on {at[0]} and on "
+        f"{at[1]}. Delete one, or keep one with duplicates='last', 'first' or 'mean'"
+    )
+
+
+def _check(user: Coded, rating: np.ndarray | None, roles: Roles, source: str) -> None:
+    if len(user.ids) < 2:
+        raise MetarecError(
+            f"{source}, column {roles.user!r}: all rows are of one user ({user.shown(0)}); meta-learning wants many, "
+            f"two at the least. Name another column with {option('user')}"
+        )
+    if rating is not None and rating.min() == rating.max():
+        raise MetarecError(
+            f"{source}, column {roles.rating!r}: all ratings equal {rating[0]:g}, so nothing is left to predict. "
+            "If a row means that the user chose the item, say implicit=True (--implicit)"
+        )

@@ -1,0 +1,373 @@
+"""Which interactions train, which choose, which test: cold users, cold items, both, and warm; or a published partition.
+
+Users are parted into train, validation and test users, and items likewise, on the axes that the scenarios ask for:
+
+=========== ============== ============== ===========================================================
+part        users          items
+=========== ============== ============== ===========================================================
+train       train          train
+warm        train          train          rows held out from train; supports come from the train rows
+user_cold   validation or  train
+            test
+item_cold   train          validation or
+                           test
+both_cold   validation or  validation or
+            test           test
+=========== ============== ============== ===========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data.columns import find_column
+from metarec_jax.data.interactions import Interactions, Vocabulary
+
+SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
+
+_TRAIN, _VALIDATION, _TEST = 0, 1, 2
+_NEVER = np.iinfo(np.int64).max
+_STATE_NAMES = ("state", "scenario", "split", "partition", "part", "subset")
+_STATES = {
+    "warm": "train",
+    "warm_up": "train",
+    "train": "train",
+    "meta_training": "train",
+    "user_cold": "user_cold",
+    "item_cold": "item_cold",
+    "both_cold": "both_cold",
+    "user_and_item_cold": "both_cold",
+}
+
+
+class Split(NamedTuple):
+    """Parts of a data set; they share its vocabularies and features, and no interaction is in two of them.
+
+    Attributes:
+      train: what meta-training sees.
+      validation, test: by scenario: what chooses, and what is scored once at the end.
+      history: by scenario: where the supports come from, if not from the scenario's own rows ("warm": train).
+      dropped: interactions that are in no part, by reason.
+    """
+
+    train: Interactions
+    validation: dict[str, Interactions]
+    test: dict[str, Interactions]
+    history: dict[str, Interactions]
+    dropped: Mapping[str, int] = MappingProxyType({})
+
+
+def split(
+    data: Interactions,
+    scenarios: Sequence[str] = SCENARIOS,
+    *,
+    by: Literal["random", "time"] = "random",
+    test: float = 0.1,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Split:
+    """Hold out cold users, cold items and warm interactions.
+
+    by="random": test and validation users are drawn at random, and so are items; warm rows are drawn from each train
+    user, in proportion.
+
+    by="time": test users are the last to appear, validation users the last before those; items likewise. What is
+    guaranteed where user_cold or both_cold is asked for, with V the moment the first validation user appears (test
+    user, if there is no validation): every training row is earlier than V, so no row of a held-out user precedes any
+    training row, and user_cold, both_cold and warm tests are all later than training; validation rows of these three
+    are earlier than the first test user. With "warm" and no user axis, V and the start of test are quantiles of the
+    rows' times. For item_cold: the held-out items are the last to appear and no row of them is in training, but ratings
+    of older items may be later than theirs, since one item's appearance cannot stop the clock for all others. Rows that
+    would look ahead are dropped and counted; of equal times, none is on both sides.
+
+    Args:
+      scenarios: any of "warm", "user_cold", "item_cold", "both_cold"; only the axes these need are held out.
+      test, validation: the share of users, of items, and of warm rows; validation=0 for none.
+      seed: of the random choices.
+
+    Returns:
+      A `Split`. Dropped are the rows that no part may have: held-out users on held-out items where both_cold is not
+      asked for, validation users on test items and the reverse, rows of users or items that were not held out but have
+      no row in training either, and (by time) rows that look ahead.
+
+    Raises:
+      MetarecError: an unknown scenario, shares that leave nothing, no timestamps, or a part without a user who has two
+        interactions (a support and a query).
+
+    >>> from metarec_jax.data.synthetic import synthetic
+    >>> parts = split(synthetic(60, 40, ratings_per_user=(20, 20)).data, ("user_cold",))
+    >>> len(parts.train), len(parts.validation["user_cold"]), len(parts.test["user_cold"]), dict(parts.dropped)
+    (960, 120, 120, {})
+    """
+    scenarios = tuple(dict.fromkeys(scenarios))
+    _check(data, scenarios, by, test, validation)
+    train, held_out, dropped = _masks(data, scenarios, by, test, validation, np.random.default_rng(seed))
+    which = {s: data.take(rows[0]) for s, rows in held_out.items()} if validation else {}
+    parts = Split(
+        train=_trained(data.take(train), dropped),
+        validation=which,
+        test={s: data.take(rows[1]) for s, rows in held_out.items()},
+        history={"warm": data.take(train)} if "warm" in scenarios else {},
+        dropped=dropped,
+    )
+    return _usable(parts)
+
+
+def read_partition(
+    path: str | Path,
+    data: Interactions | None = None,
+    *,
+    state_col: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Split:
+    """A published partition: a table of user, item, rating and the state each row belongs to, such as MeLU's of ML-1M.
+
+    States are named warm, user_cold, item_cold and both_cold, or user_and_item_cold, with or without ``_state``. Train
+    is the warm state. With ``validation``, that share of its users, and of its items, is cut out of train, and their
+    rows make the validation scenarios that the file has tests for; 0 leaves all warm rows in train. Test parts stay as
+    published, items that training never saw included.
+
+    Args:
+      path: a Parquet, CSV or TSV file.
+      data: where given, its vocabularies and features are used, and its ids must be those of the file; rows with ids
+        that it lacks are dropped and counted. Else the file's own ids, sorted.
+      state_col: the column of states; default: the first named state, scenario, split, ..., or ending in ``_state``.
+
+    Raises:
+      MetarecError: no such file or column, an unknown state, no warm rows, or ids that do not match those of ``data``.
+
+    Source: Lee et al., "MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation", KDD 2019.
+    """
+    if not 0 <= validation < 1:
+        raise MetarecError(f"validation is {validation}; it is a share of the warm users, 0 or more and below 1")
+    frame = _table(Path(path))
+    table, state = _partition_rows(frame, data, Path(path), state_col)
+    warm = state == "train"
+    scenarios = tuple(s for s in SCENARIOS if (state == s).any())
+    if not warm.any() or not scenarios:
+        raise MetarecError(
+            f"{path}: the states give {int(warm.sum())} warm rows and the test scenarios {scenarios}; both are wanted; "
+            "check state_col"
+        )
+    dropped = {} if len(table) == len(frame) else {"rows with ids that the data lacks": len(frame) - len(table)}
+    train, chosen = table.take(warm), {}
+    if validation:
+        rows, held_out, left = _masks(train, scenarios, "random", 0.0, validation, np.random.default_rng(seed))
+        chosen = {s: train.take(held[0]) for s, held in held_out.items()}
+        train, dropped = train.take(rows), dropped | left
+    tests = {s: table.take(state == s) for s in scenarios}
+    return _usable(Split(_trained(train, dropped), chosen, tests, {}, dropped))
+
+
+def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float, validation: float) -> None:
+    if not scenarios or (unknown := [s for s in scenarios if s not in SCENARIOS]):
+        seen = f"scenarios {unknown} are not known" if scenarios else "no scenario is given"
+        raise MetarecError(f"{seen}; choose from {', '.join(SCENARIOS)}")
+    if by not in ("random", "time"):
+        raise MetarecError(f"by={by!r} is no way to split; give 'random' or 'time'")
+    if not (test > 0 and validation >= 0 and test + validation < 1):
+        raise MetarecError(
+            f"test={test}, validation={validation}; test must be above 0, validation 0 or more, and their sum below 1"
+        )
+    if by == "time" and data.timestamp is None:
+        raise MetarecError("by='time' wants timestamps, and the data has none; name their column, or use by='random'")
+
+
+Masks = tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]
+
+
+def _masks(
+    data: Interactions,
+    scenarios: tuple[str, ...],
+    by: str,
+    test: float,
+    validation: float,
+    rng: np.random.Generator,
+) -> Masks:
+    """Which rows train; which are (validation, test) of each scenario; how many are in no part, by reason."""
+    time = np.asarray(data.timestamp) if by == "time" else None
+    user_axis = bool({"user_cold", "both_cold"} & set(scenarios))
+    item_axis = bool({"item_cold", "both_cold"} & set(scenarios))
+    shares = (test, validation)
+    user_part, starts = _parts(data.user, data.users.num_rows, time, shares if user_axis else (0.0, 0.0), rng)
+    item_part, _ = _parts(data.item, data.items.num_rows, time, shares if item_axis else (0.0, 0.0), rng)
+    user, item = user_part[data.user], item_part[data.item]
+
+    # The stretch of time (or, at random, the draw) that a row falls into: of training, of validation, of test.
+    inner = (user == _TRAIN) & (item == _TRAIN)
+    stretch = np.zeros(len(data), np.int8)
+    if time is not None and (user_axis or "warm" in scenarios):
+        starts = starts if user_axis else _starts(time[inner], shares)
+        stretch = np.searchsorted(np.array(starts), time, side="right").astype(np.int8)
+    elif "warm" in scenarios:
+        stretch[inner] = _draw_within_users(data.user[inner], shares, rng)
+    train = inner & (stretch == _TRAIN)
+    if time is None:  # an item whose every row was drawn for warm tests goes back to train
+        back = inner & ~_seen(data.item, train, data.items.num_rows)
+        train, stretch = train | back, np.where(back, np.int8(_TRAIN), stretch)
+    by_known_user = _seen(data.user, train, data.users.num_rows)
+    of_known_item = _seen(data.item, train, data.items.num_rows)
+
+    def rows(scenario: str, part: int) -> np.ndarray:
+        in_time = stretch <= part if time is not None else True
+        if scenario == "warm":
+            return inner & by_known_user & of_known_item & (stretch == part)
+        if scenario == "user_cold":
+            return (user == part) & (item == _TRAIN) & of_known_item & in_time
+        if scenario == "item_cold":
+            return (user == _TRAIN) & (item == part) & by_known_user
+        return (user == part) & (item == part) & in_time
+
+    held_out = {s: (rows(s, _VALIDATION), rows(s, _TEST)) for s in scenarios}
+    left = ~(train | np.logical_or.reduce([mask for pair in held_out.values() for mask in pair]))
+    dropped = {}
+    for reason, mask in (
+        ("held-out users on held-out items, of different parts or not asked for", (user > 0) & (item > 0)),
+        ("held-out users on train items, not asked for", (user > 0) & ("user_cold" not in scenarios)),
+        ("train users on held-out items, not asked for", (item > 0) & ("item_cold" not in scenarios)),
+        ("validation users after the first test user came", (user == _VALIDATION) & (stretch == _TEST)),
+        ("after training ends, not asked for", inner & ("warm" not in scenarios)),
+        ("a user or item that training never saw", np.ones(len(data), bool)),
+    ):
+        if count := int((left & mask).sum()):
+            dropped[reason] = count
+        left &= ~mask
+    return train, held_out, dropped
+
+
+def _parts(
+    rows: np.ndarray, num_rows: int, time: np.ndarray | None, shares: tuple[float, float], rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The part of each user (or item) ``[num_rows]``, and the moments when validation and test begin.
+
+    At random where ``time`` is None; else the last to appear are test, and the last before those validation.
+    """
+    present = np.unique(rows)
+    if time is None:
+        first = rng.permutation(len(present)).astype(np.int64)
+    else:
+        appears = np.full(num_rows, _NEVER)
+        np.minimum.at(appears, rows, time)
+        first = appears[present]
+    starts = _starts(first, shares)
+    part = np.zeros(num_rows, np.int8)
+    part[present] = np.searchsorted(np.array(starts), first, side="right")
+    return part, starts
+
+
+def _starts(values: np.ndarray, shares: tuple[float, float]) -> tuple[int, int]:
+    """The least value of the validation and of the test part, if the largest ``test`` share of the values are test.
+
+    Of equal values none is on both sides: ties go to the later part. At least one value for a share above 0.
+
+    >>> _starts(np.arange(10), (0.1, 0.2))
+    (7, 9)
+    """
+    ordered = np.sort(values)
+    test, validation = (0 if share == 0 else max(1, round(share * len(ordered))) for share in shares)
+
+    def nth(k: int) -> int:
+        return int(ordered[max(k, 0)]) if k < len(ordered) else int(_NEVER)
+
+    return nth(len(ordered) - test - validation), nth(len(ordered) - test)
+
+
+def _draw_within_users(user: np.ndarray, shares: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """Part of each row: of a user's n rows in random order, the k-th is placed at (k + 1/2) / n, the last are test."""
+    order = np.lexsort((rng.random(len(user)), user))
+    ordered = user[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(user) else np.zeros(0, int)
+    counts = np.diff(np.append(starts, len(user)))
+    place = (np.arange(len(user)) - np.repeat(starts, counts) + 0.5) / np.repeat(counts, counts)
+    out = np.empty(len(user), np.int8)
+    out[order] = np.searchsorted([1 - sum(shares), 1 - shares[0]], place, side="right")
+    return out
+
+
+def _seen(rows: np.ndarray, where: np.ndarray, num_rows: int) -> np.ndarray:
+    """Whether each row's user (or item) has a row in ``where``."""
+    seen = np.zeros(num_rows, bool)
+    seen[rows[where]] = True
+    return seen[rows]
+
+
+def _trained(train: Interactions, dropped: Mapping[str, int]) -> Interactions:
+    return replace(train, notes=(*train.notes, *(f"split: {n} rows left out: {why}" for why, n in dropped.items())))
+
+
+def _usable(parts: Split) -> Split:
+    if not len(parts.train):
+        raise MetarecError("no interaction is left to train on; make test and validation smaller")
+    for which, scenarios in (("validation", parts.validation), ("test", parts.test)):
+        for scenario, rows in scenarios.items():
+            least = 1 if scenario in parts.history else 2
+            if np.bincount(rows.user).max(initial=0) < least:
+                raise MetarecError(
+                    f"no user has {least} interaction{'s' * (least > 1)} in the {which} part of {scenario!r}, "
+                    f"which has {len(rows)} rows; raise {which}=, or leave {scenario!r} out"
+                )
+    return parts
+
+
+def _table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise MetarecError(f"{path} is no file; give the partition's Parquet, CSV or TSV file")
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            return pd.read_parquet(path)
+        return pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",")
+    except (OSError, ValueError) as error:
+        raise MetarecError(f"{path} cannot be read as a table ({error}); give a Parquet, CSV or TSV file") from error
+
+
+def _partition_rows(
+    frame: pd.DataFrame, data: Interactions | None, path: Path, state_col: str | None
+) -> tuple[Interactions, np.ndarray]:
+    names = [str(c) for c in frame.columns]
+    found = {role: find_column(names, role, None, path.name) for role in ("user", "item", "rating", "timestamp")}
+    state_col = state_col or next((c for c in names if c.lower() in _STATE_NAMES or c.lower().endswith("_state")), None)
+    wanted = {"user": found["user"], "item": found["item"], "state": state_col}
+    if missing := [role for role, column in wanted.items() if column not in names]:
+        raise MetarecError(f"{path} has the columns {', '.join(names)}, and none for {', '.join(missing)}; name it so")
+    numbers = [column for role in ("rating", "timestamp") if (column := found[role]) is not None]
+    frame = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
+    if blank := [str(c) for c in (*wanted.values(), *numbers) if frame[c].isna().any()]:
+        raise MetarecError(f"{path} has cells without a usable value in {', '.join(blank)}; drop or fill these rows")
+    spelled = frame[state_col].astype(str)
+    names_of = {s: _STATES.get(s.lower().removesuffix("_state")) for s in spelled.unique()}
+    if unknown := [s for s, known in names_of.items() if known is None]:
+        raise MetarecError(f"{path}: {state_col} says {unknown[:5]}; known states are {', '.join(_STATES)}")
+    users, items = frame[found["user"]].to_numpy(), frame[found["item"]].to_numpy()
+    base = data if data is not None else Interactions(*_NO_ROWS, _vocabulary(users), _vocabulary(items), name=path.stem)
+    user, item = base.users.encode(users), base.items.encode(items)
+    for side, rows, given, known in (("user", user, users, base.users), ("item", item, items, base.items)):
+        if not rows.any():
+            raise MetarecError(
+                f"no {side} of {path.name}, such as {given[:1].tolist()}, is in the data, which has "
+                f"{known.ids[:1].tolist()}; read data whose ids are those of the partition, or give data=None"
+            )
+    kept = (user > 0) & (item > 0)
+
+    def values(role: str, kind: type) -> np.ndarray | None:
+        return None if found[role] is None else frame[found[role]].to_numpy(kind)[kept]
+
+    rating, timestamp = values("rating", np.float32), values("timestamp", np.int64)
+    table = replace(base, user=user[kept], item=item[kept], rating=rating, timestamp=timestamp)
+    return table, spelled.map(names_of).to_numpy(str)[kept]
+
+
+_NO_ROWS = (np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
+
+
+def _vocabulary(values: np.ndarray) -> Vocabulary:
+    whole = np.issubdtype(values.dtype, np.integer)
+    return Vocabulary(np.unique(values.astype(np.int64) if whole else values.astype(str)))

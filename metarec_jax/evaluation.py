@@ -1,0 +1,393 @@
+"""Evaluation: every method on the same tasks, the same ties, the same resamples.
+
+`evaluate` runs ``adapt`` and ``predict`` of each method on each task, with the whole support, with none of it, and with
+its first k examples where a curve is asked for, and returns a `metarec_jax.results.Report`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from metarec_jax import metrics
+from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
+from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
+from metarec_jax.results import ALL, Report
+
+_SCORES_AT_ONCE = 1 << 23
+_ITEMS_AT_ONCE = 4096
+_LISTS_AT_ONCE = 2048
+
+
+def evaluate(
+    methods: Mapping[str, Method],
+    tasks: Mapping[str, TaskSet],
+    known: Catalogue,
+    *,
+    rating_range: tuple[float, float] | None = None,
+    gain: str = "exp",
+    topn: Sequence[int] = (1, 3, 5, 10),
+    relevant: float | metrics.Relevant = 4.0,
+    catalogue_ranking: bool = False,
+    catalogue_topn: Sequence[int] = (10, 20),
+    curve: Sequence[int] | None = None,
+    baselines: Collection[str] = (),
+    ranking_only: Collection[str] = (),
+    seed: int = 0,
+    bootstrap: int = 1000,
+    batch: int = 256,
+) -> Report:
+    """Adapt and predict every task with every method, and measure.
+
+    Over the query items of a task: mae, rmse, squared_error (and, in a summary, rmse_pooled), and ndcg, precision,
+    recall, hit_rate, mrr and map at each ``topn``, and auc. Over the whole catalogue less the support, where asked for:
+    ``catalogue_ndcg@n`` (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and
+    ``catalogue_mrr``; items never rated by the user count as irrelevant there, so that these are lower bounds.
+    A task without a relevant item has no ranking metric: nan, left out of means, and counted.
+
+    Args:
+      methods: by name; learners and baselines alike.
+      tasks: by scenario ("user_cold", ...). A scenario without tasks is left out, and noted.
+      known: the catalogue that the tasks' vocabulary rows refer to.
+      rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
+      gain: of ndcg over the query: "exp", "linear", "square", "binary" (of relevance).
+      topn: list lengths over the query; catalogue_topn: over the catalogue.
+      relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
+      catalogue_ranking: also rank the whole catalogue, with the whole support only (where the query has nothing to
+        rank, at each point of the curve too). It costs users x items.
+      curve: support sizes k: also show only the first k support examples, to the tasks that have as many. 0 is always
+        run.
+      baselines: names of the methods that others are compared with; names that are not in ``methods`` are ignored.
+      ranking_only: methods whose scores are not ratings: they get no rating errors.
+      seed: of ties, of what a method draws, and of the bootstrap.
+      bootstrap: resamples of the users behind each interval.
+      batch: tasks a device call.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      MetarecError: no method or no task; an unknown gain; a method whose scores are not finite.
+    """
+    if not methods:
+        raise MetarecError("no method to evaluate; give at least one, as {'name': Method(...)}")
+    if gain not in metrics.GAINS:
+        raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(metrics.GAINS)}")
+    if rating_range is not None and not rating_range[0] < rating_range[1]:
+        raise MetarecError(f"rating_range is {rating_range}; give (lowest, highest)")
+    points = sorted({0, *(int(k) for k in curve or ())})
+    relevance = relevant if isinstance(relevant, metrics.Relevant) else metrics.at_least(relevant)
+    scenarios = [name for name, chosen in tasks.items() if len(chosen)]
+    if not scenarios:
+        raise MetarecError(
+            f"no tasks in {', '.join(tasks) or 'an empty mapping'}; give a TaskSet with one task or more"
+        )
+    notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
+    every, scenario, place = _join([tasks[name] for name in scenarios])
+    lengths = every.support_mask.sum(1).astype(int)
+    real = every.query_mask > 0
+    varied = bool((np.ptp(np.where(real, every.query_target, every.query_target[:, :1]), axis=1) > 0).any())
+    if not varied:
+        notes.append(
+            "all query targets of each task are equal: nothing to rank inside the query, only over the catalogue"
+        )
+
+    runner = _Runner(methods, known, seed, batch)
+    in_query = partial(
+        _query_columns, seed=seed, gain=gain, topn=tuple(topn), relevance=relevance, span=rating_range, ranking=varied
+    )
+    in_catalogue = partial(_catalogue_columns, seed=seed, topn=tuple(catalogue_topn), relevance=relevance)
+    frames: list[pd.DataFrame] = []
+    for shown in [ALL, *points]:
+        members = np.arange(len(every)) if shown == ALL else np.flatnonzero(lengths >= shown)
+        if not len(members):
+            continue
+        part = _shown(every, members, shown)
+        facts = {
+            "scenario": pd.Categorical([scenarios[s] for s in scenario[members]], scenarios),
+            "seed": np.int32(seed),
+            "task": place[members],
+            "user": part.user,
+            "shown": np.int32(shown),
+            "support": lengths[members].astype(np.int32),
+            "queries": part.query_mask.sum(1).astype(np.int32),
+        }
+        scores, ranks = runner.scores(part, members, catalogue_ranking and (shown == ALL or not varied))
+        lists = [part.query_target, part.query_mask, members.astype(np.int32)]
+        for name in methods:
+            _check_finite(name, scores[name], part.query_mask, [scenarios[s] for s in scenario[members]], shown)
+            columns = _in_chunks(in_query, [scores[name], *lists])
+            if name in ranking_only:
+                columns |= {c: np.full(len(members), np.nan, np.float32) for c in ("mae", "rmse", "squared_error")}
+            if ranks:
+                columns |= _in_chunks(in_catalogue, [ranks[name], *lists])
+            frames.append(pd.DataFrame({"method": name} | facts | columns))
+    per_task = pd.concat(frames, ignore_index=True)
+    per_task["method"] = pd.Categorical(per_task["method"], list(methods))
+    settings: dict[str, Any] = {
+        "gain": gain,
+        "relevant": relevance.name,
+        "rating_range": None if rating_range is None else [float(x) for x in rating_range],
+        "topn": [int(n) for n in topn],
+        "catalogue_topn": [int(n) for n in catalogue_topn] if catalogue_ranking else [],
+        "catalogue_items": int(known.item_row.shape[0] - 1),
+        "curve": points,
+        "bootstrap": int(bootstrap),
+        "ranking_only": [name for name in methods if name in ranking_only],
+    }
+    named = tuple(name for name in methods if name in baselines)
+    return Report(per_task, settings, named, runner.times(), tuple(notes))
+
+
+def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
+    """All scenarios as one set of tasks, the scenario of each task, and its place there."""
+
+    def stack(name: str) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        if name == "user":
+            return np.concatenate(arrays)
+        width = max(a.shape[1] for a in arrays)
+        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays])
+
+    every = TaskSet(*(stack(name) for name in TaskSet._fields))
+    sizes = [len(part) for part in parts]
+    place = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    return every, np.repeat(np.arange(len(parts)), sizes), place
+
+
+def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
+    n = None if shown == ALL else shown
+    cut = {name: array[members] for name, array in every._asdict().items()}
+    cut |= {name: cut[name][:, :n] for name in ("support_item", "support_target", "support_mask")}
+    return TaskSet(**cut)
+
+
+def _check_finite(name: str, scores: np.ndarray, mask: np.ndarray, scenario: list[str], shown: int) -> None:
+    bad = (~np.isfinite(scores) & (mask > 0)).any(axis=1)
+    if bad.any():
+        where = scenario[int(np.flatnonzero(bad)[0])]
+        support = "the whole support" if shown == ALL else f"{shown} support examples"
+        raise MetarecError(
+            f"method {name!r} gave scores that are not finite for {bad.sum()} of {len(bad)} tasks with {support}, the "
+            f"first in {where!r}; see that its adapt divides by nothing that can be 0, or lower its inner rate"
+        )
+
+
+_traced: Counter[Any] = Counter()
+"""How often the programs of a method were traced: tells a first call, which compiles, from a later one."""
+
+
+@partial(jax.jit, static_argnums=0)
+def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
+    """What each of B tasks changed. Apart from `_predict`, which need not be compiled anew for each support length."""
+    _traced[adapt] += 1
+    return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
+    """Scores ``[B, Q]``."""
+    _traced[predict] += 1
+    return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
+
+
+@jax.jit
+def _adapt_keys(seed: Array, number: Array) -> Array:
+    """One key a task, whatever its batch."""
+    return jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(number)
+
+
+@partial(jax.jit, static_argnums=0)
+def _catalogue_ranks(
+    predict: Any,
+    params: Any,
+    adapted: Any,
+    known: Catalogue,
+    user: Array,
+    support: Array,
+    query: Array,
+    number: Array,
+    seed: Array,
+) -> Array:
+    """Ranks ``[B, Q]`` of the query items among all items but the support, in chunks of items and of users."""
+    n = known.item_row.shape[0]
+    chunk = min(_ITEMS_AT_ONCE, n)
+    items = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk) % n
+
+    def one(row: tuple[Any, Array, Array, Array, Array]) -> Array:
+        adapted, user, support, query, number = row
+        scores = jax.lax.map(lambda chosen: predict(params, adapted, inputs(known, user, chosen)), items)
+        free = jnp.ones(n, bool).at[support].set(False).at[0].set(False)
+        return metrics.ranks_among(scores.reshape(-1)[:n], free, query, _tie_key(seed, number, 1))
+
+    rows = (adapted, user, support, query, number)
+    return jax.lax.map(one, rows, batch_size=int(np.clip(_SCORES_AT_ONCE // n, 1, user.shape[0])))
+
+
+def _tie_key(seed: Array, number: Array, purpose: int) -> Array:
+    """A key of one task: purpose 1 breaks ties of scores, 2 those of targets."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), number)
+
+
+class _Runner:
+    """Runs every method on every batch; keeps the time of first calls, which compile, apart from that of later ones."""
+
+    def __init__(self, methods: Mapping[str, Method], known: Catalogue, seed: int, batch: int) -> None:
+        self.methods, self.known, self.seed, self.batch = methods, known, seed, batch
+        self.shapes: set[Any] = set()
+        self.first = dict.fromkeys(methods, 0.0)
+        self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
+        self.last: tuple[Task, Array, int] | None = None
+
+    def scores(
+        self, part: TaskSet, numbers: np.ndarray, rank_catalogue: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Scores ``[T, Q]`` of the query items, and their ranks in the catalogue, by method."""
+        scores = {name: np.zeros(part.query_item.shape, np.float32) for name in self.methods}
+        ranks = {name: np.zeros(part.query_item.shape, np.int32) for name in self.methods} if rank_catalogue else {}
+        for index, task in batches(part, self.known, self.batch):
+            rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
+            number = jnp.asarray(numbers[rows], jnp.int32)
+            places = [jnp.asarray(a[rows]) for a in (part.user, part.support_item, part.query_item)]
+            keys = _adapt_keys(self.seed, number)
+            self.last = (task, keys, len(index))
+
+            one = partial(
+                self.call, task=task, keys=keys, number=number, places=places, n=len(index), rank=rank_catalogue
+            )
+            shape = (task.support.mask.shape, task.query.mask.shape, rank_catalogue)
+            with ThreadPoolExecutor(1 if shape in self.shapes else 2) as pool:  # XLA compiles two programs at once
+                for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
+                    scores[name][index] = np.asarray(found)[: len(index)]
+                    if rank_catalogue:
+                        ranks[name][index] = np.asarray(placed)[: len(index)]
+            self.shapes.add(shape)
+        return scores, ranks
+
+    def call(
+        self, name: str, *, task: Task, keys: Array, number: Array, places: list[Array], n: int, rank: bool
+    ) -> tuple[Array, Any]:
+        """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
+        method = self.methods[name]
+        found, adapted = self.timed(name, task, keys, n)
+        if not rank:
+            return found, None
+        ranks = _catalogue_ranks(method.predict, method.params, adapted, self.known, *places, number, self.seed)
+        return found, jax.block_until_ready(ranks)
+
+    def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
+        """One call of one method, on ``n`` real tasks, waited for and timed."""
+        method = self.methods[name]
+        before, start = _traced[method.adapt] + _traced[method.predict], time.perf_counter()
+        adapted = _adapt(method.adapt, method.params, task.support, keys)
+        found = jax.block_until_ready(_predict(method.predict, method.params, adapted, task.query.inputs))
+        seconds = time.perf_counter() - start
+        if _traced[method.adapt] + _traced[method.predict] > before:
+            self.first[name] += seconds
+        else:
+            self.later[name].append((n, seconds))
+        return found, adapted
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """By method: seconds a user of adapt and predict, compiled; and the seconds of the calls that compiled."""
+        found = {}
+        for name in self.methods:
+            if not self.later[name] and self.last is not None:
+                self.timed(name, *self.last)
+            users, seconds = (sum(column) for column in zip(*self.later[name], strict=True))
+            found[name] = {"seconds_per_user": seconds / users, "first_call_seconds": self.first[name]}
+        return found
+
+
+def _in_chunks(measure: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of ``measure(*arrays)``, computed on slices of one size, so that it is compiled once."""
+    n = len(arrays[0])
+    found: list[dict[str, np.ndarray]] = []
+    for start in range(0, n, _LISTS_AT_ONCE):
+        part = [a[start : start + _LISTS_AT_ONCE] for a in arrays]
+        m = len(part[0])
+        part = [np.pad(a, [(0, _LISTS_AT_ONCE - m)] + [(0, 0)] * (a.ndim - 1)) for a in part]
+        found.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _ranking_columns(
+    grade: Array,
+    labels: Array,
+    mask: Array,
+    ranks: Array,
+    length: Array | int,
+    topn: Sequence[int],
+    gain: str,
+    before: str,
+) -> dict[str, Array]:
+    """Ranking metrics of lists ``[B, Q]`` whose ranks are known."""
+    scores = -ranks.astype(jnp.float32)
+    known: dict[str, Any] = {"where": mask, "ranks": ranks}
+    found: dict[str, Array] = {}
+    for n in topn:
+        at = known | {"topn": n}
+        found[f"{before}ndcg@{n}"] = metrics.ndcg(scores, grade, gain=gain, **at)
+        found[f"{before}precision@{n}"] = metrics.precision(scores, labels, length=length, **at)
+        found[f"{before}recall@{n}"] = metrics.recall(scores, labels, **at)
+        found[f"{before}hit_rate@{n}"] = metrics.hit_rate(scores, labels, **at)
+        found[f"{before}mrr@{n}"] = metrics.mrr(scores, labels, **at)
+        found[f"{before}map@{n}"] = metrics.average_precision(scores, labels, **at)
+    return found
+
+
+@partial(jax.jit, static_argnames=("gain", "topn", "relevance", "span", "ranking"))
+def _query_columns(
+    scores: Array,
+    target: Array,
+    mask: Array,
+    number: Array,
+    seed: Array,
+    *,
+    gain: str,
+    topn: tuple[int, ...],
+    relevance: metrics.Relevant,
+    span: tuple[float, float] | None,
+    ranking: bool,
+) -> dict[str, Array]:
+    where = mask > 0
+    rating = scores if span is None else jnp.clip(scores, *span)
+    found = {
+        "mae": metrics.mae(rating, target, where=where),
+        "rmse": metrics.rmse(rating, target, where=where),
+        "squared_error": metrics.squared_error(rating, target, where=where),
+    }
+    if ranking:
+        labels = jax.vmap(lambda t, w, k: relevance.labels(t, w, _tie_key(seed, k, 2)))(target, where, number)
+        ranks = jax.vmap(lambda s, w, k: metrics.ranks_of(s, where=w, key=_tie_key(seed, k, 1)))(scores, where, number)
+        grade = labels if gain == "binary" else target
+        found |= _ranking_columns(grade, labels, where, ranks, where.sum(-1), topn, gain, "")
+        found["auc"] = metrics.auc(scores, labels, where=where)
+    return found
+
+
+@partial(jax.jit, static_argnames=("topn", "relevance"))
+def _catalogue_columns(
+    ranks: Array,
+    target: Array,
+    mask: Array,
+    number: Array,
+    seed: Array,
+    *,
+    topn: tuple[int, ...],
+    relevance: metrics.Relevant,
+) -> dict[str, Array]:
+    where = mask > 0
+    labels = jax.vmap(lambda t, w, k: relevance.labels(t, w, _tie_key(seed, k, 2)))(target, where, number)
+    found = _ranking_columns(labels, labels, where & (labels > 0), ranks, max(topn), topn, "binary", "catalogue_")
+    found["catalogue_mrr"] = metrics.mrr(-ranks, labels, where=where, ranks=ranks)
+    return found

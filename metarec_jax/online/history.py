@@ -1,0 +1,255 @@
+"""What a new user says, in the data's own rows: names resolved, ratings checked, unknown items set apart with suggestions."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data.interactions import Interactions
+
+_SUGGESTED = 5
+"""Unknown names of one history that get suggestions."""
+_SEARCHED = 20_000
+"""Names that a suggestion compares with, at the most."""
+_ITEM_COLUMNS = ("item_id", "item", "title")
+
+
+class Unknown(NamedTuple):
+    """A history entry that names no item: as it was given, and close names that exist."""
+
+    name: Any
+    suggestions: tuple[str, ...] = ()
+
+
+class History(NamedTuple):
+    """One user's feedback: vocabulary rows int32 ``[S]``, ratings float32 ``[S]`` (1 for a click), each item once."""
+
+    item: np.ndarray
+    rating: np.ndarray
+    unknown: tuple[Unknown, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Names:
+    """Items by name: the exact id, else the exact title, else a title in another case that only one item has."""
+
+    def __init__(self, data: Interactions) -> None:
+        self._items = data.items
+        self._labels = data.items.ids if data.titles is None else data.titles
+
+    @cached_property
+    def _exact(self) -> dict[str, int]:
+        return _unambiguous([str(label) for label in self._labels])
+
+    @cached_property
+    def _folded(self) -> dict[str, int]:
+        return _unambiguous([str(label).casefold().strip() for label in self._labels])
+
+    def rows(self, names: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Vocabulary rows, int32; 0 for a name that no item, or more than one, has."""
+        if not len(names):
+            return np.zeros(0, np.int32)
+        rows = self._items.encode(names)
+        for k in np.flatnonzero(rows == 0):
+            text = str(names[k])
+            rows[k] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
+        return rows
+
+    def suggest(self, name: Any) -> tuple[str, ...]:
+        """Up to three existing names: those that begin with ``name`` or hold it, then those spelt alike."""
+        text = str(name).casefold().strip()
+        if not text or np.issubdtype(np.asarray(self._labels).dtype, np.number):
+            return ()
+        folded = [str(label).casefold() for label in self._labels]
+        holds = sorted((k for k, f in enumerate(folded) if text in f), key=lambda k: (folded[k].find(text), len(folded[k])))
+        near = range(len(folded))
+        if len(folded) > _SEARCHED:
+            near = [k for k in near if folded[k][:2] == text[:2]][:_SEARCHED]  # type: ignore[assignment]
+        alike = difflib.get_close_matches(text, [folded[k] for k in near], n=3)
+        found = [str(self._labels[k]) for k in holds[:3]]
+        found += [str(self._labels[k]) for a in alike for k in near if folded[k] == a]
+        return tuple(dict.fromkeys(found))[:3]
+
+    def unknown(self, names: Sequence[Any]) -> tuple[Unknown, ...]:
+        """Each name once; the first few with suggestions."""
+        once = dict.fromkeys(names)
+        return tuple(Unknown(name, self.suggest(name) if k < _SUGGESTED else ()) for k, name in enumerate(once))
+
+
+def _unambiguous(labels: list[str]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for k, label in enumerate(labels):
+        rows[label] = 0 if label in rows else k + 1
+    return rows
+
+
+def parse_history(history: Any, data: Interactions, names: Names) -> History:
+    """Read one user's history (see `metarec_jax.online.recommend.Recommender.recommend`).
+
+    Raises:
+      MetarecError: a rating that is missing, no number, or outside the data's range.
+    """
+    given, ratings = _columns(history)
+    rows = names.rows(given)
+    values, notes = _ratings(given, ratings, rows, data)
+    unknown = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
+    one, repeated = _last_of_each(rows, values)
+    return one._replace(unknown=unknown, notes=(*notes, *_repeats(repeated)))
+
+
+def parse_table(
+    histories: Any, data: Interactions, names: Names
+) -> tuple[list[Any], list[History], tuple[Unknown, ...], tuple[str, ...]]:
+    """Read many users' histories. Returns user ids, a history for each, and the unknown items and notes of the whole table."""
+    users, given, ratings = _table(histories)
+    rows = names.rows(given)
+    values, notes = _ratings(given, ratings, rows, data)
+    every = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
+    by_name = {u.name: u for u in every}
+    ids, first, member = np.unique(np.asarray(users), return_index=True, return_inverse=True)
+    order = np.argsort(member, kind="stable")
+    ends = np.cumsum(np.bincount(member, minlength=len(ids)))
+    found: list[Any] = []
+    parsed: list[History] = []
+    total = 0
+    for k in np.argsort(first):
+        at = order[0 if k == 0 else ends[k - 1] : ends[k]]
+        one, repeated = _last_of_each(rows[at], values[at])
+        total += repeated
+        missing = tuple(by_name[name] for name in dict.fromkeys(given[j] for j in at if rows[j] == 0))
+        found.append(ids[k].item())
+        parsed.append(one._replace(unknown=missing, notes=_repeats(repeated)))
+    return found, parsed, every, (*notes, *_repeats(total))
+
+
+def _repeats(count: int) -> tuple[str, ...]:
+    return (f"{count} repeated feedbacks: the last on each item counts",) if count else ()
+
+
+def _last_of_each(rows: np.ndarray, values: np.ndarray) -> tuple[History, int]:
+    """Known items, each once, in order of their last feedback; and how many feedbacks that left out."""
+    at = np.flatnonzero(rows > 0)
+    _, back = np.unique(rows[at][::-1], return_index=True)
+    last = at[np.sort(len(at) - 1 - back)]
+    return History(rows[last].astype(np.int32), values[last].astype(np.float32)), len(at) - len(last)
+
+
+def _is_column(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
+
+
+def _pick(table: Any, names: Sequence[str]) -> Any:
+    return next((list(table[name]) for name in names if name in table), None)
+
+
+def _columns(history: Any) -> tuple[list[Any], list[Any] | None]:
+    """Items and ratings of one history; None: no ratings given."""
+    if isinstance(history, (str, bytes)):
+        return [history], None
+    if hasattr(history, "columns") or (
+        isinstance(history, Mapping) and any(name in history and _is_column(history[name]) for name in _ITEM_COLUMNS)
+    ):
+        items, ratings = _pick(history, _ITEM_COLUMNS), _pick(history, ("rating",))
+        if items is None:
+            raise MetarecError(f"the history has columns {list(history)}, and none of {_ITEM_COLUMNS}; rename its item column")
+        _same_length({"item_id": items, "rating": ratings})
+        return items, ratings
+    if isinstance(history, Mapping):
+        return list(history), list(history.values())
+    return list(history), None
+
+
+def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
+    if isinstance(histories, Mapping) or hasattr(histories, "columns"):
+        users, items, ratings = (_pick(histories, c) for c in (("user_id", "user"), _ITEM_COLUMNS, ("rating",)))
+        if users is None or items is None:
+            raise MetarecError(f"the table has columns {list(histories)}, and wants user_id and item_id; rename them")
+    else:
+        users, items, ratings = (None if c is None else list(c) for c in (*histories, None)[:3])
+        if users is None or items is None:
+            raise MetarecError("histories want user ids and item ids, and one is None; give (users, items, ratings)")
+    _same_length({"user_id": users, "item_id": items, "rating": ratings})
+    for k, user in enumerate(users):
+        if user is None or (isinstance(user, float) and math.isnan(user)):
+            raise MetarecError(f"row {k + 1} of the histories has no user_id; fill it in or drop the row")
+    return users, items, ratings
+
+
+def _same_length(columns: Mapping[str, list[Any] | None]) -> None:
+    lengths = {name: len(c) for name, c in columns.items() if c is not None}
+    if len(set(lengths.values())) > 1:
+        raise MetarecError(f"the columns of the history have different lengths, {lengths}; give one entry a feedback in each")
+
+
+def _ratings(
+    given: list[Any], ratings: list[Any] | None, rows: np.ndarray, data: Interactions
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Ratings as float32, checked where the item is known; all 1 where the data is implicit feedback."""
+    if data.rating is None:
+        told = ratings is not None and any(r not in (1, None, True) for r in ratings)
+        note = ("ratings in the history are not used: the data is implicit feedback, and each item counts as liked",)
+        return np.ones(len(given), np.float32), note if told else ()
+    low, high = float(data.rating.min()), float(data.rating.max())
+    if ratings is None:
+        if given:
+            raise MetarecError(
+                f"the history gives items without ratings, and the data has ratings; give {{item: rating}} with "
+                f"ratings from {low:g} to {high:g}"
+            )
+        return np.zeros(0, np.float32), ()
+    values = np.zeros(len(given), np.float32)
+    for k, rating in enumerate(ratings):
+        try:
+            value = float(rating)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not low <= value <= high and rows[k]:
+            raise MetarecError(
+                f"the rating of {given[k]!r} is {rating!r}, and ratings of this data lie from {low:g} to {high:g}; correct it"
+            )
+        values[k] = value if math.isfinite(value) else 0.0
+    return values, ()
+
+
+def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """A new user's side features as input columns with leading axis 1, and notes on values never seen.
+
+    Raises:
+      MetarecError: a feature that the data has not, or a number that is none.
+    """
+    columns: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for given, value in features.items():
+        name = given if given in data.user_features else f"user_{given}"
+        if name not in data.user_features:
+            have = ", ".join(data.user_features) or "none"
+            raise MetarecError(f"there is no user feature {given!r}; the data has: {have}")
+        feature = data.user_features[name]
+        if feature.vocabulary is None:
+            columns[name] = _numeric(name, value, feature.values.shape[1])
+            continue
+        values = list(value) if _is_column(value) else [value]
+        rows = feature.vocabulary.encode(values) if values else np.zeros(0, np.int32)
+        notes += [f"{name} {v!r} was never seen, and counts as unknown" for v, r in zip(values, rows, strict=True) if r == 0]
+        if feature.kind == "categorical":
+            columns[name] = np.asarray(rows[:1] if len(rows) else [0], np.int32)
+        else:
+            rows, width = rows[rows > 0], feature.values.shape[1]
+            columns[name] = np.pad(rows[:width], (0, max(0, width - len(rows))))[None].astype(np.int32)
+    return columns, tuple(notes)
+
+
+def _numeric(name: str, value: Any, width: int) -> np.ndarray:
+    try:
+        numbers = np.asarray(value, np.float32).reshape(1, -1)
+    except (TypeError, ValueError) as error:
+        raise MetarecError(f"{name} is {value!r}, and wants {width} number(s); correct it") from error
+    if numbers.shape[1] != width or not np.isfinite(numbers).all():
+        raise MetarecError(f"{name} is {value!r}, and wants {width} finite number(s); correct it")
+    return numbers

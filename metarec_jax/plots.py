@@ -1,0 +1,302 @@
+"""The plots of a report: learning curve, cold-start curve, scenarios. Drawn without a screen, on a white ground."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarec_jax.metrics import higher_is_better
+from metarec_jax.results import Report
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""For the methods that are no baselines: Okabe and Ito's palette, which colour-blind readers tell apart."""
+_BEST, _OTHER, _INK, _SOFT = "#3C3C3C", "#9A9A9A", "#222222", "#6B6B6B"
+_SCENARIOS = {
+    "user_cold": "New users",
+    "item_cold": "New items",
+    "both_cold": "New users, new items",
+    "warm": "Known users, known items",
+}
+_METRICS = {
+    "mae": "MAE (rating points)",
+    "rmse": "RMSE of a user (rating points)",
+    "rmse_pooled": "RMSE (rating points)",
+    "squared_error": "squared error",
+    "auc": "AUC",
+    "error": "error",
+}
+_FAMILIES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "hit_rate": "hit rate"}
+
+
+def scenario_title(name: str) -> str:
+    """A scenario in words.
+
+    >>> scenario_title("user_cold")
+    'New users'
+    """
+    return _SCENARIOS.get(name, name.replace("_", " "))
+
+
+def metric_title(name: str) -> str:
+    """A metric in words.
+
+    >>> metric_title("catalogue_hit_rate@10"), metric_title("ndcg@5"), metric_title("mae")
+    ('hit rate@10, whole catalogue', 'nDCG@5', 'MAE (rating points)')
+    """
+    whole = name.startswith("catalogue_")
+    family, at, n = name.removeprefix("catalogue_").partition("@")
+    words = _METRICS.get(family) or _FAMILIES.get(family) or family.replace("_", " ")
+    return f"{words}{at}{n}" + (", whole catalogue" if whole else "")
+
+
+def method_colors(report: Report, best: str | None) -> dict[str, str]:
+    """Colours for the methods that are no baselines, near-black for the best baseline, grey for the rest."""
+    ours = [name for name in report.methods if name not in report.baselines]
+    colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(ours)}
+    return {name: colors.get(name, _BEST if name == best else _OTHER) for name in report.methods}
+
+
+def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Training loss, and each validation metric with its best step marked. False, and no file, without a loss."""
+    train = _series(history, "loss")
+    if len(train) < 2:
+        return False
+    names = sorted({k for row in history for k in row if k.startswith("validation_")})
+    names = [name for name in names if len(_series(history, name)) > 1][:2]
+    figure, axes = _figure(1 + len(names), 3.5)
+    _title(figure, "Learning curve", "by outer step" + ("; the ring is the best validation" if names else ""))
+    step, loss = train.T
+    axes[0].plot(step, loss, color=COLORS[0], alpha=0.25, lw=1)
+    axes[0].plot(step, _smooth(loss), color=COLORS[0], lw=2)
+    _named(axes[0], "Training loss", "loss on the queries of training tasks")
+    low, high = np.percentile(loss, [0, 95])
+    axes[0].set_ylim(low - 0.08 * (high - low or 1), high + 0.25 * (high - low or 1))
+    for ax, name in zip(axes[1:], names, strict=True):
+        step, value = _series(history, name).T
+        metric = name.removeprefix("validation_")
+        best = int(
+            np.argmax(value) if higher_is_better(metric) and metric not in ("error", "loss") else np.argmin(value)
+        )
+        ax.plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
+        ax.plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
+        spot = f"{value[best]:.4f} at step {step[best]:,.0f}"
+        left = step[best] < (step[0] + step[-1]) / 2
+        ax.annotate(
+            spot,
+            (step[best], value[best]),
+            (0, 14),
+            textcoords="offset points",
+            color=_INK,
+            fontsize=9,
+            ha="left" if left else "right",
+        )
+        ax.margins(y=0.2)
+        _named(ax, f"Validation {metric_title(metric)}", metric_title(metric))
+    for ax in axes:
+        ax.set_xlabel("outer step", color=_SOFT)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return _save(figure, path)
+
+
+def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
+    """A metric by how many support examples were shown, a panel a scenario. False, and no file, without such rows."""
+    curves = {s: report.curve(metric, s) for s in report.scenarios}
+    curves = {s: curve for s, curve in curves.items() if curve["shown"].nunique() > 1}
+    if not curves:
+        return False
+    figure, axes = _figure(len(curves), 4.2, sharey=True, right=True)
+    better = "higher" if higher_is_better(metric) else "lower"
+    _title(
+        figure,
+        "How many ratings until it is good",
+        f"{metric_title(metric)} by support examples shown; {better} is better; bands: 95% intervals; the same users at "
+        "every point",
+    )
+    means = [c[c["shown"] == c["shown"].max()].set_index("method")["mean"] for c in curves.values()]
+    hidden = _off_scale(report, metric, means)
+    for ax, (scenario, curve) in zip(axes, curves.items(), strict=True):
+        best = report.best_baseline(metric, scenario)
+        colors, points = method_colors(report, best), sorted(curve["shown"].unique())
+        labels: list[tuple[float, str, str]] = []
+        for name in sorted(report.methods, key=lambda n: (n not in report.baselines, n == best)):
+            line = curve[curve["method"] == name].sort_values("shown")
+            if line.empty or name in hidden:
+                continue
+            at = [points.index(k) for k in line["shown"]]
+            strong = name not in report.baselines or name == best
+            ax.plot(at, line["mean"], color=colors[name], lw=2.4 if strong else 1.1, marker="o", ms=4 if strong else 0)
+            if strong:
+                ax.fill_between(at, line["low"], line["high"], color=colors[name], alpha=0.15, lw=0)
+            labels.append((float(line["mean"].iloc[-1]), name, colors[name]))
+        ax.set_xticks(range(len(points)), [str(k) for k in points])
+        ax.set_xlim(-0.2, len(points) - 1 + 0.2)
+        ax.set_xlabel("support examples shown", color=_SOFT)
+        _named(
+            ax,
+            scenario_title(scenario),
+            metric_title(metric) if ax is axes[0] else "",
+            f"{curve['tasks'].max():,} tasks",
+        )
+        ax._metarec_labels = labels  # type: ignore[attr-defined]
+    for ax in axes:
+        _end_labels(ax, ax._metarec_labels)  # type: ignore[attr-defined]
+    if hidden:
+        _foot(figure, "off the scale: " + ", ".join(hidden))
+    return _save(figure, path)
+
+
+def scenario_dots(report: Report, metric: str, path: Path) -> bool:
+    """Mean and 95% interval of every method, a panel a scenario, best on top. False, and no file, without the metric."""
+    found = report.summary()
+    scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
+    if not scenarios:
+        return False
+    rows = max(sum(metric in found[m].get(s, {}) for m in report.methods) for s in scenarios)
+    figure, axes = _figure(len(scenarios), 1.9 + 0.3 * rows)
+    sign = 1 if higher_is_better(metric) else -1
+    _title(
+        figure,
+        f"{metric_title(metric)} by scenario",
+        f"mean and 95% interval over users; {'higher' if sign > 0 else 'lower'} is better; best on top",
+    )
+    for ax, scenario in zip(axes, scenarios, strict=True):
+        best = report.best_baseline(metric, scenario)
+        colors = method_colors(report, best)
+        values = {m: found[m][scenario][metric] for m in report.methods if metric in found[m].get(scenario, {})}
+        order = sorted(values, key=lambda m: sign * values[m].mean)
+        hidden = _off_scale(report, metric, [{m: e.mean for m, e in values.items()}])
+        shown = [values[m] for m in order if m not in hidden]
+        low, high = min(e.low for e in shown), max(e.high for e in shown)
+        pad = 0.06 * (high - low or 1)
+        for y, name in enumerate(order):
+            e, strong = values[name], name not in report.baselines or name == best
+            if name in hidden:
+                edge, ha = (high + pad, "right") if e.mean > high else (low - pad, "left")
+                arrow = f"{e.mean:.3f} →" if e.mean > high else f"← {e.mean:.3f}"
+                ax.text(edge, y, arrow, ha=ha, va="center", color=_SOFT, fontsize=9)
+                continue
+            ax.plot(
+                [e.low, e.high], [y, y], color=colors[name], lw=3 if strong else 1.6, solid_capstyle="round", alpha=0.55
+            )
+            ax.plot(e.mean, y, "o", color=colors[name], ms=8 if strong else 5.5)
+            ax.annotate(
+                f"{e.mean:.3f}",
+                (e.mean, y),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                color=colors[name],
+            )
+        ax.set_yticks(range(len(order)), order)
+        for label, name in zip(ax.get_yticklabels(), order, strict=True):
+            label.set_color(_SOFT if colors[name] == _OTHER else colors[name])
+            label.set_fontweight("bold" if name not in report.baselines else "normal")
+        ax.set_ylim(-0.6, len(order) - 0.3)
+        ax.set_xlim(low - pad, high + pad)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x", color="#E6E6E6", lw=0.8)
+        ax.set_xlabel(metric_title(metric), color=_SOFT)
+        tasks = max(e.tasks for e in values.values())
+        _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks")
+    return _save(figure, path)
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    rows = [
+        (float(r["step"]), float(r[name])) for r in history if r.get(name) is not None and r.get("step") is not None
+    ]
+    return np.array([row for row in rows if np.isfinite(row).all()]).reshape(-1, 2)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the curve; the window shrinks at the ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] | Any]) -> list[str]:
+    """Baselines so much worse than the rest that they would flatten the plot."""
+    sign, hidden = (1 if higher_is_better(metric) else -1), set()
+    for values in means:
+        worth = {m: sign * float(values[m]) for m in report.methods if m in values}
+        ordered = sorted(worth.values(), reverse=True)
+        spread = ordered[0] - ordered[len(ordered) // 2]
+        hidden |= {m for m, v in worth.items() if m in report.baselines and ordered[0] - v > max(4 * spread, 1e-9)}
+    return [m for m in report.methods if m in hidden]
+
+
+def _figure(panels: int, height: float, *, sharey: bool = False, right: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(max(6.4, 4.4 * panels), height + 0.7), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0].tolist()
+    for ax in axes:
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.spines["bottom"].set_color("#BBBBBB")
+        ax.grid(axis="y", color="#E6E6E6", lw=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(colors=_SOFT, length=0, labelsize=9.5)
+    figure.get_layout_engine().set(w_pad=0.12, wspace=0.04 if right else 0.06)  # type: ignore[union-attr]
+    return figure, axes
+
+
+def _title(figure: Figure, title: str, subtitle: str) -> None:
+    height = figure.get_size_inches()[1]
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.68 / height))  # type: ignore[union-attr]
+    figure.text(0.012, 1 - 0.12 / height, title, ha="left", va="top", fontsize=14, fontweight="bold", color=_INK)
+    figure.text(0.012, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=_SOFT)
+
+
+def _foot(figure: Figure, text: str) -> None:
+    figure.text(0.995, 0.004, text, ha="right", va="bottom", fontsize=8.5, color=_SOFT, style="italic")
+
+
+def _named(ax: Axes, title: str, ylabel: str, note: str = "") -> None:
+    ax.set_title(title, loc="left", fontsize=11, color=_INK, pad=8)
+    if note:
+        ax.set_title(note, loc="right", fontsize=9, color=_SOFT, pad=8)
+    if ylabel:
+        ax.set_ylabel(ylabel, color=_SOFT)
+
+
+def _end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the ends of the lines, pushed apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap = 0.058 * (high - low)
+    ordered = sorted(labels)
+    places = [y for y, _, _ in ordered]
+    for _ in range(200):
+        for k in range(len(places) - 1):
+            lack = gap - (places[k + 1] - places[k])
+            if lack > 1e-12:
+                places[k], places[k + 1] = places[k] - lack / 2, places[k + 1] + lack / 2
+    for y, (_, name, color) in zip(places, ordered, strict=True):
+        weak = color == _OTHER
+        ax.annotate(
+            name,
+            (1.0, y),
+            (3, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=9 if weak else 10,
+            color=_SOFT if weak else color,
+            fontweight="normal" if weak or color == _BEST else "bold",
+        )
+
+
+def _save(figure: Figure, path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True

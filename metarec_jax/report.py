@@ -1,0 +1,335 @@
+"""A report that says in words what was seen: as Markdown, as one HTML file with its plots inside, and in the terminal."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metarec_jax import plots
+from metarec_jax.metrics import higher_is_better
+from metarec_jax.plots import metric_title, scenario_title
+from metarec_jax.results import Difference, Estimate, Report
+
+_GAINS = {"exp": "2^r - 1", "linear": "r", "square": "r^2 - 1", "binary": "1 for a relevant item, else 0"}
+
+
+class Table(NamedTuple):
+    """Text cells; ``best`` are the (row, column) of the cells to mark."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+class Section(NamedTuple):
+    """A part of a report: a title, what is said, then a plot or a table."""
+
+    title: str
+    says: tuple[str, ...] = ()
+    table: Table | None = None
+    image: str | None = None
+
+
+def main_metrics(report: Report) -> list[str]:
+    """The few metrics that a page has room for: an error, nDCG over the query, nDCG and recall over the catalogue."""
+    topn, whole = report.settings["topn"], report.settings["catalogue_topn"]
+    n = 5 if 5 in topn else topn[-1] if topn else 0
+    wanted = ["mae", "rmse_pooled", f"ndcg@{n}"]
+    wanted += [f"catalogue_ndcg@{min(whole)}", f"catalogue_recall@{max(whole)}"] if whole else []
+    present = {m for scenarios in report.summary().values() for row in scenarios.values() for m in row}
+    return [m for m in wanted if m in present]
+
+
+def metric_table(report: Report, metric: str) -> Table:
+    """Mean ± standard error of every method in every scenario; the best of each column is marked."""
+    found, best = report.summary(), set()
+    scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
+    cells = [[found[m].get(s, {}).get(metric) for s in scenarios] for m in report.methods]
+    for column, scenario in enumerate(scenarios):
+        winner = report.best(metric, scenario)
+        best.add((report.methods.index(str(winner)), column + 1))
+    rows = tuple((name, *(_cell(e) for e in row)) for name, row in zip(report.methods, cells, strict=True))
+    return Table(("method", *scenarios), rows, frozenset(best))
+
+
+def terminal_table(report: Report) -> str:
+    """The main metrics as aligned text; ``*`` marks the best of a column."""
+    blocks = []
+    for metric in main_metrics(report):
+        header, rows, best = metric_table(report, metric)
+        lines = [
+            header,
+            *(tuple(c + (" *" if (r, k) in best else "  ") for k, c in enumerate(row)) for r, row in enumerate(rows)),
+        ]
+        widths = [max(len(line[k].rstrip()) for line in lines) for k in range(len(header))]
+        text = ["  ".join(c.rstrip().ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        direction = "higher is better" if higher_is_better(metric) else "lower is better"
+        blocks.append(
+            "\n".join([f"{metric_title(metric)}: mean ± standard error over users, {direction}, * best", *text])
+        )
+    blocks.append("\n".join(findings(report)))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def findings(report: Report) -> list[str]:
+    """One sentence for each method that is no baseline, scenario and main metric (of an error and a ranking)."""
+    metrics = [m for m in main_metrics(report) if m in report.metrics]
+    chosen = metrics[:1] + [m for m in metrics[1:] if "ndcg" in m][:1]
+    said = [_comparison(d, report) for d in report.compare(chosen)]
+    return said or ["No method stands against a baseline here, so nothing is compared."]
+
+
+def adaptation_findings(report: Report) -> list[str]:
+    """What the support itself brings: each method that is no baseline, with the whole support and with none."""
+    said = []
+    before = report.summary(0)
+    for name in [m for m in report.methods if m not in report.baselines]:
+        for scenario in report.scenarios:
+            metrics = [
+                m for m in main_metrics(report)[:1] if m in before[name].get(scenario, {}) and m in report.metrics
+            ]
+            for metric in metrics:
+                gain = report.adaptation_gain(name, metric, scenario)
+                start, end = before[name][scenario][metric].mean, report.summary()[name][scenario][metric].mean
+                effect = "it adapts" if gain.better else "not a gain that these tasks can show"
+                said.append(
+                    f"{scenario_title(scenario)}: the support takes {name} from {start:.3f} to {end:.3f} "
+                    f"{metric_title(metric)}, a difference of {_interval(gain)}: {effect}."
+                )
+    return said
+
+
+def write_report(
+    report: Report,
+    run_dir: str | Path,
+    *,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    data_facts: Mapping[str, Any] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write ``report.md``, ``report.html`` (one file, plots inside) and ``plots/*.png`` into a folder, which is made.
+
+    Args:
+      history: rows of the training log: ``step``, ``loss`` and ``validation_...``.
+      config: settings of the run, printed as they are.
+      data_facts: facts of the data set, printed as a table.
+      title: of the page; the name of the folder by default.
+
+    Returns:
+      The path of ``report.html``.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = _sections(report, folder / "plots", history or [], config or {}, data_facts or {})
+    title = title or f"Report of {folder.resolve().name}"
+    (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(_page(title, sections, folder), encoding="utf-8")
+    return page
+
+
+def _sections(
+    report: Report,
+    folder: Path,
+    history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    data_facts: Mapping[str, Any],
+) -> list[Section]:
+    metrics = main_metrics(report)
+    sections = [Section("What was found", tuple(findings(report)))]
+    for metric in metrics:
+        name = f"scenarios_{metric.replace('@', '_')}.png"
+        drawn = plots.scenario_dots(report, metric, folder / name)
+        sections.append(
+            Section(metric_title(metric), (), metric_table(report, metric), f"plots/{name}" if drawn else None)
+        )
+    curves = [m for m in metrics if m in report.metrics]
+    images = [f"cold_start_{m.replace('@', '_')}.png" for m in curves[:2]]
+    drawn_curves = [n for m, n in zip(curves, images, strict=False) if plots.cold_start_curve(report, m, folder / n)]
+    sections.append(Section("How many ratings until it is good", tuple(adaptation_findings(report))))
+    sections += [Section("", (), None, f"plots/{name}") for name in drawn_curves]
+    if plots.learning_curve(history, folder / "learning_curve.png"):
+        sections.append(Section("Training", (_selection(history),), None, "plots/learning_curve.png"))
+    sections.append(Section("How it was measured", tuple(_method_notes(report))))
+    sections.append(Section("Tasks", (), _counts_table(report)))
+    sections.append(Section("Time", (), _times_table(report)))
+    for name, facts in (("Data", data_facts), ("Configuration", config)):
+        if facts:
+            sections.append(
+                Section(name, (), Table(("", "value"), tuple((str(k), _text(v)) for k, v in facts.items())))
+            )
+    return sections
+
+
+def _comparison(d: Difference, report: Report) -> str:
+    found = report.summary()
+    mine, rival = found[d.method][d.scenario][d.metric].mean, found[d.baseline][d.scenario][d.metric].mean
+    excludes = d.low > 0 or d.high < 0
+    verdict = "better" if d.better else "worse" if excludes else "no difference that these tasks can show"
+    zero = "excludes zero" if excludes else "includes zero"
+    return (
+        f"{scenario_title(d.scenario)}: {d.method} has {metric_title(d.metric)} {mine:.3f}, the best baseline, {d.baseline}, "
+        f"{rival:.3f}. The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {verdict}."
+    )
+
+
+def _interval(d: Difference) -> str:
+    p = "p < 0.001" if d.p_value < 0.001 else f"p = {d.p_value:.3f}"
+    return f"{d.mean:+.4f} (95% interval {d.low:+.4f} to {d.high:+.4f}, {p})"
+
+
+def _cell(e: Estimate | None) -> str:
+    return "-" if e is None else f"{e.mean:.3f} ±{e.se:.3f}"
+
+
+def _selection(history: Sequence[Mapping[str, Any]]) -> str:
+    last = max(int(row["step"]) for row in history)
+    names = sorted({k for row in history for k in row if k.startswith("validation_")})
+    if not names:
+        return f"Trained for {last:,} steps without validation: the last parameters are used."
+    return (
+        f"Trained for {last:,} steps. Selection: parameters are chosen by validation tasks "
+        f"({', '.join(metric_title(n.removeprefix('validation_')) for n in names)}) apart from the test tasks scored here."
+    )
+
+
+def _method_notes(report: Report) -> list[str]:
+    s, scored = report.settings, len(report.seeds)
+    clip = s["rating_range"]
+    said = [
+        "Every number is a mean over tasks (a task is one user). Intervals are 95% percentile intervals of "
+        f"{s['bootstrap']:,} bootstrap draws of users; differences are paired, on the same tasks. The best baseline is the one "
+        "with the best mean on these very tasks, which favours the baselines.",
+        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; over the whole catalogue it is 1 for a relevant "
+        f"item. Relevant is {s['relevant']}. Ties are broken at random.",
+    ]
+    if clip:
+        said.append(
+            f"For rating errors, predictions are clipped to {clip[0]:g} to {clip[1]:g}; for rankings they are not."
+        )
+    if s["catalogue_topn"]:
+        said.append(
+            f"Whole-catalogue rankings are over all {s['catalogue_items']:,} items less the support; items that the user never "
+            "rated count as irrelevant, so these numbers are low by nature."
+        )
+    if s["ranking_only"]:
+        said.append(f"{', '.join(s['ranking_only'])}: scores are no ratings, so there are no rating errors.")
+    said.append(
+        f"Seeds: {', '.join(map(str, report.seeds))}." + (" Tasks of one user stay together." if scored > 1 else "")
+    )
+    return said + [f"Note: {note}." for note in report.notes]
+
+
+def _counts_table(report: Report) -> Table:
+    rows = []
+    for name, c in report.counts().items():
+        missing = max(c["no_answer"].values(), default=0)
+        rows.append(
+            (
+                name,
+                f"{c['tasks']:,}",
+                f"{c['users']:,}",
+                f"{c['queries']:,}",
+                f"{c['median_support']:g}",
+                f"{missing:,}",
+            )
+        )
+    return Table(
+        ("scenario", "tasks", "users", "query examples", "median support", "tasks a metric left out"), tuple(rows)
+    )
+
+
+def _times_table(report: Report) -> Table:
+    rows = [
+        (name, f"{1e6 * t['seconds_per_user']:,.1f}", f"{t['first_call_seconds']:.1f}")
+        for name, t in report.times.items()
+    ]
+    return Table(
+        ("method", "microseconds a user, adapt and predict", "seconds of first calls (compilation)"), tuple(rows)
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""] if section.title else []
+        lines += [f"- {said}" for said in section.says] + ([""] if section.says else [])
+        lines += [f"![{section.title or 'plot'}]({section.image})", ""] if section.image else []
+        if section.table:
+            header, rows, best = section.table
+            cells = [
+                [f"**{_escaped(c)}**" if (r, k) in best else _escaped(c) for k, c in enumerate(row)]
+                for r, row in enumerate(rows)
+            ]
+            lines += [f"| {' | '.join(row)} |" for row in ([*map(_escaped, header)], ["---"] * len(header), *cells)] + [
+                ""
+            ]
+    return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def _page(title: str, sections: Sequence[Section], folder: Path) -> str:
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        name = html.escape(section.title)
+        body += [f"<h2>{name}</h2>"] if name else []
+        body += ["<ul>", *(f"<li>{html.escape(said)}</li>" for said in section.says), "</ul>"] if section.says else []
+        if section.image:
+            data = base64.b64encode((folder / section.image).read_bytes()).decode("ascii")
+            body.append(f'<figure><img alt="{name or "plot"}" src="data:image/png;base64,{data}"></figure>')
+        if section.table:
+            header, rows, best = section.table
+            body.append(
+                "<div class=scroll><table><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in header) + "</tr>"
+            )
+            for r, row in enumerate(rows):
+                marks = (" class=best" if (r, k) in best else "" for k in range(len(row)))
+                body.append(
+                    "<tr>" + "".join(f"<td{m}>{html.escape(c)}</td>" for c, m in zip(row, marks, strict=True)) + "</tr>"
+                )
+            body.append("</table></div>")
+    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>TITLE</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --ground: #ffffff; --mark: #e7f2fb; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #30363d; --ground: #14171b; --mark: #16324a; }
+}
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+ul { padding-left: 1.2rem; margin: .6rem 0; } li { margin: .3rem 0; }
+figure { margin: 1rem 0; } img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--soft); font-weight: 600; }
+th, td { padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
+td.best { font-weight: 700; background: linear-gradient(to right, var(--mark) 80%, transparent); }
+</style>
+</head>
+<body>
+BODY
+</body>
+</html>
+"""

@@ -1,0 +1,119 @@
+"""A state as a flat list of host arrays, each with its path, shape, dtype and digest; and back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Leaf(NamedTuple):
+    """A leaf on the host. ``dtype`` is the leaf's own: "key<fry>" where ``value`` is the data of a PRNG key."""
+
+    path: str
+    value: np.ndarray
+    dtype: str
+
+
+def flatten(state: Any) -> list[Leaf]:
+    """Copies of the leaves of a pytree of arrays, PRNG keys and numbers; the state may be donated afterwards."""
+
+    def leaf(path: Any, x: Any) -> Leaf:
+        value = np.array(jax.random.key_data(x) if is_key(x) else x, copy=True)
+        return Leaf(jax.tree_util.keystr(path), value, str(x.dtype if is_key(x) else value.dtype))
+
+    return [leaf(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def unflatten(values: list[np.ndarray], like: Any) -> Any:
+    """The pytree ``like`` with these values in its leaves, each of the kind and in the place of the one it replaces."""
+    placed = [_place(v, leaf) for v, leaf in zip(values, jax.tree.leaves(like), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def describe(leaf: Leaf) -> dict[str, Any]:
+    """Path, shape, dtype and sha256 of a leaf, JSON-able."""
+    digest = hashlib.sha256(np.ascontiguousarray(leaf.value).reshape(-1).view(np.uint8).data).hexdigest()
+    return {"path": leaf.path, "shape": list(leaf.value.shape), "dtype": leaf.dtype, "sha256": digest}
+
+
+def host_dtype(name: str) -> np.dtype:
+    """The dtype of ``Leaf.value`` for a leaf of dtype ``name``."""
+    return np.dtype(np.uint32) if name.startswith("key<") else jnp.dtype(name)
+
+
+def mismatch(found: list[dict[str, Any]], like: Any) -> str | None:
+    """The first leaf in which descriptions and the pytree ``like`` differ, in words; None where they agree.
+
+    >>> mismatch([describe(leaf) for leaf in flatten({"w": jnp.zeros(3)})], {"w": jnp.zeros(4)})
+    "['w'] is float32[3] there and float32[4] here"
+    """
+    wanted = {jax.tree_util.keystr(path): _expected(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    stored = {d["path"]: (d["shape"], d["dtype"]) for d in found}
+    for path in [*wanted, *stored]:
+        old, new = stored.get(path), wanted.get(path)
+        if old is None or new is None or old[1] != new[1] or (new[0] is not None and old[0] != new[0]):
+            there, here = ("absent" if leaf is None else f"{leaf[1]}{leaf[0] or ''}" for leaf in (old, new))
+            return f"{path} is {there} there and {here} here"
+    return None
+
+
+def below(found: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+    """Of the entry ``name`` nearest to the root: its leaves by position, with their paths from there on.
+
+    >>> below([{"path": ".train.params['w']"}, {"path": ".train.step"}], "params")
+    {0: {'path': "['w']"}}
+    """
+    entry = re.compile(rf"^.*?(?:\['{re.escape(name)}'\]|\.{re.escape(name)}(?![^\.\[]))")
+    roots = {m.group() for d in found if (m := entry.match(d["path"]))}
+    root = min(roots, key=len, default=None)
+    chosen = {k: d for k, d in enumerate(found) if root is not None and d["path"].startswith(root)}
+    return {k: d | {"path": d["path"].removeprefix(root or "")} for k, d in chosen.items()}
+
+
+def nested(leaves: dict[str, np.ndarray]) -> Any:
+    """Nested dicts of device arrays from key paths such as ``['tables']['item']`` or ``.net[0]``."""
+    root: dict[str, Any] = {}
+    for path, value in leaves.items():
+        names = re.findall(r"\['?(.+?)'?\]|\.([^.\[]+)", path)
+        if not names:
+            return jnp.array(value)
+        place = root
+        for name in names[:-1]:
+            place = place.setdefault("".join(name), {})
+        place["".join(names[-1])] = jnp.array(value)
+    return root
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key array."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _place(value: np.ndarray, like: Any) -> Any:
+    if isinstance(like, bool | int | float):
+        return type(like)(value.item())
+    if isinstance(like, np.ndarray):
+        return value
+    if isinstance(like, np.generic):
+        return value[()]
+    if is_key(like):
+        name = str(like.dtype).removeprefix("key<").removesuffix(">")
+        impl = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(name, name)
+        return jax.random.wrap_key_data(jnp.array(value, copy=True), impl=impl)
+    sharding = getattr(like, "sharding", None)
+    if sharding is not None and len(sharding.device_set) > 1:
+        return jax.device_put(value, sharding)
+    return jnp.array(value, copy=True)  # a copy: the next step may be given the buffer to overwrite
+
+
+def _expected(like: Any) -> tuple[list[int] | None, str]:
+    if is_key(like):  # the shape of a key's data is its implementation's business
+        return None, str(like.dtype)
+    if isinstance(like, bool | int | float):
+        return [], str(np.asarray(like).dtype)
+    return list(like.shape), str(like.dtype)

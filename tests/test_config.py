@@ -1,0 +1,128 @@
+"""A configuration survives JSON, refuses what it does not know, and builds what it says."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from metarec_jax import config
+from metarec_jax.config import Config, DataConfig, LearnerConfig, ModelConfig, SplitConfig, TaskConfig, TrainConfig
+from metarec_jax.core import MetarecError
+from metarec_jax.data.synthetic import synthetic
+
+
+def test_json_and_back():
+    given = Config(
+        data=DataConfig(name="ratings.csv", user_col="uid"),
+        split=SplitConfig(scenarios=("user_cold",), by="time"),
+        tasks=TaskConfig(support=(2, 8), negatives=0),
+        model=ModelConfig(hidden=()),
+        learner=LearnerConfig(name="maml", only=("net",)),
+        train=TrainConfig(lr=1e-2, seed=7),
+    )
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(given)))) == given
+
+
+def test_what_is_not_given_has_its_default():
+    assert config.from_dict({"train": {"steps": 5}}) == Config(train=TrainConfig(steps=5))
+    assert config.from_dict({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trane": {}}, "has no 'trane'; perhaps you meant 'train'"),
+        ({"train": {"step": 5}}, "section 'train' has no 'step'; perhaps you meant 'steps'"),
+        ({"learner": {"name": "mamml"}}, "learner.name: 'mamml' is not known; perhaps you meant 'maml'"),
+        ({"train": {"steps": "many"}}, "train.steps wants a whole number, got 'many'"),
+        ({"train": {"steps": 1.5}}, "train.steps wants a whole number"),
+        ({"train": {"steps": True}}, "train.steps wants a whole number"),
+        ({"train": {"lr": -1}}, "train.lr must be 0.0 or more, got -1"),
+        ({"split": {"test": 1.5}}, "split.test must be between 0.0 and 0.9"),
+        ({"split": {"scenarios": ["cold"]}}, "'cold' is not known; perhaps you meant"),
+        ({"tasks": {"support": [3]}}, "tasks.support wants a list of 2 whole numbers"),
+        ({"tasks": {"support": [9, 3]}}, "the fewest, 9, is more than the most, 3"),
+        ({"tasks": {"negatives": -1}}, "tasks.negatives must be 0 or more"),
+        ({"model": {"hidden": [64, 0]}}, "model.hidden must be 1 or more, got 0"),
+    ],
+)
+def test_refusals_name_the_field_and_the_remedy(values, message):
+    with pytest.raises(MetarecError, match=message.replace(".", r"\.")):
+        config.from_dict(values)
+
+
+def test_a_whole_number_serves_as_a_number():
+    assert config.from_dict({"train": {"lr": 1}}).train.lr == 1
+
+
+@pytest.fixture(scope="module")
+def ratings():
+    return synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
+
+
+@pytest.mark.parametrize(
+    "learner",
+    [
+        LearnerConfig(),
+        LearnerConfig(name="maml", inner_steps=2),
+        LearnerConfig(name="maml", rule="meta_sgd", only=("net",), first_order=True, loss="bce"),
+        LearnerConfig(name="maml", rule="adam", per_step_losses=True),
+        LearnerConfig(name="reptile", inner_steps=1),
+    ],
+)
+def test_every_learner_has_a_finite_loss(ratings, learner):
+    given = Config(model=ModelConfig(size=2), learner=learner, tasks=TaskConfig(tasks=2, support=(2, 4), query=3))
+    built = config.build_learner(given, ratings)
+    source = config.build_source(given.tasks, ratings)
+    task = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0)))
+    params = built.init(jax.random.key(1))
+    loss, _ = jax.jit(built.loss)(params, task, jax.random.key(2))
+    assert np.isfinite(float(loss))
+
+
+def test_warm_rows_are_those_of_the_factorisation(ratings):
+    from metarec_jax.factorization import als_factors
+
+    given = Config(model=ModelConfig(size=2))
+    learner = config.build_learner(given, ratings)
+    params = config.build_params(given, learner, ratings)
+    want = als_factors(ratings, size=2, seed=0)
+    np.testing.assert_array_equal(params["tables"]["item_id"][:, 0], want.item_bias)
+    np.testing.assert_array_equal(params["tables"]["item_id"][:, 1:], want.item_factors)
+    assert jax.tree.structure(params) == jax.tree.structure(learner.init(jax.random.key(0)))
+
+
+def test_no_warm_rows_where_the_model_has_no_place_for_them(ratings):
+    for given in (Config(train=TrainConfig(warm_start=False)), Config(model=ModelConfig(head="mlp"))):
+        assert config.build_params(given, config.build_learner(given, ratings), ratings) is None
+
+
+def test_ridge_wants_vectors():
+    with pytest.raises(MetarecError, match="--learner maml"):
+        Config(model=ModelConfig(name="meta_recommender"))
+
+
+def test_clicks_get_negatives_and_a_click_loss(ratings):
+    clicks = config.build_data(DataConfig(name="synthetic:30x20", implicit=True))
+    assert clicks.rating is None
+    assert config.negatives(TaskConfig(), clicks) == 4
+    assert config.negatives(TaskConfig(), ratings) == 0
+    assert config.negatives(TaskConfig(negatives=1), ratings) == 1
+    assert config.build_loss(LearnerConfig(), clicks).__name__ == "bce"
+    assert config.build_loss(LearnerConfig(), ratings).__name__ == "mse"
+
+
+def test_columns_are_for_files(tmp_path):
+    with pytest.raises(MetarecError, match="user_col is for files"):
+        config.build_data(DataConfig(name="synthetic:30x20", user_col="uid"))
+    file = tmp_path / "stars.csv"
+    file.write_text("uid,movie,stars\n1,a,5\n1,b,3\n2,a,1\n2,b,2\n")
+    data = config.build_data(DataConfig(name=str(file), user_col="uid", item_col="movie", rating_col="stars"))
+    assert data.rating.tolist() == [5, 3, 1, 2]
+
+
+def test_splits_as_configured(ratings):
+    parts = config.build_split(SplitConfig(scenarios=("user_cold",), test=0.2), ratings)
+    assert set(parts.test) == {"user_cold"}
+    assert len(np.unique(parts.test["user_cold"].user)) == 6  # 0.2 x 30 users

@@ -1,0 +1,156 @@
+"""One table: every learner against every property of the contract."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from worlds import double, every_learner, largest_difference, one, seed_model, tasks
+
+from metarec_jax.core import Task
+from metarec_jax.data.tasks import TaskSource
+from metarec_jax.training.row_optimizers import lazy_adam
+from metarec_jax.training.step import Optimizers, init_state, loss_and_grads, make_step
+
+LEARNERS = every_learner()
+KEY = jax.random.key(0)
+each_learner = pytest.mark.parametrize("name", LEARNERS)
+
+
+@cache
+def world(name: str, count: int = 3):
+    with jax.enable_x64(False):
+        columns = set(LEARNERS[name].tables)
+        batch = tasks(jax.random.key(1), count)
+        if columns == {"user_id", "item_id"}:
+            keep = lambda e: e._replace(inputs={c: e.inputs[c] for c in columns})  # noqa: E731
+            batch = Task(keep(batch.support), keep(batch.query))
+        params = jax.jit(LEARNERS[name].init)(KEY)
+    return LEARNERS[name], params, batch
+
+
+@each_learner
+def test_row_view_equals_dense(name, float64):
+    """Gradient of the batch through row views, scattered back, against jax.grad over whole tables: max |diff| <= 1e-12."""
+    learner, params, batch = world(name)
+    params, batch = double(params), double(batch)
+
+    def dense_loss(params, batch):
+        keys = jax.random.split(KEY, 3)
+        return jax.vmap(learner.loss, (None, 0, 0))(params, batch, keys)[0].mean()
+
+    want_value, want = jax.jit(jax.value_and_grad(dense_loss))(params, batch)
+    (value, _), grads, ids = jax.jit(partial(loss_and_grads, learner))(params, batch, KEY)
+    got = dict(grads["dense"], tables=dict(grads["whole"]))
+    for table, rows in grads["rows"].items():
+        size = params["tables"][table].shape[1]
+        flat = rows.reshape(-1, size)
+        got["tables"][table] = jnp.zeros_like(params["tables"][table]).at[ids[table].reshape(-1)].add(flat)
+    assert grads["rows"], "the world must be large enough that some table is viewed"
+    assert abs(float(value - want_value)) < 1e-12
+    assert largest_difference(got, {k: want[k] for k in got}) < 1e-12
+
+
+def score(learner, params, support, inputs, key=KEY):
+    return learner.predict(params, learner.adapt(params, support, key), inputs)
+
+
+@each_learner
+def test_one_task_at_a_time_is_the_same(name):
+    """Every property of `adapt` and `predict` that one compiled program can show.
+
+    vmap == loop; the loss is what adapt and predict give (the compact change laid over is what the loss scores); garbage in
+    padding changes nothing; support order changes nothing; no support and one example give finite scores.
+    """
+    learner, params, batch = world(name)
+    n = batch.support.mask.shape[1]
+
+    def spoil(e):  # the last slot of task 0 has mask 0
+        inputs = {c: v.at[-1].set(v[0]) if v.shape[0] > 1 else v for c, v in e.inputs.items()}
+        return e._replace(inputs=inputs, target=e.target.at[-1].set(99.0))
+
+    @jax.jit
+    def run(params, batch, task):
+        keys = jax.random.split(KEY, 3)
+        turned = jax.tree.map(lambda a: a[::-1] if a.shape[0] == n else a, task.support)
+        few = [task.support._replace(mask=task.support.mask * (jnp.arange(n) < k)) for k in (0, 1)]
+        variants = jax.tree.map(lambda *a: jnp.stack(a), task.support, spoil(task.support), turned, *few)
+        together = jax.vmap(lambda t, k: score(learner, params, t.support, t.query.inputs, k))(batch, keys)
+        several = jax.vmap(lambda s: score(learner, params, s, task.query.inputs))(variants)
+        alone = score(learner, params, task.support, task.query.inputs)
+        return together[0], alone, several, learner.loss(params, task, KEY)[1]["query_loss"]
+
+    task = one(batch)
+    together, alone, (same, spoiled, turned, none, single), query_loss = run(params, batch, task)
+    assert alone.shape == (4,)
+    assert largest_difference(together, alone) < 2e-5
+    assert largest_difference(same, alone) < 2e-5
+    assert largest_difference(spoiled, alone) < 2e-5
+    assert largest_difference(turned, alone) < 2e-5
+    assert bool(jnp.isfinite(none).all())
+    assert bool(jnp.isfinite(single).all())
+    mse = jnp.sum(task.query.mask * (alone - task.query.target) ** 2) / task.query.mask.sum()
+    assert float(mse) == pytest.approx(float(query_loss), rel=1e-4)
+
+
+@each_learner
+def test_padding_has_no_gradient(name):
+    """Garbage in a padded slot of support and query changes the meta-gradient of no parameter."""
+    learner, params, batch = world(name)
+    task = one(batch)
+    spoil = lambda e: e._replace(target=e.target.at[-1].set(99.0))  # noqa: E731
+    gradient = jax.jit(jax.grad(lambda p, t: learner.loss(p, t, KEY)[0]))
+    spoiled = gradient(params, Task(spoil(task.support), spoil(task.query)))
+    assert largest_difference(gradient(params, task), spoiled) < 1e-5
+
+
+@each_learner
+def test_adapted_is_small(name):
+    """What a user owns never has the size of the catalogue."""
+    learner, params, batch = world(name)
+    adapted = jax.eval_shape(learner.adapt, params, one(batch).support, KEY)
+    rows = [leaf.shape[0] for leaf in jax.tree.leaves(adapted) if leaf.ndim]
+    assert all(n < 400 for n in rows)
+
+
+@each_learner
+def test_one_trace_in_ten_steps_and_the_state_keeps_its_form(name):
+    learner, params, batch = world(name)
+    source = TaskSource(batch, lambda data, key: data, 3)
+    optimizers = Optimizers(optax.adam(1e-2), lazy_adam(1e-2))
+    traces = 0
+
+    def counted(state, data):
+        nonlocal traces
+        traces += 1
+        return make_step(learner, source, optimizers)(state, data)
+
+    state = init_state(learner, optimizers, params, KEY)
+    step = jax.jit(counted)
+    state, first = step(state, batch)
+    form = jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    seen = traces
+    for _ in range(9):
+        state, metrics = step(state, batch)
+    assert traces == seen == 1
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == form
+    assert float(metrics["query_loss"]) < float(first["query_loss"])
+
+
+@each_learner
+def test_same_key_same_answer(name):
+    learner, params, _ = world(name)
+    assert largest_difference(jax.jit(learner.init)(KEY), params) == 0.0
+
+
+def test_the_seed_model_is_one_linear_layer():
+    """score = w . [u, v] + b, by hand: w = (1, 2, 3, 4, 5, 6), u = (1, 0, 0), v = (0, 1, 0), b = 7 -> 1 + 5 + 7."""
+    model = seed_model()
+    params = model.init(KEY)
+    params["tables"]["user_id"] = params["tables"]["user_id"].at[1].set(jnp.array([1.0, 0, 0]))
+    params["tables"]["item_id"] = params["tables"]["item_id"].at[2].set(jnp.array([0, 1.0, 0]))
+    params["net"]["params"]["out"] = {"kernel": jnp.arange(1.0, 7.0)[:, None], "bias": jnp.array([7.0])}
+    assert model.apply(params, {"user_id": jnp.array([1]), "item_id": jnp.array([2])}).tolist() == [13.0]

@@ -1,0 +1,85 @@
+"""Small models and tasks that several tests use."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metarec_jax import learners, models
+from metarec_jax.core import Column, Examples, Learner, Model, Task
+
+COLUMNS = {
+    "user_id": Column("id", 400),
+    "user_age": Column("categorical", 5),
+    "item_id": Column("id", 600),
+    "item_genre": Column("multi", 7),
+    "item_year": Column("numeric", 1),
+}
+
+
+def content(head: str = "dot", size: int = 3) -> Model:
+    return models.content_model(COLUMNS, size=size, head=head, hidden=(5,))
+
+
+def seed_model(size: int = 3) -> Model:
+    return models.meta_recommender(400, 600, size=size)
+
+
+def tasks(key: jax.Array, count: int, support: int = 6, query: int = 4, columns=COLUMNS) -> Task:
+    """Random tasks with repeated items, padding in both parts, and shared user columns."""
+
+    def examples(key: jax.Array, n: int, users: dict) -> Examples:
+        k = jax.random.split(key, 5)
+        inputs = {
+            "item_id": jax.random.randint(k[0], (count, n), 0, columns["item_id"].size).at[:, 1].set(3).at[:, 2].set(3),
+            "item_genre": jax.random.randint(k[1], (count, n, 3), 0, 7),
+            "item_year": jax.random.normal(k[2], (count, n, 1)),
+        }
+        inputs = {name: value for name, value in inputs.items() if name in columns} | users
+        mask = jnp.ones((count, n)).at[0, -1].set(0.0)
+        return Examples(inputs, jax.random.randint(k[3], (count, n), 1, 6).astype(float), mask)
+
+    k = jax.random.split(key, 4)
+    users = {
+        "user_id": jax.random.randint(k[0], (count, 1), 0, columns["user_id"].size),
+        "user_age": jax.random.randint(k[1], (count, 1), 0, 5),
+    }
+    users = {name: value for name, value in users.items() if name in columns}
+    return Task(examples(k[2], support, users), examples(k[3], query, users))
+
+
+def one(batch: Task, k: int = 0) -> Task:
+    return jax.tree.map(lambda a: a[k], batch)
+
+
+def every_learner() -> dict[str, Learner]:
+    """The shared table of properties runs over these."""
+    dot, mlp, seed = content("dot"), content("mlp"), seed_model()
+    return {
+        "maml": learners.maml(dot, inner_lr=0.05, inner_steps=2),
+        "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
+        "maml_mlp": learners.maml(mlp, inner_lr=0.05, inner_steps=7),
+        "fomaml": learners.maml(seed, inner_lr=0.05, inner_steps=2, first_order=True),
+        "anil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net/params/out",)),
+        "boil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("tables", "net/params/dense_0")),
+        "melu": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net",)),
+        "user_row": learners.maml(dot, inner_lr=0.05, inner_steps=2, only=("tables/user_id",)),
+        "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05)),
+        "inner_adam": learners.maml(dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8))),
+        "per_step": learners.maml(seed, inner_lr=0.05, inner_steps=3, per_step_losses=True),
+        "reptile": learners.reptile(dot, inner_lr=0.05, inner_steps=2),
+        "ridge": learners.ridge(dot),
+        "ridge_mlp": learners.ridge(mlp),
+    }
+
+
+def double(tree):
+    """Floating leaves as float64."""
+    return jax.tree.map(lambda a: a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def largest_difference(a, b) -> float:
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((float(jnp.max(jnp.abs(x - y), initial=0.0)) for x, y in leaves), default=0.0)
