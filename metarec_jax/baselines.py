@@ -1,7 +1,7 @@
 """Plain baselines, in closed form: what a meta-learner has to beat, and stands beside in every table.
 
-Each factory ``name(train, known, ...)`` gives a fitted `Method`. Items come by ``inputs["item_id"]``; 0, the unknown item, gets
-the prior. All hyperparameters of `adapt` and `predict` are in ``params``, so refitting with others compiles nothing anew.
+Each factory ``name(train, known, ...)`` gives a fitted `Method`. Items come by ``inputs["item_id"]``; 0, the unknown
+item, gets the prior. Hyperparameters of `adapt` and `predict` are in ``params``: refitting with others compiles nothing anew.
 """
 
 from __future__ import annotations
@@ -49,9 +49,6 @@ def _nothing(params: Any, support: Examples, key: Array) -> Any:
     return ()
 
 
-# Random order -------------------------------------------------------------------------------------------------------
-
-
 def random(train: Interactions, known: Catalogue) -> Method:
     """A uniform number for each item, by the key of `adapt` and the item id; between the lowest and the highest rating.
 
@@ -71,9 +68,6 @@ def _random_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     name = jnp.where(ids > 0, ids, -1 - jnp.arange(ids.shape[0])).astype(jnp.uint32)
     draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(adapted["key"], i)))(name)
     return params["low"] + (params["high"] - params["low"]) * draws
-
-
-# Means and biases ---------------------------------------------------------------------------------------------------
 
 
 def popularity(train: Interactions, known: Catalogue) -> Method:
@@ -138,9 +132,6 @@ def _bias_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     return params["mu"] + params["item_bias"][inputs["item_id"]] + adapted["bias"]
 
 
-# Item kNN -----------------------------------------------------------------------------------------------------------
-
-
 def item_knn(
     train: Interactions,
     known: Catalogue,
@@ -196,16 +187,13 @@ def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
         similar = params["similar"][inputs["item_id"]] * (adapted["id"][place] == found)
         pick = lambda a: a[place]  # noqa: E731
     else:
-        similar = params["similar"][inputs["item_id"][:, None], adapted["id"]]
-        pick = lambda a: a  # noqa: E731
+        similar = params["similar"][inputs["item_id"][:, None], adapted["id"][None]]
+        pick = lambda a: a[None]  # noqa: E731
     similar = similar * pick(adapted["weight"])
     if "residual" not in adapted:
         return similar.sum(-1)
     moved = (similar * pick(adapted["residual"])).sum(-1) / (similar.sum(-1) + params["shrinkage"])
     return _bias_predict(params, adapted, inputs) + moved
-
-
-# Matrix factorisation -----------------------------------------------------------------------------------------------
 
 
 def als(
@@ -221,8 +209,8 @@ def als(
 ) -> Method:
     """Matrix factorisation by ALS; a new user's factors and bias are folded in by the same normal equations.
 
-    Ratings: [p, b] = (X^T X + R)^-1 X^T (r - mu - b_i), X = [q_i, 1] over the support, R = diag(reg, ..., reg, reg_bias). Clicks: p = (Q^T Q + alpha X^T X +
-    reg I)^-1 (1 + alpha) X^T 1, X = q_i over the support's positives. See `metarec_jax.factorization`.
+    Ratings: [p, b] = (X^T X + R)^-1 X^T (r - mu - b_i), X = [q_i, 1] over the support, R = diag(reg, ..., reg_bias).
+    Clicks: p = (Q^T Q + alpha X^T X + reg I)^-1 (1 + alpha) X^T 1, X = q_i over the support's positives.
 
     Args:
       size: length of a factor.
@@ -283,12 +271,13 @@ BASELINES: Mapping[str, Factory] = MappingProxyType(
 
 # Fitting and tuning all of them -------------------------------------------------------------------------------------
 
-_GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
+_Grid = Mapping[str, Sequence[float]]
+_GRIDS: Mapping[str, _Grid] = {
     "bias": {"reg_user": (0.5, 1.0, 2.0, 5.0), "reg_item": (2.0, 5.0, 10.0)},
     "item_knn": {"shrinkage_predict": (0.03, 0.1, 0.3, 1.0), "shrinkage": (5.0, 20.0, 100.0)},
     "als": {"reg": (3.0, 5.0, 8.0, 12.0), "size": (8, 16, 32), "reg_bias": (2.0, 5.0, 10.0)},
 }
-_CLICK_GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
+_CLICK_GRIDS: Mapping[str, _Grid] = {
     "item_knn": {"shrinkage": (1.0, 10.0, 100.0)},
     "als": {"alpha": (2.0, 10.0, 40.0), "reg": (1.0, 10.0, 50.0), "size": (16, 32, 64)},
 }
@@ -348,7 +337,7 @@ def _some_users(train: Interactions, rows: int) -> Interactions:
 
 
 def _search(
-    factory: Factory, grid: Mapping[str, Sequence[float]], train: Interactions, known: Catalogue, tasks: Mapping[str, TaskSet]
+    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, tasks: Mapping[str, TaskSet]
 ) -> tuple[dict[str, Any], float]:
     """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
     chosen: dict[str, Any] = {}
@@ -365,18 +354,16 @@ def _search(
 
 def _quality(method: Method, tasks: TaskSet, known: Catalogue, train: Interactions, size: int = 64) -> float:
     """Mean over tasks of MAE, or of -nDCG@10 where the feedback is implicit."""
-    key = jax.random.key(0)
-    each: list[np.ndarray] = []
-    if train.rating is None:
-        items = np.unique(train.item)
-        pool = jnp.asarray(items if len(items) <= 20_000 else np.random.default_rng(0).choice(items, 20_000, replace=False))
-        for index, task in batches(tasks, known, size):
-            gain = _click_quality(method.adapt, method.predict, method.params, known, pool, task, key)
-            each.append(-np.asarray(gain)[: len(index)])
-    else:
-        low, high = float(train.rating.min()), float(train.rating.max())
-        for index, task in batches(tasks, known, size):
-            each.append(np.asarray(_rating_quality(method.adapt, method.predict, method.params, task, low, high, key))[: len(index)])
+    params, adapt, predict = method
+    key, each = jax.random.key(0), []
+    pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
+    for index, task in batches(tasks, known, size):
+        if train.rating is None:
+            quality = -_click_quality(adapt, predict, params, known, pool, task, key)
+        else:
+            low, high = train.rating.min(), train.rating.max()
+            quality = _rating_quality(adapt, predict, params, task, low, high, key)
+        each.append(np.asarray(quality)[: len(index)])
     return float(np.concatenate(each).mean())
 
 
@@ -404,7 +391,7 @@ def _click_quality(
         own = predict(params, adapted, task.query.inputs)[:, None]
         others = predict(params, adapted, {**candidates, **user})[None, :]
         support = jnp.where(task.support.mask > 0, task.support.inputs["item_id"], 0)
-        free = (competes[None, :] != task.query.inputs["item_id"][:, None]) & ~jnp.isin(competes, support)
+        free = (competes[None, :] != task.query.inputs["item_id"][:, None]) & ~jnp.isin(competes, support)[None, :]
         rank = 1 + (free * ((others > own) + 0.5 * (others == own))).sum(1)
         liked = task.query.mask * (task.query.target > 0)
         gain = (liked * (rank <= 10) / jnp.log2(1 + rank)).sum()

@@ -40,7 +40,7 @@ def _sections() -> type:
 Options: Any = _sections()
 
 
-def _configured(options: Any) -> config.Config:
+def configured(options: Any) -> config.Config:
     sections = typing.get_type_hints(config.Config)
     return config.Config(
         **{
@@ -81,9 +81,9 @@ def fit(
       metarec fit ratings.csv --user-col uid --item-features movies.csv
       metarec fit ml-1m --learner maml --inner-steps 5 --out runs/maml
     """
-    from metarec_jax import commands
+    from metarec_jax.commands import fit
 
-    return commands.fit(_configured(options), out=out, fresh=fresh, evaluate=evaluate, data_dir=data_dir, as_json=json)
+    return fit.fit(configured(options), out=out, fresh=fresh, evaluate=evaluate, data_dir=data_dir, as_json=json)
 
 
 def evaluate(
@@ -99,9 +99,9 @@ def evaluate(
       metarec evaluate runs/ml-1m
       metarec evaluate runs/ml-1m --seeds 5 --json
     """
-    from metarec_jax import commands
+    from metarec_jax.commands import fit
 
-    return commands.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
+    return fit.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
 
 
 def recommend(
@@ -131,9 +131,9 @@ def recommend(
       metarec recommend runs/ml-1m --rate "Toy Story (1995)=5" --rate "Heat (1995)=2" -n 10
       metarec recommend runs/ml-1m --history new_users.csv -n 10 --out recs.csv
     """
-    from metarec_jax import asking
+    from metarec_jax.commands import recommend
 
-    return asking.recommend(run, rate=rate, history=history, top=top, out=out, why=why, as_json=json)
+    return recommend.recommend(run, rate=rate, history=history, top=top, out=out, why=why, as_json=json)
 
 
 def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
@@ -144,11 +144,11 @@ def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
       metarec data ml-1m
       metarec data ratings.csv --user-col uid --json
     """
-    from metarec_jax import commands
+    from metarec_jax.commands import data
 
     section = config.DataConfig
     given = {f.name: getattr(options, f.metadata["flag"] or f.name) for f in dataclasses.fields(section)}
-    return commands.data(section(**given), data_dir=data_dir, as_json=json)
+    return data.data(section(**given), data_dir=data_dir, as_json=json)
 
 
 # The options are made, not written, so their types cannot be either.
@@ -164,7 +164,7 @@ def doctor(data_dir: DataDir = None) -> int:
 
       metarec doctor
     """
-    from metarec_jax import doctor
+    from metarec_jax.commands import doctor
 
     return doctor.doctor(data_dir=data_dir)
 

@@ -1,7 +1,8 @@
 """Matrix factorisation by alternating least squares, in closed form, on the host.
 
-The normal equations of all users (then of all items) are gathered in groups of like history length, so that each group is
-one batched matrix product and one batched solve: nothing loops over users, and memory does not grow with the number of ratings.
+The normal equations of all users (then of all items) are gathered in groups of like history length, so that each group
+is one batched matrix product and one batched solve. Nothing loops over users, and what is made beside the ratings,
+sorted once by each side, has the size of a group.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Factors(NamedTuple):
 
     Attributes:
       mu: mean rating; 0 for implicit feedback.
-      item_bias, item_factors: float32 ``[rows]`` and ``[rows, size]`` by vocabulary row; 0 in row 0 and where training saw nothing.
+      item_bias, item_factors: float32 ``[rows]`` and ``[rows, size]`` by vocabulary row; 0 in row 0 and where training
+        saw nothing.
       user_bias, user_factors: the same, of users.
     """
 
@@ -73,7 +75,7 @@ class Group(NamedTuple):
 
 
 def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int, slots: int = _SLOTS) -> list[Group]:
-    """Ratings by the entity in ``by``, in groups of about ``slots`` ratings. Each rating stands once, with a fifth of padding."""
+    """Ratings by the entity in ``by``, in groups of about ``slots``; about a fifth is padding."""
     order = np.argsort(by, kind="stable")
     counts = np.bincount(by)
     start = np.concatenate([[0], np.cumsum(counts)])
@@ -88,15 +90,24 @@ def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int
             rows = members[first : first + step]
             mask = np.arange(length) < counts[rows][:, None]
             at = np.where(mask, start[rows][:, None] + np.arange(length), 0)
-            groups.append(Group(rows, np.where(mask, other[at], np.int32(num_other)), np.where(mask, value[at], np.float32(0))))
+            padding = np.int32(num_other), np.float32(0)
+            groups.append(Group(rows, np.where(mask, other[at], padding[0]), np.where(mask, value[at], padding[1])))
     return groups
 
 
-def als_factors(train: Feedback, *, size: int = 16, reg: float = 5.0, reg_bias: float | None = None, iterations: int = 8, seed: int = 0) -> Factors:
+def als_factors(
+    train: Feedback,
+    *,
+    size: int = 16,
+    reg: float = 5.0,
+    reg_bias: float | None = None,
+    iterations: int = 8,
+    seed: int = 0,
+) -> Factors:
     """Factorise ratings: min sum (r - mu - b_i - b_u - q_i . p_u)^2 + reg (|q|^2 + |p|^2) + reg_bias |b|^2.
 
     Each half step solves, for every user at once, (X^T X + R) [p_u, b_u] = X^T (r - mu - b_i) with X the rows [q_i, 1]
-    of the items the user rated and R = diag(reg, ..., reg, reg_bias); then the same for items. Biases are fitted alone first.
+    of the items the user rated and R = diag(reg, ..., reg, reg_bias); then the same for items. Biases are fitted first.
 
     Args:
       train: explicit ratings, in vocabulary rows.
@@ -108,7 +119,7 @@ def als_factors(train: Feedback, *, size: int = 16, reg: float = 5.0, reg_bias: 
     Raises:
       MetarecError: the data has no ratings, or none at all.
 
-    Source: Zhou et al., "Large-scale Parallel Collaborative Filtering for the Netflix Prize", 2008; biases as in Koren, 2009.
+    Source: Zhou et al., "Large-scale Parallel Collaborative Filtering for the Netflix Prize", 2008.
     """
     if train.rating is None or not len(train.rating):
         raise MetarecError("als_factors wants ratings, and the data has none; use implicit_als_factors for clicks")
@@ -228,22 +239,25 @@ def bias_terms(
         raise MetarecError("bias_terms wants ratings, and the data has none; for clicks use popularity")
     mu = float(np.mean(train.rating, dtype=np.float64))
     residual = train.rating - np.float32(mu)
-    count = np.bincount(train.item, minlength=train.items.num_rows), np.bincount(train.user, minlength=train.users.num_rows)
     item, user = np.zeros(train.items.num_rows), np.zeros(train.users.num_rows)
+    of_item, of_user = np.bincount(train.item, minlength=len(item)), np.bincount(train.user, minlength=len(user))
     for _ in range(iterations):
         sums = np.bincount(train.item, residual - user[train.user], minlength=len(item))
-        item = sums / np.maximum(count[0] + reg_item, 1e-12)
+        item = sums / np.maximum(of_item + reg_item, 1e-12)
         sums = np.bincount(train.user, residual - item[train.item], minlength=len(user))
-        user = sums / np.maximum(count[1] + reg_user, 1e-12)
+        user = sums / np.maximum(of_user + reg_user, 1e-12)
     return mu, item.astype(np.float32), user.astype(np.float32)
 
 
 def similarities(train: Feedback, values: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Positive shrunk cosine of item columns, float32 ``[rows, rows]``: max(0, r_i . r_j / (|r_i| |r_j| + shrinkage)), 0 on the diagonal.
+    """Positive shrunk cosine of item columns, max(0, r_i . r_j / (|r_i| |r_j| + shrinkage)), and 0 on the diagonal.
 
     Args:
       values: float32 ``[N]``, one for each interaction: the entries of the columns.
       shrinkage: 0 or more; a similarity that rests on few users is drawn to 0.
+
+    Returns:
+      float32 ``[rows, rows]``.
     """
     out = np.zeros((train.items.num_rows, train.items.num_rows), np.float32)
     for first, block in _similar_blocks(train, values, shrinkage):
@@ -252,7 +266,7 @@ def similarities(train: Feedback, values: np.ndarray, shrinkage: float) -> np.nd
 
 
 def neighbours(train: Feedback, values: np.ndarray, shrinkage: float, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``top`` most similar items of each: rows int32 and `similarities` float32, both ``[rows, top]``, padded with 0."""
+    """The ``top`` most similar items of each: int32 rows and their `similarities`, ``[rows, top]``, padded with 0."""
     ids = np.zeros((train.items.num_rows, top), np.int32)
     similar = np.zeros((train.items.num_rows, top), np.float32)
     for first, block in _similar_blocks(train, values, shrinkage):

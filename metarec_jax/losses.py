@@ -1,7 +1,7 @@
 """Masked losses. The last axis is the list, leading axes are batch, the mask is ``where``; smaller is better.
 
-``where`` may hold fractional weights, and every loss may be differentiated with respect to it. What stands where the weight
-is 0 changes nothing, be it nan; a list without weight has loss 0 and gradient 0, at any order.
+``where`` may hold fractional weights, and every loss may be differentiated with respect to it. What stands where the
+weight is 0 changes nothing, be it nan; a list without weight has loss 0 and gradient 0, at any order.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def bpr(scores: Array, target: Array, where: Array | None = None) -> Array:
 
 
 def sampled_softmax(scores: Array, target: Array, where: Array | None = None) -> Array:
-    """Softmax of each positive against the negatives: the weighted mean over t_i > 0 of -log(e^{s_i} / (e^{s_i} + sum_j w_j e^{s_j})).
+    """Softmax of each positive against the negatives: the mean of -log(e^{s_i} / (e^{s_i} + sum_j w_j e^{s_j})).
 
-    The sum is over the items with target 0.
+    The mean is over t_i > 0 with weight w_i, the sum over t_j = 0.
 
     Args:
       scores, target: ``[..., n]``.

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from metarec_jax.metrics import higher_is_better
@@ -116,15 +117,15 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
     _title(
         figure,
         "How many ratings until it is good",
-        f"{metric_title(metric)} by support examples shown; {better} is better; bands: 95% intervals; the same users at "
-        "every point",
+        f"{metric_title(metric)}, {better} is better; the same users at every point; bands: 95% intervals",
     )
     means = [c[c["shown"] == c["shown"].max()].set_index("method")["mean"] for c in curves.values()]
     hidden = _off_scale(report, metric, means)
+    ends: list[tuple[Axes, list[tuple[float, str, str]]]] = []
     for ax, (scenario, curve) in zip(axes, curves.items(), strict=True):
         best = report.best_baseline(metric, scenario)
         colors, points = method_colors(report, best), sorted(curve["shown"].unique())
-        labels: list[tuple[float, str, str]] = []
+        labels = []
         for name in sorted(report.methods, key=lambda n: (n not in report.baselines, n == best)):
             line = curve[curve["method"] == name].sort_values("shown")
             if line.empty or name in hidden:
@@ -144,16 +145,16 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
             metric_title(metric) if ax is axes[0] else "",
             f"{curve['tasks'].max():,} tasks",
         )
-        ax._metarec_labels = labels  # type: ignore[attr-defined]
-    for ax in axes:
-        _end_labels(ax, ax._metarec_labels)  # type: ignore[attr-defined]
+        ends.append((ax, labels))
+    for ax, labels in ends:  # when all panels have set the shared limits
+        _end_labels(ax, labels)
     if hidden:
         _foot(figure, "off the scale: " + ", ".join(hidden))
     return _save(figure, path)
 
 
 def scenario_dots(report: Report, metric: str, path: Path) -> bool:
-    """Mean and 95% interval of every method, a panel a scenario, best on top. False, and no file, without the metric."""
+    """Mean and 95% interval of every method, best on top, a panel a scenario. False without the metric."""
     found = report.summary()
     scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
     if not scenarios:
@@ -247,13 +248,19 @@ def _figure(panels: int, height: float, *, sharey: bool = False, right: bool = F
         ax.grid(axis="y", color="#E6E6E6", lw=0.8)
         ax.set_axisbelow(True)
         ax.tick_params(colors=_SOFT, length=0, labelsize=9.5)
-    figure.get_layout_engine().set(w_pad=0.12, wspace=0.04 if right else 0.06)  # type: ignore[union-attr]
+    _layout(figure).set(w_pad=0.12, wspace=0.04 if right else 0.06)
     return figure, axes
+
+
+def _layout(figure: Figure) -> ConstrainedLayoutEngine:
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    return engine
 
 
 def _title(figure: Figure, title: str, subtitle: str) -> None:
     height = figure.get_size_inches()[1]
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.68 / height))  # type: ignore[union-attr]
+    _layout(figure).set(rect=(0, 0, 1, 1 - 0.68 / height))
     figure.text(0.012, 1 - 0.12 / height, title, ha="left", va="top", fontsize=14, fontweight="bold", color=_INK)
     figure.text(0.012, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=_SOFT)
 

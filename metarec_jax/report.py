@@ -1,4 +1,4 @@
-"""A report that says in words what was seen: as Markdown, as one HTML file with its plots inside, and in the terminal."""
+"""A report that says in words what was seen: Markdown, one HTML file with its plots inside, text for the terminal."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ def _comparison(d: Difference, report: Report) -> str:
     verdict = "better" if d.better else "worse" if excludes else "no difference that these tasks can show"
     zero = "excludes zero" if excludes else "includes zero"
     return (
-        f"{scenario_title(d.scenario)}: {d.method} has {metric_title(d.metric)} {mine:.3f}, the best baseline, {d.baseline}, "
-        f"{rival:.3f}. The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {verdict}."
+        f"{scenario_title(d.scenario)}: {d.method} has {metric_title(d.metric)} {mine:.3f}, the best baseline, "
+        f"{d.baseline}, {rival:.3f}. The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {verdict}."
     )
 
 
@@ -193,8 +193,8 @@ def _selection(history: Sequence[Mapping[str, Any]]) -> str:
     if not names:
         return f"Trained for {last:,} steps without validation: the last parameters are used."
     return (
-        f"Trained for {last:,} steps. Selection: parameters are chosen by validation tasks "
-        f"({', '.join(metric_title(n.removeprefix('validation_')) for n in names)}) apart from the test tasks scored here."
+        f"Trained for {last:,} steps. Selection: parameters are chosen on validation tasks, apart from the test tasks "
+        f"scored here, by {', '.join(metric_title(n.removeprefix('validation_')) for n in names)}."
     )
 
 
@@ -203,10 +203,10 @@ def _method_notes(report: Report) -> list[str]:
     clip = s["rating_range"]
     said = [
         "Every number is a mean over tasks (a task is one user). Intervals are 95% percentile intervals of "
-        f"{s['bootstrap']:,} bootstrap draws of users; differences are paired, on the same tasks. The best baseline is the one "
-        "with the best mean on these very tasks, which favours the baselines.",
-        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; over the whole catalogue it is 1 for a relevant "
-        f"item. Relevant is {s['relevant']}. Ties are broken at random.",
+        f"{s['bootstrap']:,} bootstrap draws of users; differences are paired, on the same tasks. The best baseline is "
+        "the one with the best mean on these very tasks, which favours the baselines.",
+        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; over the whole catalogue it is 1 for "
+        f"a relevant item. Relevant is {s['relevant']}. Ties are broken at random.",
     ]
     if clip:
         said.append(
@@ -214,8 +214,8 @@ def _method_notes(report: Report) -> list[str]:
         )
     if s["catalogue_topn"]:
         said.append(
-            f"Whole-catalogue rankings are over all {s['catalogue_items']:,} items less the support; items that the user never "
-            "rated count as irrelevant, so these numbers are low by nature."
+            f"Whole-catalogue rankings are over all {s['catalogue_items']:,} items less the support; items that the "
+            "user never rated count as irrelevant, so these numbers are low by nature."
         )
     if s["ranking_only"]:
         said.append(f"{', '.join(s['ranking_only'])}: scores are no ratings, so there are no rating errors.")
@@ -310,7 +310,7 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>TITLE</title>
 <style>
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --ground: #ffffff; --mark: #e7f2fb; }
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --ground: #fff; --mark: #e7f2fb; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #30363d; --ground: #14171b; --mark: #16324a; }
 }

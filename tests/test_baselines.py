@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax.baselines import BASELINES, als, bias, fit_baselines, item_knn, item_mean, popularity, random, user_mean
+from metarec_jax.baselines import (
+    BASELINES,
+    als,
+    bias,
+    fit_baselines,
+    item_knn,
+    item_mean,
+    popularity,
+    random,
+    user_mean,
+)
 from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, make_tasks
@@ -41,8 +51,10 @@ def planted(num_users=300, num_items=80, size=2, per_user=30, noise=0.0, seed=0)
 
 
 def checkerboard(users=40, items=20):
-    """User u clicked the items of its own parity, but for item (u mod items) or its neighbour: one is left to find."""
-    pairs = [(u, i) for u in range(users) for i in range(items) if u % 2 == i % 2 and i not in (u % items, (u + 2) % items)]
+    """User u clicked the items of its own parity, but for one or two."""
+    pairs = [
+        (u, i) for u in range(users) for i in range(items) if u % 2 == i % 2 and i not in (u % items, (u + 2) % items)
+    ]
     user, item = np.array(pairs).T
     return frame(user + 1, item + 1)
 
@@ -99,7 +111,9 @@ def test_an_empty_support_and_an_unknown_item_give_finite_scores_and_derivatives
 
 
 def test_means_by_arithmetic():
-    data = frame([1, 1, 2], [1, 2, 1], [5, 3, 1], num_items=3)  # mean 3; item 1: (5 + 1) / 2 = 3, item 2: 3, item 3 unseen
+    data = frame(
+        [1, 1, 2], [1, 2, 1], [5, 3, 1], num_items=3
+    )  # mean 3; item 1: (5 + 1) / 2 = 3, item 2: 3, item 3 unseen
     known = catalogue(data)
     np.testing.assert_allclose(predict(item_mean(data, known), support([1], [1.0]), [1, 2, 3, 0]), [3, 3, 3, 3])
     data = frame([1, 1, 2], [1, 2, 1], [5, 2, 2], num_items=3)  # mean 3, item 1 3.5, item 2 2
@@ -108,7 +122,9 @@ def test_means_by_arithmetic():
     np.testing.assert_allclose(predict(item_mean(data, known, shrinkage=2.0), support([], []), [1, 2]), [13 / 4, 8 / 3])
     np.testing.assert_allclose(predict(user_mean(data, known), support([1, 2], [5.0, 2.0], 2), [1, 3]), [3.5, 3.5])
     np.testing.assert_allclose(predict(user_mean(data, known), support([], [], 4), [1, 3]), [3, 3])
-    np.testing.assert_allclose(predict(popularity(data, known), support([], []), [1, 2, 3, 0]), np.log([3, 2, 1, 1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        predict(popularity(data, known), support([], []), [1, 2, 3, 0]), np.log([3, 2, 1, 1]), rtol=1e-6
+    )
 
 
 def test_bias_is_the_ridge_solution_and_shrinks_the_new_user():
@@ -124,7 +140,9 @@ def test_bias_is_the_ridge_solution_and_shrinks_the_new_user():
     method = bias(RATED, KNOWN, reg_item=3.0, reg_user=2.0)
     b = np.asarray(method.params["item_bias"])
     own = ((5 - mu - b[4]) + (2 - mu - b[6])) / (2 + 2.0)
-    np.testing.assert_allclose(predict(method, support([4, 6], [5.0, 2.0]), [1, 0]), [mu + b[1] + own, mu + own], rtol=1e-5)
+    np.testing.assert_allclose(
+        predict(method, support([4, 6], [5.0, 2.0]), [1, 0]), [mu + b[1] + own, mu + own], rtol=1e-5
+    )
 
 
 def test_als_half_steps_and_fold_in_are_the_normal_equations():
@@ -170,7 +188,9 @@ def test_implicit_als_half_steps_and_fold_in_are_the_dense_weighted_normal_equat
         exact = np.linalg.solve(q.T @ confidence @ q + 0.5 * np.eye(3), q.T @ confidence @ x)
         np.testing.assert_allclose(f.user_factors[user], exact, atol=1e-4)
         had = np.flatnonzero(x)
-        np.testing.assert_allclose(predict(method, support(had, np.ones(len(had)), 3), [1, 2]), q[[1, 2]] @ exact, atol=1e-4)
+        np.testing.assert_allclose(
+            predict(method, support(had, np.ones(len(had)), 3), [1, 2]), q[[1, 2]] @ exact, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("make", [als, item_knn, lambda d, k: item_knn(d, k, top=9)], ids=["als", "knn", "knn-top"])
@@ -218,7 +238,11 @@ def test_random_is_a_function_of_key_and_item_and_unknown_items_are_not_tied():
 
 def test_the_pieces_of_a_long_history_change_nothing():
     rng = np.random.default_rng(0)  # 3,000 ratings of one user are several BLAS pieces at size 16
-    data = frame(np.concatenate([np.ones(3000), np.full(5, 2)]), np.concatenate([np.arange(1, 3001), np.arange(1, 6)]), rng.normal(size=3005))
+    data = frame(
+        np.concatenate([np.ones(3000), np.full(5, 2)]),
+        np.concatenate([np.arange(1, 3001), np.arange(1, 6)]),
+        rng.normal(size=3005),
+    )
     f = als_factors(data, size=16, reg=1.0, iterations=1)
     x = np.column_stack([f.item_factors[1:], np.ones(3000)]).astype(np.float64)
     exact = np.linalg.solve(x.T @ x + np.eye(17), x.T @ (data.rating[:3000] - f.mu - f.item_bias[1:]))
@@ -236,11 +260,13 @@ def test_tuning_takes_the_value_that_is_best_on_validation():
     assert said[1].startswith("als: reg 3, size 8")  # rank 2 and little noise: the smallest of the grid
     assert set(fit_baselines(CLICKED, catalogue(CLICKED))) == {"random", "popularity", "item_knn", "als"}
     clicks = {"user_cold": make_tasks(CLICKED, query=2, seed=0)}
-    assert "nDCG@10" in (fit_baselines(CLICKED, catalogue(CLICKED), clicks, names=["item_knn"], say=said.append) and said[-1])
+    assert "nDCG@10" in (
+        fit_baselines(CLICKED, catalogue(CLICKED), clicks, names=["item_knn"], say=said.append) and said[-1]
+    )
 
 
 def test_bad_input_is_refused_in_one_message():
-    with pytest.raises(MetarecError, match="bias wants ratings, .* use popularity"):
+    with pytest.raises(MetarecError, match=r"bias wants ratings, .* use popularity"):
         bias(CLICKED, catalogue(CLICKED))
     with pytest.raises(MetarecError, match="no baseline 'svd'; choose from random"):
         fit_baselines(RATED, KNOWN, names=["svd"])

@@ -77,7 +77,9 @@ def test_derivative_with_respect_to_a_weight_is_the_finite_difference(name):
         up[i] += step
         down[i] -= step
         difference = (slow(name, S, T, up) - slow(name, S, T, down)) / (2 * step)
-        np.testing.assert_allclose(jax.grad(lambda w: LOSSES[name](S, T, where=w))(jnp.asarray(W))[i], difference, atol=1e-4)
+        np.testing.assert_allclose(
+            jax.grad(lambda w: LOSSES[name](S, T, where=w))(jnp.asarray(W))[i], difference, atol=1e-4
+        )
 
 
 def test_arithmetic_by_hand():

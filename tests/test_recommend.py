@@ -11,7 +11,9 @@ from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue
 from metarec_jax.online.recommend import Recommender
 
-TITLES = np.array(["Toy Story (1995)", "Heat (1995)", "Alien (1979)", "ALIEN (1979)", *[f"Film {k}" for k in range(5, 51)]])
+TITLES = np.array(
+    ["Toy Story (1995)", "Heat (1995)", "Alien (1979)", "ALIEN (1979)", *[f"Film {k}" for k in range(5, 51)]]
+)
 
 
 def make(implicit=False, num_items=50, num_users=80, seed=0):
@@ -28,7 +30,9 @@ def make(implicit=False, num_items=50, num_users=80, seed=0):
         Vocabulary(np.arange(100, 100 + num_users)),
         Vocabulary(np.array([f"m{k}" for k in range(1, num_items + 1)])),
         user_features={
-            "user_job": Feature("categorical", np.zeros(num_users + 1, np.int32), Vocabulary(np.array(["cook", "clerk"]))),
+            "user_job": Feature(
+                "categorical", np.zeros(num_users + 1, np.int32), Vocabulary(np.array(["cook", "clerk"]))
+            ),
             "user_tags": Feature("multi", np.zeros((num_users + 1, 3), np.int32), Vocabulary(np.array(["a", "b"]))),
             "user_age": Feature("numeric", np.zeros((num_users + 1, 1), np.float32)),
         },
@@ -50,7 +54,7 @@ def slow_scores(method, history):
     rows = jnp.asarray(DATA.items.encode(list(history)))
     support = Examples({"item_id": rows}, jnp.asarray(list(history.values()), jnp.float32), jnp.ones(len(history)))
     adapted = method.adapt(method.params, support, jax.random.key(0))
-    return np.asarray(method.predict(method.params, adapted, {"item_id": KNOWN.item_row}))
+    return np.array(method.predict(method.params, adapted, {"item_id": KNOWN.item_row}))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 65536])
@@ -155,7 +159,9 @@ def test_user_features_reach_the_method_in_support_and_catalogue():
         return inputs["item_id"] * 0.0 + 100 * adapted + 10 * tags + age + 1000 * inputs["user_job"][0]
 
     recommender = Recommender(Method({}, adapt, predict), DATA, KNOWN)
-    out = recommender.recommend({}, n=1, user_features={"job": "clerk", "user_tags": ["a", "b", "zz"], "age": 0.5}, explain=0)
+    out = recommender.recommend(
+        {}, n=1, user_features={"job": "clerk", "user_tags": ["a", "b", "zz"], "age": 0.5}, explain=0
+    )
     assert out[0].score == 100 * 2 + 10 * (1 + 2) + 0.5 + 1000 * 2
     assert out.notes == ("user_tags 'zz' was never seen, and counts as unknown",)
     assert recommender.recommend({}, n=1, user_features={"job": "king"})[0].score == 0.0
@@ -210,7 +216,9 @@ def test_many_users_get_what_each_gets_alone():
         assert [r.item_id for r in many[user]] == [r.item_id for r in alone]
         for a, b in zip(many[user], alone, strict=True):
             np.testing.assert_allclose(a.score, b.score, rtol=1e-5)
-            np.testing.assert_allclose([i.contribution for i in a.because], [i.contribution for i in b.because], atol=1e-5)
+            np.testing.assert_allclose(
+                [i.contribution for i in a.because], [i.contribution for i in b.because], atol=1e-5
+            )
     rows = many.rows()
     assert len(rows) == 16
     assert list(rows[0]) == ["user_id", "rank", "item_id", "title", "score", "because"]

@@ -63,7 +63,7 @@ def test_permuted_pairs_are_uniform(n):
 @pytest.mark.parametrize("order", ["random", "time"])
 def test_drawn_tasks_are_disjoint_and_of_one_user(order):
     data = history()
-    source = t.task_source(data, tasks=300, support=(2, 8), query=5, order=order, item_drop=0.0)
+    source = t.task_source(data, tasks=300, support=(2, 8), query=5, order=order, item_drop=0.0, cold_tasks=0.0)
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
     for k in range(300):
         s = np.asarray(task.support.target[k])[np.asarray(task.support.mask[k]) > 0]
@@ -81,7 +81,7 @@ def test_drawn_tasks_are_disjoint_and_of_one_user(order):
 
 def test_short_users_are_left_out_and_the_others_drawn_alike():
     """Users 1, 2, 3, 5 have 3 interactions or more: 4,000 draws give each about 1,000 (chi-square p > 1e-4)."""
-    source = t.task_source(history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0)
+    source = t.task_source(history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0, cold_tasks=0.0)
     users = np.asarray(jax.jit(source.draw)(source.data, jax.random.key(1)).support.inputs["user_id"])[:, 0]
     assert set(users) == {1, 2, 3, 5}
     assert stats.chisquare(np.bincount(users)[[1, 2, 3, 5]]).pvalue > 1e-4
@@ -89,7 +89,7 @@ def test_short_users_are_left_out_and_the_others_drawn_alike():
 
 def test_inputs_carry_the_right_rows_and_content():
     """Prior user rows are 0; an item's genre is its row mod 7, also where its id was dropped (20,000 slots: rate 0.3 +- 0.02)."""
-    source = t.task_source(history(), tasks=1000, support=(2, 8), query=5, item_drop=0.3)
+    source = t.task_source(history(), tasks=1000, support=(2, 8), query=5, item_drop=0.3, cold_tasks=0.0)
     support = jax.jit(source.draw)(source.data, jax.random.key(0)).support
     real = np.asarray(support.mask) > 0
     item, genre = np.asarray(support.inputs["item_id"])[real], np.asarray(support.inputs["item_genre"])[real]
@@ -101,7 +101,7 @@ def test_inputs_carry_the_right_rows_and_content():
 
 def test_negatives_were_never_had():
     data = history(rated=False)
-    source = t.task_source(data, tasks=200, support=(2, 6), query=4, negatives=3, item_drop=0.0, user_rows="own")
+    source = t.task_source(data, tasks=200, support=(2, 6), query=4, negatives=3, item_drop=0.0, cold_tasks=0.0, user_rows="own")
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
     had = {u: set(data.item[data.user == u]) for u in range(1, 6)}
     for part, n in ((task.support, 6), (task.query, 4)):

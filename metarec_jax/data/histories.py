@@ -11,7 +11,7 @@ from metarec_jax.data.columns import find_column
 
 
 class Histories(NamedTuple):
-    """Columns with one entry a feedback. ``rating`` is None where the table has none; ``notes`` tell what was left out."""
+    """Columns, one entry a feedback. ``rating`` is None where the table has none; ``notes`` say what was left out."""
 
     user_id: list[Any]
     item_id: list[Any]

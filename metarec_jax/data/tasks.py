@@ -258,7 +258,8 @@ def task_source(
     order: Literal["random", "time"] = "random",
     user_rows: Literal["prior", "own"] = "prior",
     user_drop: float = 0.0,
-    item_drop: float = 0.3,
+    item_drop: float = 0.1,
+    cold_tasks: float = 0.3,
     negatives: int = 0,
 ) -> TaskSource:
     """Draw batches of user tasks on the device.
@@ -272,6 +273,7 @@ def task_source(
       user_rows: "prior": tasks carry the unknown user row, as a cold user does; "own": the user's own row.
       user_drop, item_drop: chance that a task's user id, or an example's item id, is replaced by the unknown id, so that
         priors and content are trained for those never seen.
+      cold_tasks: chance that all items of a task are unknown, as they are to a user of new items.
       negatives: items the user never had, target 0, drawn for each positive, in support and query.
 
     Raises:
@@ -314,8 +316,9 @@ def task_source(
         mask_q, mask_s = slot_q < q, slot_s < s
         at_q, at_s = (start + jnp.where(m, p, 0) for m, p in ((mask_q, place_q), (mask_s, place_s)))
         user = data.user[who]
-        keys = jax.random.split(k_drop, 3)
-        keep_user = None if user_drop == 0 else jax.random.bernoulli(keys[0], 1 - user_drop)
+        keys = jax.random.split(k_drop, 4)
+        drop = jnp.where(jax.random.bernoulli(keys[0], cold_tasks), 1.0, item_drop)
+        keep_user = None if user_drop == 0 else jax.random.bernoulli(keys[3], 1 - user_drop)
 
         def examples(at: Array, mask: Array, k_drop: Array, k_negative: Array) -> Examples:
             items, targets, mask = data.item[at], data.target[at], mask.astype(jnp.float32)
@@ -324,7 +327,7 @@ def task_source(
                 items = jnp.concatenate([items, drawn])
                 targets = jnp.concatenate([targets, jnp.zeros_like(drawn, jnp.float32)])
                 mask = jnp.concatenate([mask, jnp.repeat(mask, negatives) * free])
-            keep = None if item_drop == 0 else jax.random.bernoulli(k_drop, 1 - item_drop, items.shape)
+            keep = None if max(item_drop, cold_tasks) == 0 else jax.random.bernoulli(k_drop, 1 - drop, items.shape)
             items = jnp.where(mask > 0, items, 0)
             return Examples(inputs(data.known, user, items, keep_user, keep), jnp.where(mask > 0, targets, 0.0), mask)
 

@@ -41,12 +41,17 @@ def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) 
         params = model.init(key)
         initial = np.append(np.full(model.num_features, precision), bias_precision)
         log_precision = jnp.asarray(np.log(initial), jnp.float32)
-        return {**params, "ridge": {"log_precision": log_precision}}
+        return {**params, "ridge": {"log_precision": log_precision, "log_unknown_trust": jnp.zeros((), jnp.float32)}}
+
+    def trust(params: Params, inputs: Inputs) -> Array:
+        if "item_id" not in inputs:
+            return jnp.ones(())
+        return jnp.where(inputs["item_id"] == 0, jnp.exp(params["ridge"]["log_unknown_trust"]), 1.0)
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:
         phi = design(params, support.inputs)
         residual = support.target - model.apply(params, support.inputs)
-        return solve(phi, residual, support.mask, jnp.exp(params["ridge"]["log_precision"]))
+        return solve(phi, residual, support.mask * trust(params, support.inputs), jnp.exp(params["ridge"]["log_precision"]))
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return model.apply(params, inputs) + design(params, inputs) @ adapted

@@ -1,4 +1,4 @@
-"""What a new user says, in the data's own rows: names resolved, ratings checked, unknown items set apart with suggestions."""
+"""What a new user says, in the data's own rows: names resolved, ratings checked, unknown items set apart."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Names:
             return np.zeros(0, np.int32)
         rows = self._items.encode(names)
         for k in np.flatnonzero(rows == 0):
-            text = str(names[k])
+            text = str(names[int(k)])
             rows[k] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
         return rows
 
@@ -67,10 +67,11 @@ class Names:
         if not text or np.issubdtype(np.asarray(self._labels).dtype, np.number):
             return ()
         folded = [str(label).casefold() for label in self._labels]
-        holds = sorted((k for k, f in enumerate(folded) if text in f), key=lambda k: (folded[k].find(text), len(folded[k])))
-        near = range(len(folded))
+        holds = [k for k, label in enumerate(folded) if text in label]
+        holds.sort(key=lambda k: (folded[k].find(text), len(folded[k])))
+        near = list(range(len(folded)))
         if len(folded) > _SEARCHED:
-            near = [k for k in near if folded[k][:2] == text[:2]][:_SEARCHED]  # type: ignore[assignment]
+            near = [k for k in near if folded[k][:2] == text[:2]][:_SEARCHED]
         alike = difflib.get_close_matches(text, [folded[k] for k in near], n=3)
         found = [str(self._labels[k]) for k in holds[:3]]
         found += [str(self._labels[k]) for a in alike for k in near if folded[k] == a]
@@ -106,7 +107,7 @@ def parse_history(history: Any, data: Interactions, names: Names) -> History:
 def parse_table(
     histories: Any, data: Interactions, names: Names
 ) -> tuple[list[Any], list[History], tuple[Unknown, ...], tuple[str, ...]]:
-    """Read many users' histories. Returns user ids, a history for each, and the unknown items and notes of the whole table."""
+    """Read many users' histories. Returns user ids, a history for each, and unknown items and notes of the whole."""
     users, given, ratings = _table(histories)
     rows = names.rows(given)
     values, notes = _ratings(given, ratings, rows, data)
@@ -157,7 +158,7 @@ def _columns(history: Any) -> tuple[list[Any], list[Any] | None]:
     ):
         items, ratings = _pick(history, _ITEM_COLUMNS), _pick(history, ("rating",))
         if items is None:
-            raise MetarecError(f"the history has columns {list(history)}, and none of {_ITEM_COLUMNS}; rename its item column")
+            raise MetarecError(f"the history has columns {list(history)}, and wants item_id; rename its item column")
         _same_length({"item_id": items, "rating": ratings})
         return items, ratings
     if isinstance(history, Mapping):
@@ -184,7 +185,7 @@ def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
 def _same_length(columns: Mapping[str, list[Any] | None]) -> None:
     lengths = {name: len(c) for name, c in columns.items() if c is not None}
     if len(set(lengths.values())) > 1:
-        raise MetarecError(f"the columns of the history have different lengths, {lengths}; give one entry a feedback in each")
+        raise MetarecError(f"the columns of the history have different lengths, {lengths}; give one entry a feedback")
 
 
 def _ratings(
@@ -211,7 +212,7 @@ def _ratings(
             value = math.nan
         if not low <= value <= high and rows[k]:
             raise MetarecError(
-                f"the rating of {given[k]!r} is {rating!r}, and ratings of this data lie from {low:g} to {high:g}; correct it"
+                f"the rating of {given[k]!r} is {rating!r}, and ratings lie from {low:g} to {high:g}; correct it"
             )
         values[k] = value if math.isfinite(value) else 0.0
     return values, ()
@@ -236,7 +237,8 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
             continue
         values = list(value) if _is_column(value) else [value]
         rows = feature.vocabulary.encode(values) if values else np.zeros(0, np.int32)
-        notes += [f"{name} {v!r} was never seen, and counts as unknown" for v, r in zip(values, rows, strict=True) if r == 0]
+        unseen = [v for v, row in zip(values, rows, strict=True) if row == 0]
+        notes += [f"{name} {v!r} was never seen, and counts as unknown" for v in unseen]
         if feature.kind == "categorical":
             columns[name] = np.asarray(rows[:1] if len(rows) else [0], np.int32)
         else:

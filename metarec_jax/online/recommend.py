@@ -1,6 +1,6 @@
 """Recommendations for users never seen: adapt on what they gave, score the whole catalogue in chunks, say why.
 
-Nothing the size of the catalogue is made for a user: a chunk of items is scored, merged into the running best, and forgotten.
+Nothing the size of the catalogue is made for a user: a chunk of items is scored, and merged into the running best.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Recommendations(Sequence[Recommendation]):
 
 @dataclass(frozen=True)
 class ManyRecommendations(Mapping[Any, Recommendations]):
-    """Recommendations by user id, in the order in which users first stood in the table; ``unknown`` and ``notes`` of all."""
+    """Recommendations by user id, in the order of the table; ``unknown`` and ``notes`` are of the whole table."""
 
     users: dict[Any, Recommendations] = field(repr=False)
     unknown: tuple[Unknown, ...] = ()
@@ -117,8 +117,8 @@ class Recommender:
     Args:
       method: a fitted baseline, or a learner with its parameters.
       data: names items, titles, features and the range of ratings.
-      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that training never
-        saw are scored too, by their content.
+      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that training
+        never saw are scored too, by their content.
       chunk: items scored at a time.
       negatives: implicit feedback: items that the user did not give, drawn as support with target 0 for each one given;
         as many as the method met in training. The same history draws the same ones.
@@ -159,13 +159,14 @@ class Recommender:
         """The best ``n`` items for a user who gave ``history``.
 
         Each contribution is (d score / d target_j) (target_j - prior prediction of j), by differentiating through the
-        adaptation. For methods whose adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
-        contributions add up to ``score - prior``; for others it is the first order. For implicit feedback, whose targets are
-        all 1, it is d score / d weight_j: the rate at which the score would fall were the feedback to fade.
+        adaptation. Where adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
+        contributions add up to ``score - prior``; elsewhere it is the first order. For implicit feedback, whose targets
+        are all 1, it is d score / d weight_j: the rate at which the score would fall were the feedback to fade.
 
         Args:
           history: ``{item: rating}``, or columns ``{"item_id": [...], "rating": [...]}`` (a DataFrame is fine), or, for
-            implicit feedback, a sequence of items. An item is an id, a title, or a title in another case. Empty: the prior's list.
+            implicit feedback, a sequence of items. An item is an id, a title, or a title in another case. Empty: the
+            list of the prior.
           n: items wanted; fewer come back where the catalogue ends.
           user_features: the user's side features by column name, as the data gave them; numeric ones in the data's
             standardised units. A value never seen counts as unknown.
@@ -181,7 +182,7 @@ class Recommender:
         return self._told(parsed, next(best), explain, (*parsed.notes, *notes))
 
     def recommend_many(
-        self, histories: tuple[Any, Any, Any] | Mapping[str, Any], n: int = 10, *, explain: int = 0, exclude_seen: bool = True
+        self, histories: Any, n: int = 10, *, explain: int = 0, exclude_seen: bool = True
     ) -> ManyRecommendations:
         """`recommend` for a table of new users, in batches: one compiled program for each length class of histories.
 
@@ -249,7 +250,7 @@ class Recommender:
         decode = self.data.items.decode
         titles = self.data.titles
 
-        def named(rows: np.ndarray) -> list[tuple[Any, str | None]]:
+        def named(rows: Any) -> list[tuple[Any, str | None]]:
             ids = decode(rows).tolist()
             return [(i, None if titles is None else str(titles[r - 1])) for i, r in zip(ids, rows, strict=True)]
 
@@ -260,7 +261,9 @@ class Recommender:
             if explain:
                 moved = best.contribution[k][: len(history.item)]
                 strongest = np.argsort(-np.abs(moved), kind="stable")[:explain]
-                because = tuple(Influence(*given[j], float(history.rating[j]), float(moved[j])) for j in strongest)
+                because = tuple(
+                    Influence(given[j][0], given[j][1], float(history.rating[j]), float(moved[j])) for j in strongest
+                )
             items.append(Recommendation(item_id, title, float(best.score[k]), float(best.prior[k]), because))
         return Recommendations(tuple(items), history.unknown, notes)
 
@@ -321,8 +324,8 @@ def _best(
             return predict(params, adapt(params, Examples(examples.inputs, target, mask), key), columns(rows))
 
         if implicit:
-            return _Best(rows, score, prior, jax.jacrev(scores, 1)(target, mask) * mask)
+            return _Best(rows, score, prior, jax.jacrev(scores, 1)(target, mask) * mask[None])
         moved = (target - predict(params, empty, examples.inputs)) * mask
-        return _Best(rows, score, prior, jax.jacrev(scores, 0)(target, mask) * moved)
+        return _Best(rows, score, prior, jax.jacrev(scores, 0)(target, mask) * moved[None])
 
     return jax.vmap(one)(*support, given)

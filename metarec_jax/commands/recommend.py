@@ -11,10 +11,10 @@ from typing import Any
 
 from metarec_jax import config as configs
 from metarec_jax import runs
+from metarec_jax.commands.doctor import compile_cache
 from metarec_jax.core import MetarecError
 from metarec_jax.data.histories import read_histories
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.doctor import compile_cache
 from metarec_jax.online.history import Unknown
 from metarec_jax.online.recommend import Recommendations, Recommender
 

@@ -1,0 +1,298 @@
+"""The commands as a person types them, on small made-up data: what they print, what they leave, how they refuse."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from metarec_jax import cli, runs
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.training.checkpoint import Checkpoints, load_params
+from metarec_jax.training.progress import read_history
+
+SMALL = ["--steps", "40", "--tasks", "8", "--support", "2", "8", "--query", "4", "--size", "2"]
+SMALL += ["--validate-every", "20", "--save-every", "10", "--scenarios", "user_cold"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_folder(tmp_path_factory):
+    """A working directory and caches of its own, for this module."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("METAREC_DATA_DIR", str(folder / "cache"))
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ratings(own_folder):
+    """A CSV file of a made-up data set with 80 users and 40 items, under column names of its own."""
+    data = synthetic(80, 40, ratings_per_user=(12, 20), size=2).data
+    path = own_folder / "stars.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["uid", "film", "stars"])
+        for user, item, rating in zip(data.user, data.item, data.rating, strict=True):
+            rows.writerow([f"u{user}", f"film {item}", f"{rating:g}"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(ratings):
+    """The run directory of a finished, measured run."""
+    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL]
+    assert cli.main(command) == 0
+    return runs.Path("runs/stars")
+
+
+def failure(capsys, *command):
+    """The one line that a command ends with when it is refused."""
+    assert cli.main([str(part) for part in command]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    return said
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "data", "doctor"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"  metarec {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys, metarec_jax.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit: print(sorted({'jax', 'numpy', 'pandas', 'orbax', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("fit", "evaluate", "recommend", "data", "doctor"):
+        assert command in done.stdout
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_configuration():
+    assert cli.configured(cli.Options()) == cli.config.Config()
+
+
+def test_fit_leaves_all_that_the_other_commands_need(trained):
+    left = {path.name for path in trained.iterdir()}
+    assert left >= {"config.json", "data.parquet", "catalogue.npz", "metrics.jsonl", "result.json", "checkpoints"}
+    assert left >= {"report.md", "report.html", "evaluation"}
+    assert [line["step"] for line in read_history(trained / "metrics.jsonl")][-1] == 40
+    assert runs.result(trained) == {"step": 40, "stopped": "finished"}
+
+
+def test_the_same_command_again_says_that_it_is_finished(trained, capsys):
+    assert cli.main(["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "finished already" in out
+    assert "metarec recommend runs/stars" in out
+    found = json.loads(out.strip().splitlines()[-1])
+    assert set(found["results"]) > {"ridge", "als", "bias", "random", "item_mean"}
+
+
+def test_another_configuration_is_refused_by_the_field(trained, capsys):
+    said = failure(capsys, "fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--lr", "0.5")
+    assert "config.train.lr was 0.003, now 0.5" in said
+    assert "--fresh" in said
+
+
+def test_other_data_is_refused(trained, ratings, capsys):
+    lines = ratings.read_text().splitlines()
+    (ratings.parent / "fewer.csv").write_text("\n".join(lines[:-1]))
+    command = ["fit", "fewer.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", trained]
+    assert "data was" in failure(capsys, *command)
+
+
+def test_a_directory_in_use_is_refused(trained, capsys):
+    stored = json.loads((trained / "identity.json").read_text())
+    with Checkpoints(trained, identity=stored):
+        said = failure(capsys, "fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL)
+    assert "in use by another process" in said
+
+
+def test_evaluate_prints_one_object_last(trained, capsys):
+    assert cli.main(["evaluate", str(trained), "--seeds", "2", "--json"]) == 0
+    found = last_line(capsys)
+    mae = found["results"]["ridge"]["user_cold"]["mae"]
+    assert set(mae) == {"mean", "se", "low", "high"}
+    assert mae["low"] <= mae["mean"] <= mae["high"]
+    assert found["seeds"] == [0, 1]
+    assert found["counts"]["user_cold"]["users"] == 8  # a tenth of 80
+    assert (trained / "evaluation" / "per_task.parquet").is_file()
+
+
+def test_recommend_by_title_and_why(trained, capsys):
+    assert cli.main(["recommend", str(trained), "--rate", "film 3=5", "--rate", "FILM 4=1", "-n", "4"]) == 0
+    out = capsys.readouterr().out
+    ranks = [line for line in out.splitlines() if line[:4].strip().isdigit()]
+    assert len(ranks) == 4
+    assert not any(line.endswith(("film 3", "film 4")) for line in ranks)  # what was seen is dropped
+    assert "because of" in out
+    assert "film 3=5" in out
+
+
+def test_recommend_a_table(trained, capsys, own_folder):
+    table = own_folder / "new.csv"
+    table.write_text("user_id,item_id,rating\nann,film 1,5\nann,nothing,4\nbob,film 2,1\n")
+    out = own_folder / "out" / "recs.csv"
+    assert cli.main(["recommend", str(trained), "--history", str(table), "-n", "3", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "6 recommendations for 2 users" in said.out
+    assert "skipped: no item is called 'nothing'" in said.err
+    rows = list(csv.DictReader(out.open()))
+    assert [(row["user_id"], row["rank"]) for row in rows] == [(u, r) for u in ("ann", "bob") for r in "123"]
+    scores = [float(row["score"]) for row in rows[:3]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_one_user_alone_may_ask(trained, capsys, own_folder):
+    table = own_folder / "one.csv"
+    table.write_text("film,stars\nfilm 1,5\n".replace("film,", "item,"))
+    assert cli.main(["recommend", str(trained), "--history", str(table), "-n", "2", "--json"]) == 0
+    assert [row["rank"] for row in last_line(capsys)["recommendations"]] == [1, 2]
+
+
+def test_no_history_is_the_prior(trained, capsys):
+    assert cli.main(["recommend", str(trained), "-n", "1"]) == 0
+    assert "nothing is known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("film 3", "gives no rating"),
+        ("=5", "gives no rating"),
+        ("film 3=good", "is no rating from"),
+        ("film 3=nan", "is no rating from"),
+        ("film 3=77", "is no rating from"),
+        ("flim 3=5", "perhaps you meant 'film 3'"),
+    ],
+)
+def test_rates_that_cannot_be_understood(trained, capsys, rate, message):
+    assert message in failure(capsys, "recommend", trained, "--rate", rate)
+
+
+def test_recommend_refusals(trained, capsys, own_folder):
+    table = own_folder / "foreign.csv"
+    table.write_text("user_id,item_id,rating\na,x,5\na,y,4\n")
+    assert "none of the 2 items" in failure(capsys, "recommend", trained, "--history", table)
+    assert "two commands" in failure(capsys, "recommend", trained, "--history", table, "--rate", "film 1=5")
+    assert "no file" in failure(capsys, "recommend", trained, "--history", own_folder / "none.csv")
+    table.write_text("who,what\na,x\n")
+    assert "no item column" in failure(capsys, "recommend", trained, "--history", table)
+
+
+def test_runs_that_are_not_there(trained, capsys, own_folder):
+    assert "perhaps you meant runs/stars" in failure(capsys, "evaluate", "runs/star")
+    (own_folder / "empty").mkdir()
+    assert "is no run directory" in failure(capsys, "recommend", own_folder / "empty")
+
+
+def test_a_foreign_vocabulary_is_refused(trained, capsys):
+    """The data of another run, put in place of a run's own."""
+    mine, folder = trained / "data.parquet", trained
+    kept = {name: (folder / name).read_bytes() for name in ("data.parquet", "data.parquet.sha256")}
+    runs.write_cache(synthetic(80, 40, ratings_per_user=(12, 20), size=2, seed=1).data, mine)
+    try:
+        assert "is not the data that" in failure(capsys, "recommend", trained, "--rate", "film 3=5")
+        mine.write_bytes(b"rubbish")
+        assert "is damaged" in failure(capsys, "recommend", trained, "--rate", "film 3=5")
+    finally:
+        for name, raw in kept.items():
+            (folder / name).write_bytes(raw)
+
+
+def test_unknown_data(capsys):
+    assert "ml-1m" in failure(capsys, "fit", "ml1m")
+    assert "user_col" in failure(capsys, "data", "synthetic:20x20", "--user-col", "uid")
+
+
+def test_data_and_doctor(ratings, capsys):
+    assert cli.main(["data", str(ratings), "--user-col", "uid", "--item-col", "film", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "80 users with 40 items" in out
+    assert json.loads(out.splitlines()[-1])["counts"]["users"] == 80
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for fact in ("jax", "devices", "threads", "compiled", "data", "GiB free"):
+        assert fact in out
+
+
+def test_a_loss_that_explodes_is_told(ratings, capsys):
+    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", "runs/wild"]
+    said = failure(capsys, *command, "--learner", "maml", "--inner-lr", "1e30")
+    assert "the loss of step" in said
+
+
+def start(*command):
+    program = "import sys; from metarec_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(child):
+    """Read stderr until training has told of a step."""
+    for line in child.stderr:
+        if line.startswith("step "):
+            return
+    raise AssertionError("training told of no step")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_is_as_if_never_stopped(trained, number):
+    """SIGTERM saves and exits 0, after SIGKILL the last checkpoint serves; either way the same bits come out."""
+    out = f"runs/{number.name}"
+    options = [
+        *SMALL,
+        "--steps",
+        "4000",
+        "--validate-every",
+        "10",
+        "--patience",
+        "100000",
+        "--no-evaluate",
+        "--out",
+        out,
+    ]
+    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *options]
+    with start(*command) as child:
+        wait_for_step(child)
+        child.send_signal(number)
+        said = child.communicate()[0]
+    if number == signal.SIGTERM:
+        assert child.returncode == 0
+        assert "SIGTERM: saved at step" in said
+        assert "resume" in said
+    with start("evaluate", out) as refused:
+        assert "has not been trained to its end" in refused.communicate()[1]
+    assert refused.returncode == 2
+    saved = runs.checkpoint.saved_metrics(out, which="latest")
+    assert saved is None or saved[0] < 4000
+    with start(*command) as child:
+        said, told = child.communicate()
+    assert child.returncode == 0
+    assert "trained 4000 steps" in said
+    assert saved is None or f"resuming at step {saved[0]}" in told
+    steps = [line["step"] for line in read_history(f"{out}/metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    whole = f"{out}-whole"
+    assert cli.main([whole if part == out else part for part in command]) == 0
+    for which in ("latest", "best"):
+        a, b = (load_params(folder, which=which) for folder in (out, whole))
+        same = {name: np.array_equal(a["tables"][name], b["tables"][name]) for name in b["tables"]}
+        assert all(same.values()), same

@@ -1,0 +1,90 @@
+"""Floors and doors of docs/design.md, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import metarec_jax
+
+ROOT = Path(metarec_jax.__file__).parent
+FLOORS = [
+    {"core", "tree", "rows"},
+    {"losses", "metrics", "models", "factorization", "intervals", "data"},
+    {"learners", "baselines", "training", "evaluation", "results", "online"},
+    {"report", "plots"},
+    {"config", "runs"},
+    {"commands", "doctor"},
+    {"cli"},
+]
+LEFT, RIGHT = {"learners", "baselines"}, {"training", "evaluation", "results", "online"}
+DOORS = {
+    "flax": {"models"},
+    "orbax": {"training/checkpoint"},
+    "matplotlib": {"report", "plots"},
+    "rax": {"metrics"},
+    "tyro": {"cli"},
+    "pandas": {"data", "evaluation", "results", "report"},
+    "pyarrow": {"data"},
+    "tensorboardX": {"training/progress"},
+    "urllib": {"data/datasets"},
+    "pickle": set(),
+}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, dotted."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(dotted: str) -> str:
+    return dotted.split(".")[1]
+
+
+def floor(where: str) -> int:
+    return next(k for k, rooms in enumerate(FLOORS) if where.split("/")[0] in rooms)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_go_down(path):
+    here = name(path).split("/")[0]
+    for dotted in imports(path):
+        if not dotted.startswith("metarec_jax."):
+            continue
+        there = room(dotted)
+        same_room = there == here
+        assert same_room or floor(there) <= floor(here), f"{name(path)} imports upwards: {dotted}"
+        assert not (here in LEFT and there in RIGHT) and not (here in RIGHT and there in LEFT), f"{name(path)}: {dotted}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_each_heavy_dependency_has_one_door(path):
+    for dotted in imports(path):
+        allowed = DOORS.get(dotted.split(".")[0])
+        here = name(path)
+        assert allowed is None or here in allowed or here.split("/")[0] in allowed, f"{here} imports {dotted}"
+
+
+def test_the_ground_floor_imports_jax_only():
+    for path in FILES:
+        if floor(name(path)) == 0:
+            outside = {d.split(".")[0] for d in imports(path)} - {"__future__", "collections", "typing", "metarec_jax"}
+            assert outside <= {"jax"}, f"{name(path)} imports {outside}"
+
+
+def test_files_stay_readable():
+    long = {name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 420}
+    assert not long
