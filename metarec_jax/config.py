@@ -111,7 +111,7 @@ class LearnerConfig(_Checked):
     first_order: bool = option(False, "maml: take inner gradients for constants")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
     loss: Literal["auto", "mse", "bce", "bpr", "sampled_softmax"] = option(
-        "auto", "maml, reptile: the loss; auto is mse for ratings, bce for clicks"
+        "auto", "of the query (and of inner steps); auto is mse for ratings and for ridge, else bce"
     )
     precision: float = option(5.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
 
@@ -243,10 +243,11 @@ def build_model(config: ModelConfig, data: Interactions) -> Model:
 
 
 def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array]:
-    """The loss of gradient-based learners."""
+    """The loss, as configured or by the learner and the kind of feedback."""
     from metarec_jax import losses
 
-    name = ("bce" if data.implicit else "mse") if config.loss == "auto" else config.loss
+    fitting = "bce" if data.implicit and config.name != "ridge" else "mse"
+    name = fitting if config.loss == "auto" else config.loss
     return {f.__name__: f for f in (losses.mse, losses.bce, losses.bpr, losses.sampled_softmax)}[name]
 
 
@@ -258,7 +259,7 @@ def build_learner(config: Config, data: Interactions) -> Learner:
 
     model, given = build_model(config.model, data), config.learner
     if given.name == "ridge":
-        return learners.ridge(model, precision=given.precision)
+        return learners.ridge(model, precision=given.precision, loss=build_loss(given, data))
     rules = {
         "sgd": lambda: learners.sgd(given.inner_lr),
         "meta_sgd": lambda: learners.meta_sgd(given.inner_lr),

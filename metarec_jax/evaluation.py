@@ -6,6 +6,7 @@ its first k examples where a curve is asked for, and returns a `metarec_jax.resu
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -102,10 +103,13 @@ def evaluate(
         )
 
     runner = _Runner(methods, known, seed, batch)
-    in_query = partial(
-        _query_columns, seed=seed, gain=gain, topn=tuple(topn), relevance=relevance, span=rating_range, ranking=varied
-    )
-    in_catalogue = partial(_catalogue_columns, seed=seed, topn=tuple(catalogue_topn), relevance=relevance)
+    in_query = partial(_query_columns, gain=gain, topn=tuple(topn), span=rating_range, ranking=varied)
+    in_catalogue = partial(_catalogue_columns, topn=tuple(catalogue_topn))
+    numbers = np.arange(len(every), dtype=np.int32)
+    relevant_items = _in_chunks(
+        lambda target, mask, number: _labels(relevance, target, mask, _keys(seed, number, 2)),
+        [every.query_target, every.query_mask, numbers],
+    )["labels"]
     frames: list[pd.DataFrame] = []
     for shown in [ALL, *points]:
         members = np.arange(len(every)) if shown == ALL else np.flatnonzero(lengths >= shown)
@@ -122,14 +126,17 @@ def evaluate(
             "queries": part.query_mask.sum(1).astype(np.int32),
         }
         scores, ranks = runner.scores(part, members, catalogue_ranking and (shown == ALL or not varied))
-        lists = [part.query_target, part.query_mask, members.astype(np.int32)]
+        labels = relevant_items[members]
         for name in methods:
             _check_finite(name, scores[name], part.query_mask, [scenarios[s] for s in scenario[members]], shown)
-            columns = _in_chunks(in_query, [scores[name], *lists])
+            columns = _in_chunks(
+                lambda *lists: in_query(*lists[:-1], _keys(seed, lists[-1], 1)),
+                [scores[name], part.query_target, labels, part.query_mask, numbers[members]],
+            )
             if name in ranking_only:
                 columns |= {c: np.full(len(members), np.nan, np.float32) for c in ("mae", "rmse", "squared_error")}
             if ranks:
-                columns |= _in_chunks(in_catalogue, [ranks[name], *lists])
+                columns |= _in_chunks(in_catalogue, [ranks[name], labels])
             frames.append(pd.DataFrame({"method": name} | facts | columns))
     per_task = pd.concat(frames, ignore_index=True)
     per_task["method"] = pd.Categorical(per_task["method"], list(methods))
@@ -200,42 +207,36 @@ def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
     return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
 
 
-@jax.jit
-def _adapt_keys(seed: Array, number: Array) -> Array:
-    """One key a task, whatever its batch."""
-    return jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(number)
-
-
 @partial(jax.jit, static_argnums=0)
-def _catalogue_ranks(
-    predict: Any,
-    params: Any,
-    adapted: Any,
-    known: Catalogue,
-    user: Array,
-    support: Array,
-    query: Array,
-    number: Array,
-    seed: Array,
-) -> Array:
-    """Ranks ``[B, Q]`` of the query items among all items but the support, in chunks of items and of users."""
+def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array) -> Array:
+    """Scores ``[U, N]`` of all items for U adapted users, in chunks of items; no user owns a copy of a table."""
     n = known.item_row.shape[0]
     chunk = min(_ITEMS_AT_ONCE, n)
     items = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk) % n
 
-    def one(row: tuple[Any, Array, Array, Array, Array]) -> Array:
-        adapted, user, support, query, number = row
+    def one(adapted: Any, user: Array) -> Array:
         scores = jax.lax.map(lambda chosen: predict(params, adapted, inputs(known, user, chosen)), items)
-        free = jnp.ones(n, bool).at[support].set(False).at[0].set(False)
-        return metrics.ranks_among(scores.reshape(-1)[:n], free, query, _tie_key(seed, number, 1))
+        return scores.reshape(-1)[:n]
 
-    rows = (adapted, user, support, query, number)
-    return jax.lax.map(one, rows, batch_size=int(np.clip(_SCORES_AT_ONCE // n, 1, user.shape[0])))
+    return jax.vmap(one)(adapted, user)
 
 
-def _tie_key(seed: Array, number: Array, purpose: int) -> Array:
-    """A key of one task: purpose 1 breaks ties of scores, 2 those of targets."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), number)
+@jax.jit
+def _catalogue_ranks(scores: Array, support: Array, query: Array, keys: Array) -> Array:
+    """Ranks ``[U, Q]`` of the query items among all items but the support; row 0 is no item."""
+
+    def one(scores: Array, support: Array, query: Array, key: Array) -> Array:
+        free = jnp.ones(scores.shape, bool).at[support].set(False).at[0].set(False)
+        return metrics.ranks_among(scores, free, query, key)
+
+    return jax.vmap(one)(scores, support, query, keys)
+
+
+@jax.jit
+def _keys(seed: Array, number: Array, purpose: Array) -> Array:
+    """One key a task, whatever its batch. Purpose 0: what a method draws; 1: ties of scores; 2: ties of targets."""
+    base = jax.random.fold_in(jax.random.key(seed), purpose)
+    return jax.vmap(lambda k: jax.random.fold_in(base, k))(number)
 
 
 class _Runner:
@@ -243,6 +244,7 @@ class _Runner:
 
     def __init__(self, methods: Mapping[str, Method], known: Catalogue, seed: int, batch: int) -> None:
         self.methods, self.known, self.seed, self.batch = methods, known, seed, batch
+        self.users_at_once = int(np.clip(_SCORES_AT_ONCE // known.item_row.shape[0], 1, batch))
         self.shapes: set[Any] = set()
         self.first = dict.fromkeys(methods, 0.0)
         self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
@@ -258,12 +260,9 @@ class _Runner:
             rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
             number = jnp.asarray(numbers[rows], jnp.int32)
             places = [jnp.asarray(a[rows]) for a in (part.user, part.support_item, part.query_item)]
-            keys = _adapt_keys(self.seed, number)
-            self.last = (task, keys, len(index))
+            self.last = (task, _keys(self.seed, number, 0), len(index))
 
-            one = partial(
-                self.call, task=task, keys=keys, number=number, places=places, n=len(index), rank=rank_catalogue
-            )
+            one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
             shape = (task.support.mask.shape, task.query.mask.shape, rank_catalogue)
             with ThreadPoolExecutor(1 if shape in self.shapes else 2) as pool:  # XLA compiles two programs at once
                 for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
@@ -274,15 +273,22 @@ class _Runner:
         return scores, ranks
 
     def call(
-        self, name: str, *, task: Task, keys: Array, number: Array, places: list[Array], n: int, rank: bool
-    ) -> tuple[Array, Any]:
+        self, name: str, *, task: Task, number: Array, places: list[Array], n: int, rank: bool
+    ) -> tuple[Array, Array | None]:
         """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
-        method = self.methods[name]
-        found, adapted = self.timed(name, task, keys, n)
+        found, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
         if not rank:
             return found, None
-        ranks = _catalogue_ranks(method.predict, method.params, adapted, self.known, *places, number, self.seed)
-        return found, jax.block_until_ready(ranks)
+        predict, params = self.methods[name].predict, self.methods[name].params
+        ties, at_once, ranks = _keys(self.seed, number, 1), self.users_at_once, []
+        for start in range(0, self.batch, at_once):
+            some = slice(start, start + at_once)
+            user, support, query = (a[some] for a in places)
+            scores = _catalogue_scores(
+                predict, params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
+            )
+            ranks.append(_catalogue_ranks(scores, support, query, ties[some]))
+        return found, jax.block_until_ready(jnp.concatenate(ranks))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
         """One call of one method, on ``n`` real tasks, waited for and timed."""
@@ -345,17 +351,21 @@ def _ranking_columns(
     return found
 
 
-@partial(jax.jit, static_argnames=("gain", "topn", "relevance", "span", "ranking"))
+@partial(jax.jit, static_argnums=0)
+def _labels(relevance: metrics.Relevant, target: Array, mask: Array, keys: Array) -> dict[str, Array]:
+    return {"labels": jax.vmap(relevance.labels)(target, mask > 0, keys)}
+
+
+@partial(jax.jit, static_argnames=("gain", "topn", "span", "ranking"))
 def _query_columns(
     scores: Array,
     target: Array,
+    labels: Array,
     mask: Array,
-    number: Array,
-    seed: Array,
+    keys: Array,
     *,
     gain: str,
     topn: tuple[int, ...],
-    relevance: metrics.Relevant,
     span: tuple[float, float] | None,
     ranking: bool,
 ) -> dict[str, Array]:
@@ -367,27 +377,17 @@ def _query_columns(
         "squared_error": metrics.squared_error(rating, target, where=where),
     }
     if ranking:
-        labels = jax.vmap(lambda t, w, k: relevance.labels(t, w, _tie_key(seed, k, 2)))(target, where, number)
-        ranks = jax.vmap(lambda s, w, k: metrics.ranks_of(s, where=w, key=_tie_key(seed, k, 1)))(scores, where, number)
+        order = jnp.arange(scores.shape[1])
+        ranks = jax.vmap(metrics.ranks_among, (0, 0, None, 0))(scores, where, order, keys)
         grade = labels if gain == "binary" else target
         found |= _ranking_columns(grade, labels, where, ranks, where.sum(-1), topn, gain, "")
         found["auc"] = metrics.auc(scores, labels, where=where)
     return found
 
 
-@partial(jax.jit, static_argnames=("topn", "relevance"))
-def _catalogue_columns(
-    ranks: Array,
-    target: Array,
-    mask: Array,
-    number: Array,
-    seed: Array,
-    *,
-    topn: tuple[int, ...],
-    relevance: metrics.Relevant,
-) -> dict[str, Array]:
-    where = mask > 0
-    labels = jax.vmap(lambda t, w, k: relevance.labels(t, w, _tie_key(seed, k, 2)))(target, where, number)
-    found = _ranking_columns(labels, labels, where & (labels > 0), ranks, max(topn), topn, "binary", "catalogue_")
+@partial(jax.jit, static_argnames="topn")
+def _catalogue_columns(ranks: Array, labels: Array, *, topn: tuple[int, ...]) -> dict[str, Array]:
+    where = labels > 0
+    found = _ranking_columns(labels, labels, where, ranks, max(topn), topn, "binary", "catalogue_")
     found["catalogue_mrr"] = metrics.mrr(-ranks, labels, where=where, ranks=ranks)
     return found

@@ -18,22 +18,23 @@ from metarec_jax.results import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """For the methods that are no baselines: Okabe and Ito's palette, which colour-blind readers tell apart."""
-_BEST, _OTHER, _INK, _SOFT = "#3C3C3C", "#9A9A9A", "#222222", "#6B6B6B"
+_BEST, _OTHER, _INK, _SOFT = "#3C3C3C", "#8C8C8C", "#222222", "#6B6B6B"
 _SCENARIOS = {
     "user_cold": "New users",
     "item_cold": "New items",
     "both_cold": "New users, new items",
     "warm": "Known users, known items",
 }
-_METRICS = {
-    "mae": "MAE (rating points)",
-    "rmse": "RMSE of a user (rating points)",
-    "rmse_pooled": "RMSE (rating points)",
-    "squared_error": "squared error",
+_FAMILIES = {
+    "mae": "MAE",
+    "rmse": "RMSE of a user",
+    "rmse_pooled": "RMSE",
     "auc": "AUC",
-    "error": "error",
+    "ndcg": "nDCG",
+    "mrr": "MRR",
+    "map": "MAP",
 }
-_FAMILIES = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "hit_rate": "hit rate"}
+_IN_POINTS = {"mae", "rmse", "rmse_pooled"}
 
 
 def scenario_title(name: str) -> str:
@@ -49,12 +50,16 @@ def metric_title(name: str) -> str:
     """A metric in words.
 
     >>> metric_title("catalogue_hit_rate@10"), metric_title("ndcg@5"), metric_title("mae")
-    ('hit rate@10, whole catalogue', 'nDCG@5', 'MAE (rating points)')
+    ('hit rate@10, whole catalogue', 'nDCG@5', 'MAE')
     """
     whole = name.startswith("catalogue_")
     family, at, n = name.removeprefix("catalogue_").partition("@")
-    words = _METRICS.get(family) or _FAMILIES.get(family) or family.replace("_", " ")
+    words = _FAMILIES.get(family) or family.replace("_", " ")
     return f"{words}{at}{n}" + (", whole catalogue" if whole else "")
+
+
+def _axis_title(name: str) -> str:
+    return metric_title(name) + (" (rating points)" if name in _IN_POINTS else "")
 
 
 def method_colors(report: Report, best: str | None) -> dict[str, str]:
@@ -65,45 +70,52 @@ def method_colors(report: Report, best: str | None) -> dict[str, str]:
 
 
 def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Training loss, and each validation metric with its best step marked. False, and no file, without a loss."""
+    """Training loss, the validation value that selects with its best step ringed, and the others by name.
+
+    False, and no file, without two steps of loss.
+    """
     train = _series(history, "loss")
     if len(train) < 2:
         return False
-    names = sorted({k for row in history for k in row if k.startswith("validation_")})
-    names = [name for name in names if len(_series(history, name)) > 1][:2]
-    figure, axes = _figure(1 + len(names), 3.5)
-    _title(figure, "Learning curve", "by outer step" + ("; the ring is the best validation" if names else ""))
+    names = list(dict.fromkeys(k for row in history for k in row if k.startswith("validation_")))
+    names = [name for name in names if len(_series(history, name)) > 1]
+    first = next((n for n in ("validation_error", "validation_loss") if n in names), names[0] if names else "")
+    rest = [n for n in names if n != first and n.split("_")[1] == next(m for m in names if m != first).split("_")[1]]
+    figure, axes = _figure(1 + bool(first) + bool(rest), 3.5)
+    _title(figure, "Learning curve", "by outer step" + ("; the ring is the best validation" if first else ""))
     step, loss = train.T
     axes[0].plot(step, loss, color=COLORS[0], alpha=0.25, lw=1)
     axes[0].plot(step, _smooth(loss), color=COLORS[0], lw=2)
-    _named(axes[0], "Training loss", "loss on the queries of training tasks")
+    _named(axes[0], "Training", "loss on the queries")
     low, high = np.percentile(loss, [0, 95])
     axes[0].set_ylim(low - 0.08 * (high - low or 1), high + 0.25 * (high - low or 1))
-    for ax, name in zip(axes[1:], names, strict=True):
-        step, value = _series(history, name).T
-        metric = name.removeprefix("validation_")
-        best = int(
-            np.argmax(value) if higher_is_better(metric) and metric not in ("error", "loss") else np.argmin(value)
-        )
-        ax.plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
-        ax.plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
-        spot = f"{value[best]:.4f} at step {step[best]:,.0f}"
-        left = step[best] < (step[0] + step[-1]) / 2
-        ax.annotate(
-            spot,
-            (step[best], value[best]),
-            (0, 14),
-            textcoords="offset points",
-            color=_INK,
-            fontsize=9,
-            ha="left" if left else "right",
-        )
-        ax.margins(y=0.2)
-        _named(ax, f"Validation {metric_title(metric)}", metric_title(metric))
+    if first:
+        step, value = _series(history, first).T
+        metric = first.removeprefix("validation_")
+        best = int(np.argmax(value) if _rises(metric) else np.argmin(value))
+        axes[1].plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
+        axes[1].plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
+        axes[1].margins(y=0.15)
+        _named(axes[1], "Validation", metric_title(metric), f"best {value[best]:.4f} at step {step[best]:,.0f}")
+    if rest:
+        shared = metric_title(rest[0].split("_")[1])
+        ends = []
+        for k, name in enumerate(rest):
+            step, value = _series(history, name).T
+            word = name.removeprefix("validation_").partition("_")[2] or metric_title(name.removeprefix("validation_"))
+            axes[2].plot(step, value, color=COLORS[k % len(COLORS)], lw=2)
+            ends.append((float(value[-1]), word, COLORS[k % len(COLORS)]))
+        _named(axes[2], "Validation by scenario", shared)
+        _end_labels(axes[2], ends)
     for ax in axes:
         ax.set_xlabel("outer step", color=_SOFT)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return _save(figure, path)
+
+
+def _rises(metric: str) -> bool:
+    """Whether a validation value is better when larger; names may end in a scenario."""
+    return not metric.startswith(("error", "loss", "mae", "rmse", "mse"))
 
 
 def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
@@ -112,15 +124,14 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
     curves = {s: curve for s, curve in curves.items() if curve["shown"].nunique() > 1}
     if not curves:
         return False
-    figure, axes = _figure(len(curves), 4.2, sharey=True, right=True)
-    better = "higher" if higher_is_better(metric) else "lower"
-    _title(
-        figure,
-        "How many ratings until it is good",
-        f"{metric_title(metric)}, {better} is better; the same users at every point; bands: 95% intervals",
-    )
     means = [c[c["shown"] == c["shown"].max()].set_index("method")["mean"] for c in curves.values()]
     hidden = _off_scale(report, metric, means)
+    figure, axes = _figure(len(curves), 4.2, sharey=True)
+    better = "higher" if higher_is_better(metric) else "lower"
+    aside = f"; off the scale: {', '.join(hidden)}" if hidden else ""
+    told = f"{metric_title(metric)}, {better} is better; the same users at every point; bands: 95% intervals{aside}"
+    _title(figure, "How many ratings until it is good", told)
+    limits: list[float] = []
     ends: list[tuple[Axes, list[tuple[float, str, str]]]] = []
     for ax, (scenario, curve) in zip(axes, curves.items(), strict=True):
         best = report.best_baseline(metric, scenario)
@@ -133,7 +144,9 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
             at = [points.index(k) for k in line["shown"]]
             strong = name not in report.baselines or name == best
             ax.plot(at, line["mean"], color=colors[name], lw=2.4 if strong else 1.1, marker="o", ms=4 if strong else 0)
+            limits.append(float(line["mean"].iloc[-1]))
             if strong:
+                limits += [line["low"].min(), line["high"].max()]
                 ax.fill_between(at, line["low"], line["high"], color=colors[name], alpha=0.15, lw=0)
             labels.append((float(line["mean"].iloc[-1]), name, colors[name]))
         ax.set_xticks(range(len(points)), [str(k) for k in points])
@@ -142,14 +155,14 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
         _named(
             ax,
             scenario_title(scenario),
-            metric_title(metric) if ax is axes[0] else "",
+            _axis_title(metric) if ax is axes[0] else "",
             f"{curve['tasks'].max():,} tasks",
         )
         ends.append((ax, labels))
+    pad = 0.06 * (max(limits) - min(limits) or 1)
+    axes[0].set_ylim(min(limits) - pad, max(limits) + pad)  # what is weaker may leave the panel on its way
     for ax, labels in ends:  # when all panels have set the shared limits
         _end_labels(ax, labels)
-    if hidden:
-        _foot(figure, "off the scale: " + ", ".join(hidden))
     return _save(figure, path)
 
 
@@ -171,7 +184,7 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
         best = report.best_baseline(metric, scenario)
         colors = method_colors(report, best)
         values = {m: found[m][scenario][metric] for m in report.methods if metric in found[m].get(scenario, {})}
-        order = sorted(values, key=lambda m: sign * values[m].mean)
+        order = sorted(values, key=lambda m: (sign * values[m].mean, -report.methods.index(m)))
         hidden = _off_scale(report, metric, [{m: e.mean for m, e in values.items()}])
         shown = [values[m] for m in order if m not in hidden]
         low, high = min(e.low for e in shown), max(e.high for e in shown)
@@ -205,7 +218,7 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid(axis="y", visible=False)
         ax.grid(axis="x", color="#E6E6E6", lw=0.8)
-        ax.set_xlabel(metric_title(metric), color=_SOFT)
+        ax.set_xlabel(_axis_title(metric), color=_SOFT)
         tasks = max(e.tasks for e in values.values())
         _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks")
     return _save(figure, path)
@@ -233,12 +246,15 @@ def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] 
     for values in means:
         worth = {m: sign * float(values[m]) for m in report.methods if m in values}
         ordered = sorted(worth.values(), reverse=True)
+        if not ordered:
+            continue
         spread = ordered[0] - ordered[len(ordered) // 2]
-        hidden |= {m for m, v in worth.items() if m in report.baselines and ordered[0] - v > max(4 * spread, 1e-9)}
+        far = max(4 * spread, 0.1 * abs(ordered[0]))
+        hidden |= {m for m, v in worth.items() if m in report.baselines and ordered[0] - v > far}
     return [m for m in report.methods if m in hidden]
 
 
-def _figure(panels: int, height: float, *, sharey: bool = False, right: bool = False) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(6.4, 4.4 * panels), height + 0.7), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0].tolist()
@@ -248,7 +264,7 @@ def _figure(panels: int, height: float, *, sharey: bool = False, right: bool = F
         ax.grid(axis="y", color="#E6E6E6", lw=0.8)
         ax.set_axisbelow(True)
         ax.tick_params(colors=_SOFT, length=0, labelsize=9.5)
-    _layout(figure).set(w_pad=0.12, wspace=0.04 if right else 0.06)
+    _layout(figure).set(w_pad=0.12, wspace=0.05)
     return figure, axes
 
 
@@ -263,10 +279,6 @@ def _title(figure: Figure, title: str, subtitle: str) -> None:
     _layout(figure).set(rect=(0, 0, 1, 1 - 0.68 / height))
     figure.text(0.012, 1 - 0.12 / height, title, ha="left", va="top", fontsize=14, fontweight="bold", color=_INK)
     figure.text(0.012, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=_SOFT)
-
-
-def _foot(figure: Figure, text: str) -> None:
-    figure.text(0.995, 0.004, text, ha="right", va="bottom", fontsize=8.5, color=_SOFT, style="italic")
 
 
 def _named(ax: Axes, title: str, ylabel: str, note: str = "") -> None:

@@ -46,14 +46,15 @@ def main_metrics(report: Report) -> list[str]:
 
 def metric_table(report: Report, metric: str) -> Table:
     """Mean ± standard error of every method in every scenario; the best of each column is marked."""
-    found, best = report.summary(), set()
+    found = report.summary()
+    best: set[tuple[int, int]] = set()
     scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
     cells = [[found[m].get(s, {}).get(metric) for s in scenarios] for m in report.methods]
     for column, scenario in enumerate(scenarios):
-        winner = report.best(metric, scenario)
-        best.add((report.methods.index(str(winner)), column + 1))
+        winner = found[str(report.best(metric, scenario))][scenario][metric].mean
+        best |= {(r, column + 1) for r, row in enumerate(cells) if (e := row[column]) and abs(e.mean - winner) < 1e-9}
     rows = tuple((name, *(_cell(e) for e in row)) for name, row in zip(report.methods, cells, strict=True))
-    return Table(("method", *scenarios), rows, frozenset(best))
+    return Table(("method", *(scenario_title(s) for s in scenarios)), rows, frozenset(best))
 
 
 def terminal_table(report: Report) -> str:
@@ -86,20 +87,18 @@ def findings(report: Report) -> list[str]:
 def adaptation_findings(report: Report) -> list[str]:
     """What the support itself brings: each method that is no baseline, with the whole support and with none."""
     said = []
-    before = report.summary(0)
+    before, after, metrics = report.summary(0), report.summary(), main_metrics(report)
     for name in [m for m in report.methods if m not in report.baselines]:
         for scenario in report.scenarios:
-            metrics = [
-                m for m in main_metrics(report)[:1] if m in before[name].get(scenario, {}) and m in report.metrics
-            ]
-            for metric in metrics:
-                gain = report.adaptation_gain(name, metric, scenario)
-                start, end = before[name][scenario][metric].mean, report.summary()[name][scenario][metric].mean
-                effect = "it adapts" if gain.better else "not a gain that these tasks can show"
-                said.append(
-                    f"{scenario_title(scenario)}: the support takes {name} from {start:.3f} to {end:.3f} "
-                    f"{metric_title(metric)}, a difference of {_interval(gain)}: {effect}."
-                )
+            if not metrics or metrics[0] not in before[name].get(scenario, {}):
+                continue
+            gain = report.adaptation_gain(name, metrics[0], scenario)
+            start, end = (found[name][scenario][metrics[0]].mean for found in (before, after))
+            effect = "it adapts" if gain.better else "not a gain that these tasks can show"
+            said.append(
+                f"{scenario_title(scenario)}: the support takes {metric_title(metrics[0])} of {name} from {start:.3f} to "
+                f"{end:.3f}, a difference of {_interval(gain)}: {effect}."
+            )
     return said
 
 
@@ -144,7 +143,7 @@ def _sections(
     sections = [Section("What was found", tuple(findings(report)))]
     for metric in metrics:
         name = f"scenarios_{metric.replace('@', '_')}.png"
-        drawn = plots.scenario_dots(report, metric, folder / name)
+        drawn = metric != "rmse_pooled" and plots.scenario_dots(report, metric, folder / name)
         sections.append(
             Section(metric_title(metric), (), metric_table(report, metric), f"plots/{name}" if drawn else None)
         )
@@ -173,7 +172,7 @@ def _comparison(d: Difference, report: Report) -> str:
     verdict = "better" if d.better else "worse" if excludes else "no difference that these tasks can show"
     zero = "excludes zero" if excludes else "includes zero"
     return (
-        f"{scenario_title(d.scenario)}: {d.method} has {metric_title(d.metric)} {mine:.3f}, the best baseline, "
+        f"{scenario_title(d.scenario)}: {metric_title(d.metric)} of {d.method} is {mine:.3f}, of the best baseline, "
         f"{d.baseline}, {rival:.3f}. The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {verdict}."
     )
 

@@ -257,7 +257,27 @@ def test_tuning_takes_the_value_that_is_best_on_validation():
     said: list[str] = []
     methods = fit_baselines(train, known, tasks, names=["bias", "als"], say=said.append)
     assert list(methods) == ["bias", "als"]
-    assert said[1].startswith("als: reg 3, size 8")  # rank 2 and little noise: the smallest of the grid
+
+    def error(method):
+        t = tasks["user_cold"]
+        each = []
+        for k in range(len(t)):
+            n = int(t.support_mask[k].sum())
+            got = predict(method, support(t.support_item[k, :n], t.support_target[k, :n]), t.query_item[k])
+            each.append(np.abs(np.clip(got, train.rating.min(), train.rating.max()) - t.query_target[k]).mean())
+        return np.mean(each)
+
+    # regularisation first, at the default size 16; then the size
+    by_reg = {reg: error(als(train, known, reg=reg)) for reg in (2.0, 5.0, 10.0)}
+    reg = min(by_reg, key=by_reg.__getitem__)
+    by_size = {size: error(als(train, known, reg=reg, size=size)) for size in (8, 16, 32)}
+    size = min(by_size, key=by_size.__getitem__)
+    assert said[1] == f"als: reg {reg:g}, size {size} (validation MAE {by_size[size]:.4f})"
+    assert methods["als"].params["item"].shape[1] == size
+
+
+def test_clicks_are_tuned_by_ranking_and_only_what_suits_them_is_fitted():
+    said: list[str] = []
     assert set(fit_baselines(CLICKED, catalogue(CLICKED))) == {"random", "popularity", "item_knn", "als"}
     clicks = {"user_cold": make_tasks(CLICKED, query=2, seed=0)}
     assert "nDCG@10" in (

@@ -45,11 +45,10 @@ def test_leading_axes_are_batch_and_no_mask_means_all(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("garbage", [1e30, np.nan, np.inf])
-def test_what_is_masked_out_changes_neither_value_nor_derivatives(name, garbage):
-    loss = LOSSES[name]
-    pad = lambda a, v: jnp.concatenate([jnp.asarray(a), jnp.full(2, v, jnp.float32)])  # noqa: E731
-    s, t, w = pad(S, garbage), pad(T, garbage), pad(W, 0.0)
+def test_what_is_masked_out_changes_neither_value_nor_derivatives(name):
+    loss, garbage = LOSSES[name], jnp.array([1e30, jnp.nan, jnp.inf])
+    pad = lambda a, v: jnp.concatenate([jnp.asarray(a), v])  # noqa: E731
+    s, t, w = pad(S, garbage), pad(T, garbage[::-1]), pad(W, jnp.zeros(3))
     f = lambda s: loss(s, t, where=w)  # noqa: E731
     g = lambda s: loss(s, T, where=W)  # noqa: E731
     np.testing.assert_allclose(f(s), g(S), rtol=1e-6)

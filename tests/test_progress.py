@@ -24,7 +24,7 @@ def steps(path):
 
 def test_records_one_object_a_line(tmp_path):
     path = tmp_path / "runs" / "metrics.jsonl"
-    with Progress(20, tasks=4, path=path, stream=None) as progress:
+    with Progress(20, tasks=4, path=path, quiet=True) as progress:
         progress.update(10, {"loss": 1.5})
         progress.update(20, {"loss": math.nan, "validation_mae": 0.5})
     first, second = (json.loads(line) for line in path.read_text().splitlines())
@@ -37,7 +37,7 @@ def test_records_one_object_a_line(tmp_path):
 
 def test_rate_is_tasks_over_time(tmp_path):
     clock = ticking(0.0)
-    progress = Progress(100, tasks=8, stream=None, clock=lambda: clock())
+    progress = Progress(100, tasks=8, quiet=True, clock=lambda: clock())
     clock = ticking(2.0)
     progress.update(10, {"loss": 1.0})  # 10 steps x 8 tasks / 2 s
     assert progress.history[-1]["tasks_per_s"] == 40.0
@@ -51,12 +51,12 @@ def test_rate_is_tasks_over_time(tmp_path):
 
 def test_resume_drops_what_came_after_the_step_and_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with Progress(40, path=path, stream=None) as progress:
+    with Progress(40, path=path, quiet=True) as progress:
         for step in (10, 20, 30):
             progress.update(step, {"loss": 1.0})
     with path.open("a") as file:
         file.write('{"step": 40, "lo')
-    with Progress(40, path=path, stream=None) as progress:
+    with Progress(40, path=path, quiet=True) as progress:
         progress.resume(20)
         progress.update(30, {"loss": 2.0})
         assert [line["step"] for line in progress.history] == [10, 20, 30]
@@ -67,7 +67,7 @@ def test_resume_drops_what_came_after_the_step_and_a_cut_line(tmp_path):
 def test_a_new_run_starts_a_new_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):
-        with Progress(10, path=path, stream=None) as progress:
+        with Progress(10, path=path, quiet=True) as progress:
             progress.update(10, {"loss": 1.0})
     assert steps(path) == [10]
 
@@ -97,7 +97,7 @@ def test_a_bar_shows_the_numbers():
 
 def test_tensorboard_where_installed(tmp_path):
     pytest.importorskip("tensorboardX")
-    with Progress(10, stream=None, tensorboard=tmp_path) as progress:
+    with Progress(10, quiet=True, tensorboard=tmp_path) as progress:
         progress.update(10, {"loss": 0.25})
     assert list(tmp_path.glob("events*"))
 

@@ -16,6 +16,7 @@ from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.doctor import compile_cache
 from metarec_jax.core import Method
+from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import TaskSet, catalogue, make_tasks
@@ -163,11 +164,12 @@ def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[
     from metarec_jax.report import terminal_table, write_report
 
     config = run.config
+    own = runs.method(run)
     with phases("baselines"):
         parts = configs.build_split(config.split, run.data)
         held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
         baselines = fit_baselines(parts.train, run.known, held, say=print)
-    methods: dict[str, Method] = {config.learner.name: runs.method(run)} | baselines
+    methods: dict[str, Method] = {config.learner.name: own} | baselines
     with phases("evaluate"):
         reports = [
             evaluate(
@@ -187,7 +189,14 @@ def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[
         report: Report = results.merge(reports)
     with phases("report"):
         report.save(run.directory / "evaluation")
-        write_report(report, run.directory, history=read_history(run.directory / "metrics.jsonl"))
+        write_report(
+            report,
+            run.directory,
+            history=read_history(run.directory / "metrics.jsonl"),
+            config=configs.to_dict(config),
+            data_facts=describe(run.data),
+            title=f"{run.data.name}: {config.learner.name}",
+        )
         found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
         runs.write_json(run.directory / "evaluation" / "summary.json", found)
     print(terminal_table(report))

@@ -5,14 +5,23 @@ Source: Bertinetto et al., "Meta-learning with differentiable closed-form solver
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 
 
-def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) -> Learner:
+def ridge(
+    model: Model,
+    *,
+    precision: float = 5.0,
+    bias_precision: float = 3.0,
+    loss: Callable[..., Array] = losses.mse,
+) -> Learner:
     """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.
 
     ``score = apply(params, x) + <d, [features(params, x), 1]>``, where d minimises
@@ -25,6 +34,7 @@ def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) 
     Args:
       model: with ``features``, such as `content_model`.
       precision, bias_precision: initial precisions of the user's vector and of the user's bias, in units of ratings.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by squares.
 
     Raises:
       MetarecError: the model has no ``features``.
@@ -56,13 +66,12 @@ def ridge(model: Model, *, precision: float = 5.0, bias_precision: float = 3.0) 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return model.apply(params, inputs) + design(params, inputs) @ adapted
 
-    def loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
-        error = predict(params, adapt(params, task.support, key), task.query.inputs) - task.query.target
-        mask = task.query.mask
-        value = jnp.sum(mask * error**2) / jnp.maximum(mask.sum(), 1.0)
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        scores = predict(params, adapt(params, task.support, key), task.query.inputs)
+        value = loss(scores, task.query.target, where=task.query.mask)
         return value, {"query_loss": value}
 
-    return Learner(init, adapt, predict, loss, {n: t._replace(adapted=False) for n, t in model.tables.items()})
+    return Learner(init, adapt, predict, meta_loss, {n: t._replace(adapted=False) for n, t in model.tables.items()})
 
 
 def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:

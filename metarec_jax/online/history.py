@@ -42,6 +42,7 @@ class Names:
     def __init__(self, data: Interactions) -> None:
         self._items = data.items
         self._labels = data.items.ids if data.titles is None else data.titles
+        self._numeric = np.issubdtype(np.asarray(self._labels).dtype, np.number)
 
     @cached_property
     def _exact(self) -> dict[str, int]:
@@ -56,6 +57,8 @@ class Names:
         if not len(names):
             return np.zeros(0, np.int32)
         rows = self._items.encode(names)
+        if self._numeric:
+            return rows
         for k in np.flatnonzero(rows == 0):
             text = str(names[int(k)])
             rows[k] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
@@ -64,7 +67,7 @@ class Names:
     def suggest(self, name: Any) -> tuple[str, ...]:
         """Up to three existing names: those that begin with ``name`` or hold it, then those spelt alike."""
         text = str(name).casefold().strip()
-        if not text or np.issubdtype(np.asarray(self._labels).dtype, np.number):
+        if not text or self._numeric:
             return ()
         folded = [str(label).casefold() for label in self._labels]
         holds = [k for k, label in enumerate(folded) if text in label]

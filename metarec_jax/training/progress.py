@@ -25,9 +25,10 @@ class Progress:
       tasks: tasks a step, for tasks/s.
       path: of the JSONL file, one object a line; None records nothing.
       tensorboard: folder of the event files; used where tensorboardX is installed.
-      stream: where the bar or the lines go; None shows nothing.
+      stream: where the bar or the lines go; default: stderr.
       bar: whether to draw a bar; by default where ``stream`` is a terminal. Elsewhere a plain line comes every ten
         seconds, and at each validation.
+      quiet: record, and show nothing.
       clock: seconds, monotonic.
 
     >>> with Progress(100, tasks=8, stream=sys.stdout, bar=False) as progress:
@@ -42,13 +43,14 @@ class Progress:
         tasks: int = 1,
         path: str | os.PathLike[str] | None = None,
         tensorboard: str | os.PathLike[str] | None = None,
-        stream: TextIO | None = sys.stderr,
+        stream: TextIO | None = None,
         bar: bool | None = None,
+        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._steps, self._tasks, self._clock = steps, tasks, clock
         self._path = None if path is None else Path(path)
-        self._stream = stream
+        self._stream = stream = None if quiet else stream or sys.stderr
         self._history: list[dict[str, Any]] = []
         self._file: TextIO | None = None
         self._events = None if tensorboard is None else _event_writer(tensorboard)

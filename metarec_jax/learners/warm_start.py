@@ -1,0 +1,93 @@
+"""Start the tables of a dot-product content model from a quick matrix factorisation.
+
+The factors of the items that training has seen are regressed on their content; the content rows start from that fit, and
+an item's own row from what the fit leaves, so that the model scores a known item as the factorisation does and an item
+never rated by its content.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from metarec_jax.core import MetarecError, Params
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.factorization import als_factors, implicit_als_factors
+
+_POPULARITY = 20.0
+"""Ratings at which an item counts half in the regression on content."""
+
+
+def warm_start(
+    params: Params, train: Interactions, *, reg: float = 5.0, content_reg: float = 3.0, iterations: int = 10, seed: int = 0
+) -> Params:
+    """Parameters of a dot-product `content_model`, started from ALS on ``train``.
+
+    Args:
+      params: from ``init``; the size of the factors is read off the item table.
+      reg: ridge of the factorisation, in units of one rating.
+      content_reg: ridge of the regression of factors on content, in units of one well-known item.
+      iterations: sweeps of ALS.
+
+    Raises:
+      MetarecError: the parameters are not those of a dot-product `content_model`.
+    """
+    tables = params["tables"]
+    if "item_id" not in tables or "mean" not in params["net"].get("params", {}):
+        raise MetarecError("warm_start wants the parameters of content_model(head='dot'); train others without warm start")
+    size = tables["item_id"].shape[1] - 1
+    if train.rating is None:
+        factors = implicit_als_factors(train, size=size, seed=seed, iterations=iterations)
+    else:
+        factors = als_factors(train, size=size, reg=reg, iterations=iterations, seed=seed)
+    rows = np.column_stack([factors.item_bias, factors.item_factors]).astype(np.float64)
+    count = np.bincount(train.item, minlength=train.items.num_rows).astype(np.float64)
+    names, blocks = _content(train)
+    fit, base, content = _regress(blocks, rows, count / (count + _POPULARITY), content_reg)
+    own = np.where(count[:, None] > 0, rows - fit, 0.0)
+    own[0] = base  # an unknown item: what content does not say, on average
+    new = {"item_id": own, **dict(zip(names, content, strict=True))}
+    mean = jnp.asarray(factors.mu, jnp.float32)
+    net = {**params["net"], "params": {**params["net"]["params"], "mean": mean}}
+    return {**params, "tables": {**tables, **{k: jnp.asarray(v, jnp.float32) for k, v in new.items()}}, "net": net}
+
+
+def _content(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
+    """For each categorical or multi-valued item feature, the matrix [items, values] that averages rows as the model does."""
+    names, blocks = [], []
+    for name, feature in train.item_features.items():
+        if feature.vocabulary is None:
+            continue
+        values = feature.values.reshape(len(feature.values), -1)
+        item, slot = np.nonzero(values)
+        weight = 1.0 / np.maximum((values > 0).sum(1), 1)[item]
+        shape = (len(values), feature.vocabulary.num_rows)
+        names.append(name)
+        blocks.append(sparse.csr_matrix((weight, (item, values[item, slot])), shape=shape))
+    return names, blocks
+
+
+def _regress(
+    blocks: list[sparse.csr_matrix], target: np.ndarray, weight: np.ndarray, reg: float, sweeps: int = 60
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Weighted ridge of ``target [n, d]`` on content and a constant, by conjugate gradients on all columns at once.
+
+    Returns the fit ``[n, d]``, the constant ``[d]``, and the coefficients of each block.
+    """
+    x = sparse.hstack([*blocks, sparse.csr_matrix(np.ones((len(target), 1)))]).tocsr()
+    ridge = np.append(np.full(x.shape[1] - 1, reg), 1e-3 * reg)[:, None]
+    weighted = sparse.diags(weight) @ x
+    solution = np.zeros((x.shape[1], target.shape[1]))
+    residual = direction = weighted.T @ target
+    size = (residual**2).sum(0)
+    for _ in range(sweeps):
+        image = weighted.T @ (x @ direction) + ridge * direction
+        step = size / np.maximum((direction * image).sum(0), 1e-30)
+        solution = solution + step * direction
+        residual = residual - step * image
+        size, old = (residual**2).sum(0), size
+        direction = residual + size / np.maximum(old, 1e-30) * direction
+    ends = np.cumsum([0] + [b.shape[1] for b in blocks])
+    parts = [solution[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return np.asarray(x @ solution), solution[-1], parts

@@ -1,0 +1,309 @@
+"""Evaluation and its report of numbers, on tasks small enough to work out by hand."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metarec_jax import results
+from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.tasks import Catalogue, TaskSet
+from metarec_jax.evaluation import evaluate
+from metarec_jax.intervals import estimate, p_values
+from metarec_jax.metrics import at_least, top_rated
+from metarec_jax.results import ALL, Difference
+
+ITEMS = 8
+KNOWN = Catalogue(jnp.zeros(40, jnp.int32), jnp.arange(ITEMS + 1, dtype=jnp.int32), {}, {})
+
+
+def constant(scores):
+    """The same score of an item for everyone, whatever the support."""
+    table = jnp.asarray(scores, jnp.float32)
+    return Method({"score": table}, lambda params, support, key: (), lambda p, adapted, x: p["score"][x["item_id"]])
+
+
+def support_mean():
+    """The mean of the support; 3 without any."""
+
+    def adapt(params, support, key):
+        n = support.mask.sum()
+        return jnp.where(n > 0, (support.target * support.mask).sum() / jnp.maximum(n, 1.0), 3.0)
+
+    return Method({}, adapt, lambda params, adapted, x: jnp.full(x["item_id"].shape, adapted))
+
+
+def tasks(*users):
+    """Users as (support {item: rating}, query {item: rating})."""
+
+    def column(part, values, dtype):
+        width = max(len(user[part]) for user in users)
+        rows = [list(values(user[part])) for user in users]
+        return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
+
+    def sides(part):
+        return (
+            column(part, lambda d: d.keys(), np.int32),
+            column(part, lambda d: d.values(), np.float32),
+            column(part, lambda d: [1] * len(d), np.float32),
+        )
+
+    return TaskSet(np.arange(1, len(users) + 1, dtype=np.int32), *sides(0), *sides(1))
+
+
+TWO = tasks(
+    ({1: 5.0, 2: 4.0}, {3: 5.0, 4: 1.0, 5: 4.0}),
+    ({1: 2.0}, {3: 2.0, 6: 3.0}),
+)
+BY_ITEM = constant([0, 0, 0, 4.0, 3.0, 2.0, 1.0, 6.0, 0.5])
+
+
+def small(methods=None, scenarios=None, **options):
+    methods = {"by_item": BY_ITEM, "mean": support_mean()} if methods is None else methods
+    options = {"topn": (1, 2), "batch": 4, "bootstrap": 200, "baselines": ("by_item",)} | options
+    return evaluate(methods, {"user_cold": TWO} if scenarios is None else scenarios, KNOWN, **options)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return small(catalogue_ranking=True, catalogue_topn=(2,), curve=(1, 2), rating_range=(1.0, 5.0))
+
+
+def test_query_metrics_by_hand(report):
+    first, second = report.rows("by_item", "user_cold").to_dict("records")
+    assert first["mae"] == pytest.approx((1 + 2 + 2) / 3)  # 4 for 5, 3 for 1, 2 for 4
+    assert second["mae"] == pytest.approx((2 + 2) / 2)  # 4 for 2, 1 for 3
+    assert first["squared_error"] == pytest.approx((1 + 4 + 4) / 3)
+    # ranked 5, 1, 4; gains 31, 1; the best two are 31, 15
+    assert first["ndcg@2"] == pytest.approx((31 + 1 / math.log2(3)) / (31 + 15 / math.log2(3)))
+    assert (first["precision@2"], first["recall@2"], first["mrr@2"], first["hit_rate@1"]) == (0.5, 0.5, 1, 1)
+    assert first["auc"] == pytest.approx((1 + 0) / 2)  # item 3 above item 4, item 5 below
+
+
+def test_a_task_without_a_relevant_item_is_left_out_and_counted(report):
+    second = report.rows("by_item", "user_cold").iloc[1]
+    assert math.isnan(second["precision@1"])
+    assert not math.isnan(second["ndcg@1"])  # a gain of 2^3 - 1 is there
+    assert report.summary()["by_item"]["user_cold"]["precision@1"].tasks == 1
+    counts = report.counts()["user_cold"]
+    assert (counts["tasks"], counts["queries"], counts["no_answer"]["precision@1"]) == (2, 5, 1)
+    assert "mae" not in counts["no_answer"]
+
+
+def test_pooled_rmse_weights_every_rating_alike(report):
+    pooled = report.summary()["by_item"]["user_cold"]["rmse_pooled"]
+    assert pooled.mean == pytest.approx(math.sqrt((1 + 4 + 4 + 4 + 4) / 5))
+
+
+def test_catalogue_metrics_by_hand(report):
+    """First user: items 1 and 2 are known. Left: 7, 3, 4, 5, ... by score; relevant are 3 (rank 2) and 5 (rank 4)."""
+    first, second = report.rows("by_item", "user_cold").to_dict("records")
+    assert first["catalogue_mrr"] == pytest.approx(1 / 2)
+    assert first["catalogue_recall@2"] == pytest.approx(1 / 2)
+    assert first["catalogue_precision@2"] == pytest.approx(1 / 2)
+    assert first["catalogue_ndcg@2"] == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
+    assert math.isnan(second["catalogue_mrr"])
+
+
+def test_catalogue_in_small_chunks_of_users_and_items_is_the_same(report, monkeypatch):
+    monkeypatch.setattr("metarec_jax.evaluation._SCORES_AT_ONCE", 3 * (ITEMS + 1))
+    monkeypatch.setattr("metarec_jax.evaluation._ITEMS_AT_ONCE", 4)
+    fresh = {"by_item": constant(BY_ITEM.params["score"]), "mean": support_mean()}
+    again = small(fresh, catalogue_ranking=True, catalogue_topn=(2,), curve=(1, 2), rating_range=(1.0, 5.0))
+    assert again.per_task.equals(report.per_task)
+
+
+def test_before_adapting_and_the_curve(report):
+    after, before = report.rows("mean", "user_cold"), report.rows("mean", "user_cold", 0)
+    assert after["mae"].tolist() == pytest.approx([(0.5 + 3.5 + 0.5) / 3, (0 + 1) / 2])  # 4.5 and 2
+    assert before["mae"].tolist() == pytest.approx([(2 + 2 + 1) / 3, (1 + 0) / 2])  # 3
+    assert before["support"].tolist() == [2, 1]
+    gain = report.adaptation_gain("mean", "mae", "user_cold")
+    assert gain.mean == pytest.approx(((1.5 - 5 / 3) + 0) / 2)
+    assert len(report.rows("mean", "user_cold", 2)) == 1  # only one user has two
+    one = report.rows("mean", "user_cold", 1)["mae"]
+    assert one.iloc[0] == pytest.approx((0 + 4 + 1) / 3)  # shown 5 alone
+    curve = report.curve("mae", "user_cold", min_share=0.5)
+    line = curve[curve["method"] == "mean"]
+    assert line["shown"].tolist() == [0, 1, 2]
+    assert line["tasks"].tolist() == [1, 1, 1]  # the same user at every point
+    assert line["mean"].tolist() == pytest.approx([5 / 3, 5 / 3, 1.5])
+    assert report.curve("mae", "user_cold", min_share=0.6)["shown"].max() == 1
+
+
+def test_predictions_are_clipped_for_errors_but_not_for_ranking():
+    high = constant([0, 0, 0, 9.0, 8.0, 7.0, 9.0, 0, 0])
+    clipped = small({"high": high}, rating_range=(1.0, 5.0)).rows("high", "user_cold").iloc[0]
+    assert clipped["mae"] == pytest.approx((0 + 4 + 1) / 3)  # 5 for each of 5, 1, 4
+    assert clipped["mrr@1"] == 1
+
+
+def test_ranking_only_methods_get_no_rating_error():
+    found = small(ranking_only={"by_item"})
+    row = found.summary()["by_item"]["user_cold"]
+    assert not {"mae", "rmse", "squared_error", "rmse_pooled"} & set(row)
+    assert "ndcg@1" in row
+    assert found.best("mae", "user_cold") == "mean"
+    assert found.best_baseline("mae", "user_cold") is None
+    assert "mae" not in {d.metric for d in found.compare()}
+
+
+def test_relevance_and_gain_are_arguments():
+    same = small(relevant=at_least(4.0)).per_task
+    assert same.equals(small(relevant=4.0).per_task)
+    top = small(relevant=top_rated(1), gain="binary").rows("by_item", "user_cold").to_dict("records")
+    assert (top[0]["ndcg@1"], top[1]["ndcg@1"]) == (1, 0)  # 5 stands first; 3 does not
+    assert small(relevant=top_rated(1)).settings["relevant"] == "the 1 highest targets of the list"
+
+
+def test_batch_size_and_scenario_company_change_nothing():
+    alone = small(catalogue_ranking=True)
+    other = small(catalogue_ranking=True, batch=1)
+    assert alone.per_task.equals(other.per_task)
+    joined = small(scenarios={"user_cold": TWO, "warm": tasks(({1: 1.0}, {2: 1.0, 3: 5.0}))}, catalogue_ranking=True)
+    columns = ["mae", "ndcg@1", "catalogue_mrr"]
+    a, b = (r.rows("by_item", "user_cold")[columns].to_numpy() for r in (alone, joined))
+    np.testing.assert_array_equal(a, b)
+    assert joined.scenarios == ["user_cold", "warm"]
+
+
+def test_second_evaluation_compiles_nothing():
+    from metarec_jax import evaluation
+
+    methods = {"mean": support_mean()}
+    small(methods)
+    before = sum(evaluation._traced.values())
+    small({"mean": methods["mean"]._replace(params={})})
+    assert sum(evaluation._traced.values()) == before
+
+
+def test_draws_depend_on_the_seed_and_the_task_only():
+    noise = Method(
+        {}, lambda p, support, key: jax.random.uniform(key), lambda p, adapted, x: jnp.full(x["item_id"].shape, adapted)
+    )
+    mae = lambda **options: small({"noise": noise}, **options).rows("noise", "user_cold")["mae"].tolist()  # noqa: E731
+    assert mae() == mae(batch=1)
+    assert mae() != mae(seed=1)
+
+
+def test_clicks_have_nothing_to_rank_inside_the_query():
+    clicks = tasks(({1: 1.0, 2: 0.0}, {3: 1.0, 4: 1.0}), ({1: 1.0}, {7: 1.0}))
+    found = small(scenarios={"user_cold": clicks}, relevant=1, catalogue_ranking=True, catalogue_topn=(2,), curve=(1,))
+    assert not any(m.startswith(("ndcg", "auc", "mrr")) for m in found.metrics)
+    assert any("only over the catalogue" in note for note in found.notes)
+    assert found.rows("by_item", "user_cold")["catalogue_mrr"].tolist() == [0.5, 1.0]
+    assert found.curve("catalogue_mrr", "user_cold")["shown"].tolist() == [0, 1, 0, 1]
+
+
+def test_json_has_the_promised_shape(report):
+    text = json.loads(json.dumps(report.to_json()))
+    assert set(text["results"]["mean"]["user_cold"]["mae"]) == {"mean", "se", "low", "high"}
+    assert text["results"]["mean"]["user_cold"]["mae"]["mean"] == pytest.approx((1.5 + 0.5) / 2)
+    assert text["before_adapting"]["mean"]["user_cold"]["mae"]["mean"] == pytest.approx((5 / 3 + 0.5) / 2)
+    assert text["seeds"] == [0]
+    assert text["counts"]["user_cold"]["tasks"] == 2
+    assert set(text["times"]["mean"]) == {"seconds_per_user", "first_call_seconds"}
+    assert {(d["method"], d["baseline"]) for d in text["comparison"]} == {("mean", "by_item")}
+
+
+def test_save_and_load(report, tmp_path):
+    again = results.load(report.save(tmp_path / "evaluation"))
+    assert again.per_task.astype({"method": str, "scenario": str}).equals(
+        report.per_task.astype({"method": str, "scenario": str})
+    )
+    assert again.to_json() == report.to_json()
+    with pytest.raises(MetarecError, match=r"per_task\.parquet"):
+        results.load(tmp_path)
+
+
+def test_merge_keeps_a_users_tasks_together():
+    """The same two users under two seeds are still two users: the interval does not shrink."""
+    one, two = small(), small(seed=1)
+    both = results.merge([one, two])
+    assert both.seeds == [0, 1]
+    a, b = (r.summary()["mean"]["user_cold"]["mae"] for r in (one, both))
+    assert (b.mean, b.tasks) == (pytest.approx(a.mean), 2 * a.tasks)
+    assert (b.se, b.low, b.high) == (pytest.approx(a.se), pytest.approx(a.low), pytest.approx(a.high))
+    assert both.by_seed("mae")["seed"].tolist() == [0, 1] * 2
+    assert both.paired("mean", "by_item", "mae", "user_cold").tasks == 4
+    with pytest.raises(MetarecError, match="repeat"):
+        results.merge([one, one])
+    with pytest.raises(MetarecError, match="differ"):
+        results.merge([one, small(gain="linear", seed=1)])
+
+
+def test_paired_difference_by_hand(report):
+    d = report.paired("mean", "by_item", "mae", "user_cold")
+    gaps = [1.5 - 5 / 3, 0.5 - 2]
+    assert d.mean == pytest.approx(sum(gaps) / 2)
+    assert d.se == pytest.approx(abs(gaps[0] - gaps[1]) / 2)  # sd / sqrt(2) of two numbers
+    assert d.low == pytest.approx(min(gaps)) and d.high == pytest.approx(max(gaps))  # noqa: PT018
+    assert isinstance(d, Difference)
+    assert d.better  # lower error, and no resample says otherwise
+    assert not report.paired("by_item", "mean", "mae", "user_cold").better
+
+
+def test_the_best_baseline_knows_the_direction():
+    both = small({"a": BY_ITEM, "b": support_mean(), "c": support_mean()}, baselines={"a", "b"})
+    assert both.best_baseline("mae", "user_cold") == "b"  # 1.0 against 1.83
+    assert both.best_baseline("mrr@2", "user_cold") == "a"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": {}}, "no method"),
+        ({"gain": "cubic"}, "exp, linear"),
+        ({"rating_range": (5.0, 1.0)}, "lowest, highest"),
+        ({"scenarios": {"warm": TaskSet(*(a[:0] for a in TWO))}}, "warm"),
+        ({"methods": {"broken": constant([np.nan] * 9)}}, "'broken'.*not finite.*2 of 2"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(MetarecError, match=message):
+        small(**options)
+
+
+def test_an_empty_scenario_is_noted():
+    found = small(scenarios={"user_cold": TWO, "both_cold": TaskSet(*(a[:0] for a in TWO))})
+    assert found.notes == ("both_cold: no tasks, left out",)
+    assert found.scenarios == ["user_cold"]
+
+
+def test_unknown_names_are_told(report):
+    with pytest.raises(MetarecError, match="by_item, mean"):
+        report.rows("nobody", "user_cold")
+    with pytest.raises(MetarecError, match="squared_error"):
+        report.paired("mean", "by_item", "rmse_pooled", "user_cold")
+    assert (report.per_task["shown"] == ALL).sum() == 4
+
+
+def test_standard_error_and_interval_of_independent_users():
+    """400 normal numbers: se = sd / 20, and the 95% interval is the mean -+ 1.96 se, to bootstrap accuracy."""
+    x = np.random.default_rng(0).normal(size=(400, 1))
+    e = estimate(x, np.arange(400), resamples=4000)
+    assert e.se[0] == pytest.approx(x.std(ddof=1) / 20)
+    assert e.low[0] == pytest.approx(e.mean[0] - 1.96 * e.se[0], abs=0.1 * e.se[0])
+    assert e.high[0] == pytest.approx(e.mean[0] + 1.96 * e.se[0], abs=0.1 * e.se[0])
+
+
+def test_interval_covers_the_truth_about_95_times_of_100():
+    """Users who repeat: an interval that drew rows would cover far less."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        x = np.repeat(rng.normal(size=60), 4)[:, None] + 0.2 * rng.normal(size=(240, 1))
+        e = estimate(x, np.repeat(np.arange(60), 4), resamples=300)
+        covered += e.low[0] <= 0 <= e.high[0]
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_p_values_of_paired_differences():
+    users = np.arange(6)
+    assert p_values(np.zeros(6), users, 0.0, 0.0) == (1.0, 1.0)
+    gap = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    t, wilcoxon = p_values(gap, users, gap.mean(), gap.std(ddof=1) / math.sqrt(6))
+    assert wilcoxon == pytest.approx(2 / 2**6)  # all six of one sign
+    assert t == pytest.approx(0.0059, abs=0.0001)  # t = 3.5 / 0.7638 = 4.583 with 5 degrees of freedom

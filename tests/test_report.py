@@ -1,0 +1,183 @@
+"""The report says in words and pictures what the rows hold."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metarec_jax.report import findings, main_metrics, metric_table, terminal_table, write_report
+from metarec_jax.results import ALL, Report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def made_up(gain=0.05, tasks=60, catalogue=True, curve=(0, 1, 4), scenarios=("user_cold", "item_cold")):
+    """Errors drawn around 0.8 (ours, less ``gain``), 0.8 and 1.4, less as more support is shown."""
+    rng, rows = np.random.default_rng(0), []
+    for scenario in scenarios:
+        base = rng.normal(0.8, 0.1, tasks)
+        for shown in (ALL, *curve):
+            left = 0.0 if shown == ALL else 0.3 / (1 + shown)
+            for method, shift in (("ours", -gain), ("bias", 0.0), ("random", 0.6)):
+                error = base + shift + left + 0.02 * rng.normal(size=tasks)
+                frame = {
+                    "method": method,
+                    "scenario": scenario,
+                    "seed": 0,
+                    "task": np.arange(tasks),
+                    "user": np.arange(tasks),
+                    "shown": shown,
+                    "support": 10,
+                    "queries": 10,
+                    "mae": error,
+                    "squared_error": error**2,
+                    "ndcg@5": 1 - error / 4,
+                }
+                if catalogue:
+                    frame |= {"catalogue_ndcg@10": error / 50 if shown == ALL else np.nan}
+                    frame |= {"catalogue_recall@20": error / 20 if shown == ALL else np.nan}
+                rows.append(pd.DataFrame(frame))
+    per_task = pd.concat(rows, ignore_index=True)
+    per_task["method"] = pd.Categorical(per_task["method"], ["ours", "bias", "random"])
+    per_task["scenario"] = pd.Categorical(per_task["scenario"], list(scenarios))
+    settings = {
+        "gain": "exp",
+        "relevant": "target >= 4",
+        "rating_range": [1.0, 5.0],
+        "topn": [1, 5],
+        "catalogue_topn": [10, 20] if catalogue else [],
+        "catalogue_items": 100,
+        "curve": list(curve),
+        "bootstrap": 200,
+        "ranking_only": [],
+    }
+    times = {name: {"seconds_per_user": 2e-6, "first_call_seconds": 0.5} for name in ("ours", "bias", "random")}
+    return Report(per_task, settings, ("bias", "random"), times, ("warm: no tasks, left out",))
+
+
+HISTORY = [{"step": 10 * k, "loss": 1 / k, "validation_error": abs(k - 4) / 10 + 0.7} for k in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    path = write_report(
+        made_up(),
+        folder,
+        history=HISTORY,
+        config={"learner": {"name": "ridge"}},
+        data_facts={"users": 6040},
+        title="<t>",
+    )
+    return folder, path.read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_terminal_table_marks_the_best_and_lines_up():
+    text = terminal_table(made_up())
+    block = text.split("\n\n")[0].splitlines()
+    assert block[0].startswith("MAE: mean ± standard error over users, lower is better")
+    ours, bias, random = block[2:]
+    assert ours.count("*") == 2  # best in both scenarios
+    assert "*" not in bias + random
+    assert len({line.index("±") for line in (ours, bias, random)}) == 1
+    assert re.search(r"ours +0\.7\d\d ±0\.0\d\d \*", ours)
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_ties_are_all_best():
+    table = metric_table(made_up().__class__(**{**made_up().__dict__, "per_task": _equal(made_up().per_task)}), "mae")
+    assert table.best == {(r, c) for r in (0, 1, 2) for c in (1, 2)}
+
+
+def _equal(per_task):
+    return per_task.assign(mae=1.0)
+
+
+def test_main_metrics_are_those_that_are_there():
+    assert main_metrics(made_up()) == ["mae", "rmse_pooled", "ndcg@5", "catalogue_ndcg@10", "catalogue_recall@20"]
+    assert main_metrics(made_up(catalogue=False)) == ["mae", "rmse_pooled", "ndcg@5"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        (0.05, "excludes zero: better."),
+        (-0.05, "excludes zero: worse."),
+        (0.0, "includes zero: no difference that these tasks can show."),
+    ],
+)
+def test_words_follow_the_interval(gain, verdict):
+    said = findings(made_up(gain))
+    assert len(said) == 4  # two scenarios, MAE and nDCG
+    mae = next(s for s in said if s.startswith("New users: MAE of ours"))
+    assert verdict in mae
+    assert "of the best baseline, bias" in mae
+    assert "over 60 tasks" in mae
+
+
+def test_no_method_to_compare_is_said():
+    whole = made_up()
+    only = Report(whole.per_task, whole.settings, ("ours", "bias", "random"), whole.times)
+    assert "nothing is compared" in findings(only)[0]
+
+
+def test_files_are_written(page):
+    folder, _, _ = page
+    plots = {p.name for p in (folder / "plots").iterdir()}
+    assert {"learning_curve.png", "cold_start_mae.png", "scenarios_mae.png", "scenarios_catalogue_ndcg_10.png"} <= plots
+    assert all((folder / "plots" / name).read_bytes().startswith(PNG) for name in plots)
+
+
+def test_page_stands_alone(page):
+    _, html, _ = page
+    assert html.count("data:image/png;base64,") == html.count("<img")
+    assert html.count("<img") >= 6
+    assert "http" not in html
+    assert "<script" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert "&lt;t&gt;" in html
+    assert "<t>" not in html
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "2^r - 1",
+        "target >= 4",
+        "clipped to 1 to 5",
+        "200 bootstrap draws of users",
+        "favours the baselines",
+        "all 100 items less the support",
+        "apart from the test tasks",
+        "warm: no tasks, left out",
+        "it adapts",
+        "6040",
+        "excludes zero: better",
+    ],
+)
+def test_report_says_how_it_was_measured(page, said):
+    _, html, markdown = page
+    assert said in markdown
+    assert said.replace(">", "&gt;") in html
+
+
+def test_markdown_images_exist_and_tables_are_square(page):
+    folder, _, markdown = page
+    images = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert len(images) >= 6
+    assert all((folder / image).is_file() for image in images)
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+def test_a_bare_report_needs_no_history_no_curve_and_no_catalogue(tmp_path):
+    write_report(made_up(catalogue=False, curve=(0,), scenarios=("user_cold",)), tmp_path)
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"scenarios_mae.png", "scenarios_ndcg_5.png"}
+    assert "Learning curve" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_history_without_validation_is_told(tmp_path):
+    history = [{"step": k, "loss": 1.0} for k in range(5)]
+    write_report(made_up(catalogue=False, curve=(0,), scenarios=("user_cold",)), tmp_path, history=history)
+    assert "without validation" in (tmp_path / "report.md").read_text(encoding="utf-8")
