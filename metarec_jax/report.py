@@ -96,8 +96,8 @@ def adaptation_findings(report: Report) -> list[str]:
             start, end = (found[name][scenario][metrics[0]].mean for found in (before, after))
             effect = "it adapts" if gain.better else "not a gain that these tasks can show"
             said.append(
-                f"{scenario_title(scenario)}: the support takes {metric_title(metrics[0])} of {name} from {start:.3f} to "
-                f"{end:.3f}, a difference of {_interval(gain)}: {effect}."
+                f"{scenario_title(scenario)}: the support takes {metric_title(metrics[0])} of {name} from {start:.3f} "
+                f"to {end:.3f}, a difference of {_interval(gain)}: {effect}."
             )
     return said
 

@@ -1,0 +1,162 @@
+"""fit(): the result is a function of its arguments; no interruption, chunk or checkpoint changes a bit of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from worlds import largest_difference
+
+from metarec_jax import learners, models
+from metarec_jax.core import MetarecError
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.data.tasks import task_source
+from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.training.loop import fit
+from metarec_jax.training.row_optimizers import lazy_adam
+from metarec_jax.training.step import Optimizers, init_state, make_step
+
+DATA = synthetic(200, 100, ratings_per_user=(8, 20), seed=0).data
+
+
+def learner():
+    return learners.ridge(models.content_model(DATA.columns, size=3))
+
+
+def source(tasks: int = 8):
+    return task_source(DATA, tasks=tasks, support=(2, 6), query=3)
+
+
+def test_chunk_size_changes_nothing():
+    """Bit for bit: chunks of 7 steps against one of 20."""
+    by_seven = fit(learner(), source(), steps=20, chunk=7, seed=1)
+    at_once = fit(learner(), source(), steps=20, chunk=20, seed=1)
+    assert largest_difference(by_seven.params, at_once.params) == 0.0
+    assert [row["step"] for row in by_seven.history] == [7, 14, 20]
+
+
+def test_another_seed_is_another_run():
+    a, b = (fit(learner(), source(), steps=5, seed=s).params for s in (1, 2))
+    assert largest_difference(a, b) > 1e-3
+
+
+def test_the_loss_falls_below_the_prior(capsys):
+    """100 steps on planted preferences: the query loss falls well below the variance that the start leaves."""
+    result = fit(learner(), source(32), steps=100, lr=0.02, chunk=25)
+    assert result.history[-1]["query_loss"] < 0.5 * result.history[0]["query_loss"]
+    assert result.stopped == "finished"
+
+
+def test_stop_and_resume_is_the_uninterrupted_run(tmp_path):
+    """Stopped at steps 4 and 10 of 16 and resumed: parameters equal bit for bit, and so does the best by validation."""
+
+    def validate(params):
+        return {"loss": float(jnp.abs(params["tables"]["item_id"]).sum() % 1.0)}
+
+    arguments = {"steps": 16, "chunk": 4, "validate": validate, "validate_every": 4, "save_every": 2, "patience": None}
+    whole = fit(learner(), source(), **arguments)
+    polls = iter([False, True, False, False, True])  # polled every 2 steps
+    for attempt in ("interrupted", "interrupted", "finished"):
+        with Checkpoints(tmp_path, identity={"test": 1}) as checkpoints:
+            part = fit(learner(), source(), **arguments, checkpoints=checkpoints, stop=lambda: next(polls, False))
+        assert part.stopped == attempt
+    assert largest_difference(part.params, whole.params) == 0.0
+
+
+KILLED = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    import conftest, test_engine
+    from metarec_jax.training.checkpoint import Checkpoints
+    from metarec_jax.training.loop import fit
+    def progress(step, row):
+        print(step, flush=True)
+    with Checkpoints({folder!r}, identity={{"test": 1}}) as checkpoints:
+        fit(test_engine.learner(), test_engine.source(), steps=400, chunk=10, checkpoints=checkpoints, save_every=20,
+            progress=progress)
+"""
+
+
+def test_sigkill_in_the_middle_of_training(tmp_path):
+    """Killed without warning after step 100 or so; the next fit resumes and ends where the uninterrupted run ends."""
+    program = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if int(line) >= 100:
+            os.kill(child.pid, signal.SIGKILL)
+            break
+    assert child.wait() == -signal.SIGKILL
+    resumed_at = []
+    with Checkpoints(tmp_path, identity={"test": 1}) as checkpoints:
+        rest = fit(
+            learner(), source(), steps=400, chunk=50, checkpoints=checkpoints, progress=lambda s, _: resumed_at.append(s)
+        )
+    assert 0 < resumed_at[0] - 50 < 400, "it must have resumed in the middle"
+    whole = fit(learner(), source(), steps=400, chunk=50)
+    assert largest_difference(rest.params, whole.params) == 0.0
+
+
+def test_early_stopping_returns_the_best(tmp_path):
+    """Validation 3, 1, 2, 2, ...: the parameters of the second validation (step 4) come back, after patience 2 at step 8."""
+    values = iter([3.0, 1.0, 2.0, 2.0, 0.0])
+    seen = []
+
+    def validate(params):
+        seen.append(jax.tree.map(jnp.copy, params))
+        return {"loss": next(values)}
+
+    result = fit(learner(), source(), steps=100, chunk=2, validate=validate, validate_every=2, patience=2)
+    assert (result.step, result.stopped) == (8, "early stop")
+    assert largest_difference(result.params, seen[1]) == 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_named():
+    with pytest.raises(MetarecError, match=r"the loss of step \d+ is (nan|inf); no checkpoint was saved yet; lower the"):
+        fit(learners.maml(models.content_model(DATA.columns, size=3), inner_lr=1e4, inner_steps=5), source(), steps=20)
+
+
+def test_the_caller_keeps_its_parameters():
+    """The engine donates its own buffers, never the caller's."""
+    params = learner().init(jax.random.key(0))
+    fit(learner(), source(), steps=2, params=params)
+    assert np.isfinite(float(params["tables"]["item_id"].sum()))
+
+
+def compiled_step(num_items: int):
+    """The compiled outer step of the seed's model at a catalogue size; shapes only, nothing is allocated."""
+    model = models.meta_recommender(100, num_items, size=8)
+    maml = learners.maml(model, inner_steps=1)
+    tasks = task_source(DATA, tasks=16, support=(4, 4), query=4, item_drop=0.0, cold_tasks=0.0)
+    optimizers = Optimizers(optax.adam(1e-3), lazy_adam(1e-3))
+    state = jax.eval_shape(lambda k: init_state(maml, optimizers, maml.init(k), k), jax.random.key(0))
+    step = jax.jit(make_step(maml, tasks, optimizers), donate_argnums=0)
+    return step.lower(state, tasks.data).compile()
+
+
+def test_the_step_does_not_depend_on_the_catalogue():
+    """At 1,000,000 items: the same floating-point operations and temporaries as at 4,000, within 1%."""
+    small, large = compiled_step(4_000), compiled_step(1_000_000)
+    flops = [c.cost_analysis()["flops"] for c in (small, large)]
+    temporary = [c.memory_analysis().temp_size_in_bytes for c in (small, large)]
+    assert flops[1] <= 1.01 * flops[0]
+    assert temporary[1] <= 1.01 * temporary[0] + 4096
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_lowers_for_accelerators(platform):
+    """Nothing that only a CPU can do is in the step."""
+    tasks = source()
+    ridge, optimizers = learner(), Optimizers(optax.adam(1e-3), lazy_adam(1e-3))
+    state = jax.eval_shape(lambda k: init_state(ridge, optimizers, ridge.init(k), k), jax.random.key(0))
+    step = jax.jit(make_step(ridge, tasks, optimizers))
+    traced = step.trace(state, tasks.data)
+    assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
