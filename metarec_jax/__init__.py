@@ -1,0 +1,62 @@
+"""Meta-learning for recommender systems, on JAX.
+
+The names below are the library; each is imported when it is first used, so that ``import metarec_jax`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metarec_jax.baselines import fit_baselines
+    from metarec_jax.core import Column, Examples, Learner, MetarecError, Method, Model, Table, Task
+    from metarec_jax.data.datasets import load
+    from metarec_jax.data.interactions import Interactions
+    from metarec_jax.data.readers import from_pandas, read
+    from metarec_jax.data.splits import Split, read_partition, split
+    from metarec_jax.data.synthetic import synthetic
+    from metarec_jax.data.tasks import catalogue, make_tasks, task_source
+    from metarec_jax.evaluation import evaluate
+    from metarec_jax.learners import maml, reptile, ridge, warm_start
+    from metarec_jax.models import content_model, flax_model, meta_recommender, nnx_model
+    from metarec_jax.online.recommend import Recommender
+    from metarec_jax.report import write_report
+    from metarec_jax.training.loop import fit
+
+_HOMES = {
+    "baselines": ("fit_baselines",),
+    "core": ("Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task"),
+    "data.datasets": ("load",),
+    "data.interactions": ("Interactions",),
+    "data.readers": ("from_pandas", "read"),
+    "data.splits": ("Split", "read_partition", "split"),
+    "data.synthetic": ("synthetic",),
+    "data.tasks": ("catalogue", "make_tasks", "task_source"),
+    "evaluation": ("evaluate",),
+    "learners": ("maml", "reptile", "ridge", "warm_start"),
+    "models": ("content_model", "flax_model", "meta_recommender", "nnx_model"),
+    "online.recommend": ("Recommender",),
+    "report": ("write_report",),
+    "training.loop": ("fit",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022
+    "load", "read", "from_pandas", "synthetic", "Interactions", "split", "read_partition", "Split",
+    "catalogue", "make_tasks", "task_source",
+    "content_model", "meta_recommender", "flax_model", "nnx_model",
+    "ridge", "maml", "reptile", "warm_start", "fit",
+    "fit_baselines", "evaluate", "write_report", "Recommender",
+    "Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'metarec_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"metarec_jax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -257,15 +257,7 @@ def _implicit_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
 
 
 BASELINES: Mapping[str, Factory] = MappingProxyType(
-    {
-        "random": random,
-        "popularity": popularity,
-        "item_mean": item_mean,
-        "user_mean": user_mean,
-        "bias": bias,
-        "item_knn": item_knn,
-        "als": als,
-    }
+    {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, als)}
 )
 """The factories by name. ``item_mean``, ``user_mean`` and ``bias`` want ratings."""
 

@@ -35,6 +35,23 @@ def mse(scores: Array, target: Array, where: Array | None = None) -> Array:
     return _mean(jnp.square(scores - target), where, (-1,))
 
 
+def mae(scores: Array, target: Array, where: Array | None = None) -> Array:
+    """Absolute error: sum_i w_i |s_i - t_i| / sum_i w_i. For the query of closed-form learners; its curvature is 0.
+
+    Args:
+      scores, target: ``[..., n]``.
+      where: ``[..., n]`` weights; None: all 1.
+
+    Returns:
+      ``[...]``.
+
+    >>> float(mae(jnp.array([1.0, 5.0]), jnp.array([2.0, 2.0])))
+    2.0
+    """
+    scores, target, where = _clean(scores, target, where)
+    return _mean(jnp.abs(scores - target), where, (-1,))
+
+
 def bce(scores: Array, target: Array, where: Array | None = None) -> Array:
     """Logistic loss on logits: sum_i w_i (log(1 + e^{s_i}) - t_i s_i) / sum_i w_i.
 
@@ -101,8 +118,10 @@ def sampled_softmax(scores: Array, target: Array, where: Array | None = None) ->
     return _mean(each, jnp.where(target > 0, where, 0.0), (-1,))
 
 
-LOSSES: Mapping[str, Loss] = MappingProxyType({"mse": mse, "bce": bce, "bpr": bpr, "sampled_softmax": sampled_softmax})
-"""The losses by name: mse for ratings; bce, bpr and sampled_softmax for clicks."""
+LOSSES: Mapping[str, Loss] = MappingProxyType(
+    {"mse": mse, "mae": mae, "bce": bce, "bpr": bpr, "sampled_softmax": sampled_softmax}
+)
+"""The losses by name: mse and mae for ratings; bce, bpr and sampled_softmax for clicks."""
 
 
 def _clean(scores: Array, target: Array, where: Array | None) -> tuple[Array, Array, Array]:

@@ -191,9 +191,12 @@ def _selection(history: Sequence[Mapping[str, Any]]) -> str:
     names = sorted({k for row in history for k in row if k.startswith("validation_")})
     if not names:
         return f"Trained for {last:,} steps without validation: the last parameters are used."
+    chosen = next((n for n in ("validation_error", "validation_loss") if n in names), names[0]).removeprefix(
+        "validation_"
+    )
     return (
-        f"Trained for {last:,} steps. Selection: parameters are chosen on validation tasks, apart from the test tasks "
-        f"scored here, by {', '.join(metric_title(n.removeprefix('validation_')) for n in names)}."
+        f"Trained for {last:,} steps. Selection: the parameters with the best validation {metric_title(chosen)}, on "
+        "validation tasks apart from the test tasks scored here."
     )
 
 

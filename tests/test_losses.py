@@ -19,6 +19,8 @@ def slow(name: str, s: np.ndarray, t: np.ndarray, w: np.ndarray) -> float:
     for i in range(len(s)):
         if name == "mse":
             top, bottom = top + w[i] * (s[i] - t[i]) ** 2, bottom + w[i]
+        elif name == "mae":
+            top, bottom = top + w[i] * abs(s[i] - t[i]), bottom + w[i]
         elif name == "bce":
             top, bottom = top + w[i] * (np.log1p(np.exp(s[i])) - t[i] * s[i]), bottom + w[i]
         elif name == "bpr":

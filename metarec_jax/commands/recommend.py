@@ -75,13 +75,13 @@ def recommend(
 
 
 def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, float] | list[str]:
-    """``{item: rating}`` of arguments such as ``Heat (1995)=2``; for clicks a list of items.
+    """``{item: rating}`` of arguments such as ``Heat (1995)=2``; for clicks a list of items, rated or not.
 
     Raises:
       MetarecError: no rating, one that is no number, or one outside the scale.
     """
     if data.rating is None:
-        return [text.removesuffix("=1") for text in rate]
+        return [_without_rating(text) for text in rate]
     low, high = float(data.rating.min()), float(data.rating.max())
     found: dict[str, float] = {}
     for text in rate:
@@ -98,6 +98,15 @@ def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, float] | l
             )
         found[item.strip()] = value
     return found
+
+
+def _without_rating(text: str) -> str:
+    """
+    >>> _without_rating("Heat (1995)=4"), _without_rating("E=mc2")
+    ('Heat (1995)', 'E=mc2')
+    """
+    item, _, rating = text.rpartition("=")
+    return item if item and rating.strip().replace(".", "", 1).isdigit() else text
 
 
 def _tell_unknown(unknown: Sequence[Unknown], given: int, directory: Path, data: Interactions) -> None:

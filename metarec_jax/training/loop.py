@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax.core import Learner, MetarecError, Params
+from metarec_jax.core import Learner, MetarecError, Method, Params
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
@@ -29,12 +29,14 @@ class FitResult(NamedTuple):
       history: one dict a chunk: step, loss, tasks_per_s, and the validation metrics where they were taken.
       step: outer steps done.
       stopped: "finished", "early stop" or "interrupted".
+      method: the learner with these parameters, for `evaluate` and `Recommender`.
     """
 
     params: Params
     history: list[dict[str, float]]
     step: int
     stopped: str
+    method: Method
 
 
 class Saver(Protocol):
@@ -143,7 +145,7 @@ def fit(
             stopped = "interrupted"
             break
     chosen = best_params if validate and math.isfinite(float(state.best)) else state.train.params
-    return FitResult(chosen, history, done, stopped)
+    return FitResult(chosen, history, done, stopped, Method(chosen, learner.adapt, learner.predict))
 
 
 def _chunk_runner(step: Callable[..., Any]) -> Callable[..., Any]:
