@@ -70,7 +70,9 @@ def entrants(columns: dict) -> dict[str, Learner]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--partition", type=Path, required=True, help="table of user_id, movie_id, rating, melu_state")
-    parser.add_argument("--content", type=Path, required=True, help="folder of movies_extrainfos.dat (users.dat there or above)")
+    parser.add_argument(
+        "--content", type=Path, required=True, help="folder of movies_extrainfos.dat (users.dat there or above)"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--validation", action="store_true", help="measure on validation users, for choosing settings")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

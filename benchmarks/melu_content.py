@@ -48,7 +48,9 @@ def users(folder: Path) -> pd.DataFrame | None:
     if path is None:
         return None
     rows = [line.split("::") for line in path.read_text(encoding="latin-1").splitlines()]
-    columns = {"user_id": [int(r[0]) for r in rows]} | {n: [r[k] for r in rows] for k, n in ((1, "gender"), (2, "age"), (3, "occupation"))}
+    columns = {"user_id": [int(r[0]) for r in rows]} | {
+        n: [r[k] for r in rows] for k, n in ((1, "gender"), (2, "age"), (3, "occupation"))
+    }
     return pd.DataFrame(columns)
 
 

@@ -41,7 +41,9 @@ def adapt_model(model: MetaRecommender, support: tuple, inner_lr: float, inner_s
     return adapted
 
 
-def meta_step(model: MetaRecommender, optimizer: torch.optim.Optimizer, tasks: list, inner_lr: float, inner_steps: int) -> float:
+def meta_step(
+    model: MetaRecommender, optimizer: torch.optim.Optimizer, tasks: list, inner_lr: float, inner_steps: int
+) -> float:
     """One outer step of the program as first written; it moves nothing."""
     optimizer.zero_grad()
     total = torch.zeros(())

@@ -7,7 +7,9 @@ import pandas as pd
 import metarec_jax as mr
 
 rng = np.random.default_rng(0)
-books = pd.DataFrame({"isbn": [f"b{k:03d}" for k in range(200)], "genre": rng.choice(["crime", "poetry", "travel"], 200)})
+books = pd.DataFrame(
+    {"isbn": [f"b{k:03d}" for k in range(200)], "genre": rng.choice(["crime", "poetry", "travel"], 200)}
+)
 taste = {f"u{k:03d}": rng.choice(["crime", "poetry", "travel"]) for k in range(400)}
 rows = [
     (user, book, float(np.clip(3 + 1.5 * (genre == liked) + 0.5 * rng.normal(), 1, 5)))

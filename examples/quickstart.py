@@ -1,7 +1,7 @@
 """The ten lines: a data set, a split, a learner; train, compare with plain baselines, recommend to a new user.
 
-    python examples/quickstart.py            # a synthetic data set, seconds
-    python examples/quickstart.py ml-1m      # the real thing, about a minute
+python examples/quickstart.py            # a synthetic data set, seconds
+python examples/quickstart.py ml-1m      # the real thing, about a minute
 """
 
 import sys

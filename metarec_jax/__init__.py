@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks, task_source
     from metarec_jax.evaluation import evaluate
-    from metarec_jax.learners import maml, reptile, ridge, warm_start
+    from metarec_jax.learners.maml import maml
+    from metarec_jax.learners.reptile import reptile
+    from metarec_jax.learners.ridge import ridge
+    from metarec_jax.learners.warm_start import warm_start
     from metarec_jax.models import content_model, flax_model, meta_recommender, nnx_model
     from metarec_jax.online.recommend import Recommender
     from metarec_jax.report import write_report

@@ -282,40 +282,61 @@ def fit_baselines(
     validation_tasks: Mapping[str, TaskSet] | None = None,
     *,
     names: Sequence[str] | None = None,
-    tuning_rows: int = 500_000,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Method]:
-    """Fit baselines; with validation tasks, hyperparameters are tuned first, one at a time, over small grids.
-
-    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
+    """Fit baselines, tuned first where there are validation tasks (`tune`).
 
     Args:
-      validation_tasks: by scenario; None or empty: the defaults are taken.
+      validation_tasks: by scenario; None or empty: no tuning.
       names: of `BASELINES`; None: all that suit the data.
-      tuning_rows: tuning sees the whole histories of random users, about this many interactions; the fit sees all.
+      settings: arguments by baseline, such as `tune` found on another cut of the data; then nothing is tuned here.
       say: called with one line for each tuned baseline.
 
     Raises:
       MetarecError: an unknown name, or one that wants ratings where there are none.
     """
+    names = _names(train, names)
+    if settings is None:
+        settings = tune(train, known, validation_tasks, names=names, say=say) if validation_tasks else {}
+    return {name: BASELINES[name](train, known, **settings.get(name, {})) for name in names}
+
+
+def tune(
+    train: Interactions,
+    known: Catalogue,
+    validation_tasks: Mapping[str, TaskSet],
+    *,
+    names: Sequence[str] | None = None,
+    tuning_rows: int = 500_000,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Arguments for the baselines, chosen on validation tasks, one argument at a time, over small grids.
+
+    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
+
+    Args:
+      tuning_rows: tuning sees the whole histories of random users, about this many interactions.
+      names, say: as for `fit_baselines`.
+    """
+    grids = _CLICK_GRIDS if train.implicit else _GRIDS
+    tasks = {s: t for s, t in validation_tasks.items() if len(t)}
+    part, found = _some_users(train, tuning_rows), {}
+    for name in _names(train, names):
+        if tasks and name in grids:
+            found[name], score = _search(BASELINES[name], grids[name], part, known, tasks)
+            if say is not None:
+                told = ", ".join(f"{k} {v:g}" for k, v in found[name].items())
+                say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
+    return found
+
+
+def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
     suitable = [n for n in BASELINES if not (train.implicit and n in ("item_mean", "user_mean", "bias"))]
-    names = suitable if names is None else list(names)
-    for name in names:
+    for name in names or ():
         if name not in BASELINES:
             raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
-    grids = _CLICK_GRIDS if train.implicit else _GRIDS
-    tasks = {s: t for s, t in (validation_tasks or {}).items() if len(t)}
-    part = _some_users(train, tuning_rows) if tasks else train
-    methods = {}
-    for name in names:
-        chosen: dict[str, Any] = {}
-        if tasks and name in grids:
-            chosen, score = _search(BASELINES[name], grids[name], part, known, tasks)
-            if say is not None:
-                told = ", ".join(f"{k} {v:g}" for k, v in chosen.items())
-                say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
-        methods[name] = BASELINES[name](train, known, **chosen)
-    return methods
+    return suitable if names is None else list(names)
 
 
 def _some_users(train: Interactions, rows: int) -> Interactions:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.splits import Split
     from metarec_jax.data.tasks import TaskSource
+    from metarec_jax.training.step import Optimizers
 
 
 def option(
@@ -79,7 +80,8 @@ class TaskConfig(_Checked):
     order: Literal["random", "time"] = option("random", "support and query at random, or past and future")
     user_rows: Literal["prior", "own"] = option("prior", "users enter as new ones, or with a row of their own")
     user_drop: float = option(0.0, "chance that a user's id is hidden", low=0.0, high=1.0)
-    item_drop: float = option(0.3, "chance that an item's id is hidden, so that content is learned", low=0.0, high=1.0)
+    item_drop: float = option(0.1, "chance that an item's id is hidden, so that content is learned", low=0.0, high=1.0)
+    cold_tasks: float = option(0.3, "chance that all item ids of a task are hidden", low=0.0, high=1.0)
     negatives: int | None = option(
         None, "items never had, for each one had; by default 4 for clicks, 0 for ratings", low=0
     )
@@ -110,7 +112,7 @@ class LearnerConfig(_Checked):
     only: tuple[str, ...] = option((), "maml, reptile: parameters that adapt, such as 'net'; all by default")
     first_order: bool = option(False, "maml: take inner gradients for constants")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
-    loss: Literal["auto", "mse", "bce", "bpr", "sampled_softmax"] = option(
+    loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
         "auto", "of the query (and of inner steps); auto is mse for ratings and for ridge, else bce"
     )
     precision: float = option(5.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
@@ -120,8 +122,10 @@ class LearnerConfig(_Checked):
 class TrainConfig(_Checked):
     """Meta-training."""
 
-    steps: int = option(2000, "outer steps", low=0)
-    lr: float = option(3e-3, "outer rate, decayed to a tenth", low=0.0)
+    steps: int = option(1000, "outer steps", low=0)
+    lr: float | None = option(
+        None, "outer rate, decayed to a tenth; by default 0.0005 from a warm start, else 0.003", low=0.0
+    )
     seed: int = option(0, "seed of parameters and tasks", low=0)
     warm_start: bool = option(True, "start item vectors from a matrix factorisation; on by default")
     validate_every: int = option(250, "steps between validations", low=1)
@@ -229,6 +233,7 @@ def build_source(config: TaskConfig, train: Interactions) -> TaskSource:
         user_rows=config.user_rows,
         user_drop=config.user_drop,
         item_drop=config.item_drop,
+        cold_tasks=config.cold_tasks,
         negatives=negatives(config, train),
     )
 
@@ -248,7 +253,7 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
 
     fitting = "bce" if data.implicit and config.name != "ridge" else "mse"
     name = fitting if config.loss == "auto" else config.loss
-    return {f.__name__: f for f in (losses.mse, losses.bce, losses.bpr, losses.sampled_softmax)}[name]
+    return losses.LOSSES[name]
 
 
 def build_learner(config: Config, data: Interactions) -> Learner:
@@ -277,26 +282,39 @@ def build_learner(config: Config, data: Interactions) -> Learner:
 
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
-    """Where training starts: item vectors of a quick matrix factorisation, or None for the learner's own start.
-
-    The dot head scores ``mean + b_user + b_item + <u, v>``, as a factorisation does; its rows are laid in as they are.
-    """
+    """Where training starts: tables from a quick matrix factorisation, or None for the learner's own start."""
     import jax
-    import numpy as np
 
-    warm = config.train.warm_start and not train.implicit
-    if not warm or (config.model.name, config.model.head) != ("content", "dot"):
+    from metarec_jax import learners
+
+    if not warm_starts(config, train):
         return None
-    from metarec_jax.factorization import als_factors
-
-    found = als_factors(train, size=config.model.size, seed=config.train.seed)
     params = learner.init(jax.random.key(config.train.seed))
-    tables, net = dict(params["tables"]), params["net"]
-    rows = {"item_id": (found.item_bias, found.item_factors), "user_id": (found.user_bias, found.user_factors)}
-    for name, (bias, factors) in rows.items():
-        tables[name] = jax.numpy.asarray(np.concatenate([bias[:, None], factors], axis=1))
-    net = {**net, "params": {**net["params"], "mean": jax.numpy.float32(found.mu)}}
-    return {**params, "tables": tables, "net": net}
+    return learners.warm_start(params, train, reg=8.0, seed=config.train.seed)
+
+
+def warm_starts(config: Config, train: Interactions) -> bool:
+    """Whether this run starts from a factorisation: ratings, the content model, dot-product head."""
+    dot = (config.model.name, config.model.head) == ("content", "dot")
+    return config.train.warm_start and dot and not train.implicit
+
+
+def build_optimizers(config: Config, train: Interactions) -> Optimizers:
+    """Adam for the dense parameters, lazy Adam for rows, both decayed to a tenth by a cosine.
+
+    From a warm start rows move slowly and are pulled to 0 (AdamW), and the few dense parameters move fast: chosen on
+    validation users of ML-1M (docs/decisions.md).
+    """
+    import optax
+
+    from metarec_jax.training.row_optimizers import lazy_adam
+    from metarec_jax.training.step import Optimizers
+
+    warm, given = warm_starts(config, train), config.train.lr
+    decayed = lambda lr: optax.cosine_decay_schedule(lr, max(config.train.steps, 1), 0.1)  # noqa: E731
+    lr = given if given is not None else 5e-4 if warm else 3e-3
+    dense = 20 * lr if warm and config.learner.name == "ridge" else lr
+    return Optimizers(optax.adam(decayed(dense)), lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))
 
 
 def _error(message: str) -> Exception:

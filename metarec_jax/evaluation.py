@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -165,17 +166,16 @@ def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
         width = max(a.shape[1] for a in arrays)
         return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays])
 
-    every = TaskSet(*(stack(name) for name in TaskSet._fields))
+    every = TaskSet(*(stack(f.name) for f in fields(TaskSet)))
     sizes = [len(part) for part in parts]
     place = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
     return every, np.repeat(np.arange(len(parts)), sizes), place
 
 
 def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
-    n = None if shown == ALL else shown
-    cut = {name: array[members] for name, array in every._asdict().items()}
-    cut |= {name: cut[name][:, :n] for name in ("support_item", "support_target", "support_mask")}
-    return TaskSet(**cut)
+    part, n = every.take(members), None if shown == ALL else shown
+    names = ("support_item", "support_target", "support_mask")
+    return replace(part, **{name: getattr(part, name)[:, :n] for name in names})
 
 
 def _check_finite(name: str, scores: np.ndarray, mask: np.ndarray, scenario: list[str], shown: int) -> None:

@@ -47,7 +47,9 @@ def content_model(
     """
     kinds = {name: column.kind for name, column in columns.items()}
     if head == "dot":
-        return flax_model(TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale)
+        return flax_model(
+            TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale
+        )
     if head == "mlp":
         return flax_model(Tower(kinds, hidden), columns, size=size, features="last_hidden", table_scale=table_scale)
     raise MetarecError(f"head {head!r} is not known; use 'dot' or 'mlp'")
@@ -129,7 +131,10 @@ def _model(
 
     def init(key: Array) -> Params:
         k_net, *keys = jax.random.split(key, 1 + len(tables))
-        drawn = {n: table_scale * jax.random.normal(k, (t.num_rows, size)) for k, (n, t) in zip(keys, tables.items(), strict=True)}
+        drawn = {
+            n: table_scale * jax.random.normal(k, (t.num_rows, size))
+            for k, (n, t) in zip(keys, tables.items(), strict=True)
+        }
         return {"tables": {n: rows.at[0].set(0.0) for n, rows in drawn.items()}, "net": init_net(k_net)}
 
     def lookup(params: Params, inputs: Inputs) -> Rows:
@@ -146,7 +151,9 @@ def _model(
 
     if features is None:
         return Model(init, apply, tables)
-    num_features = jax.eval_shape(lambda key: vectors(init(key), _example(columns, size)[1]), jax.random.key(0)).shape[1]
+    num_features = jax.eval_shape(lambda key: vectors(init(key), _example(columns, size)[1]), jax.random.key(0)).shape[
+        1
+    ]
     return Model(init, apply, tables, vectors, num_features)
 
 
@@ -165,7 +172,9 @@ def _example(columns: Mapping[str, Column], size: int) -> tuple[dict[str, Array]
         "categorical": ((1,), jnp.int32),
         "multi": ((1, 1), jnp.int32),
     }
-    inputs = {n: jnp.zeros((1, c.size)) if c.kind == "numeric" else jnp.zeros(*shapes[c.kind]) for n, c in columns.items()}
+    inputs = {
+        n: jnp.zeros((1, c.size)) if c.kind == "numeric" else jnp.zeros(*shapes[c.kind]) for n, c in columns.items()
+    }
     return {name: jnp.zeros((1, size)) for name, c in columns.items() if c.kind != "numeric"}, inputs
 
 

@@ -67,7 +67,9 @@ def test_imports_go_down(path):
         there = room(dotted)
         same_room = there == here
         assert same_room or floor(there) <= floor(here), f"{name(path)} imports upwards: {dotted}"
-        assert not (here in LEFT and there in RIGHT) and not (here in RIGHT and there in LEFT), f"{name(path)}: {dotted}"
+        assert not (here in LEFT and there in RIGHT) and not (here in RIGHT and there in LEFT), (
+            f"{name(path)}: {dotted}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -98,7 +98,12 @@ def test_sigkill_in_the_middle_of_training(tmp_path):
     resumed_at = []
     with Checkpoints(tmp_path, identity={"test": 1}) as checkpoints:
         rest = fit(
-            learner(), source(), steps=400, chunk=50, checkpoints=checkpoints, progress=lambda s, _: resumed_at.append(s)
+            learner(),
+            source(),
+            steps=400,
+            chunk=50,
+            checkpoints=checkpoints,
+            progress=lambda s, _: resumed_at.append(s),
         )
     assert 0 < resumed_at[0] - 50 < 400, "it must have resumed in the middle"
     whole = fit(learner(), source(), steps=400, chunk=50)
@@ -120,7 +125,9 @@ def test_early_stopping_returns_the_best(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named():
-    with pytest.raises(MetarecError, match=r"the loss of step \d+ is (nan|inf); no checkpoint was saved yet; lower the"):
+    with pytest.raises(
+        MetarecError, match=r"the loss of step \d+ is (nan|inf); no checkpoint was saved yet; lower the"
+    ):
         fit(learners.maml(models.content_model(DATA.columns, size=3), inner_lr=1e4, inner_steps=5), source(), steps=20)
 
 

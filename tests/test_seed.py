@@ -19,7 +19,9 @@ COLUMNS = {"user_id": Column("id", 400), "item_id": Column("id", 600)}
 
 def test_the_seed_as_first_written_has_no_gradient_in_pytorch():
     """Its own code: after one outer step no meta-parameter has a gradient. Skips where PyTorch is not installed."""
-    pytest.importorskip("torch", reason="PyTorch is no dependency; pip install torch==2.13.0 runs the seed's own program")
+    pytest.importorskip(
+        "torch", reason="PyTorch is no dependency; pip install torch==2.13.0 runs the seed's own program"
+    )
     path = Path(__file__).parent.parent / "benchmarks" / "seed_program.py"
     spec = importlib.util.spec_from_file_location("seed_program", path)
     program = importlib.util.module_from_spec(spec)
@@ -47,6 +49,8 @@ def test_ours_reaches_every_meta_parameter():
     params = learner.init(KEY)
     task = one(tasks(KEY, 2, columns=COLUMNS))
     gradient = jax.jit(jax.grad(lambda p: learner.loss(p, task, KEY)[0]))(params)
-    largest = {"/".join(map(str, path)): float(jnp.abs(g).max()) for path, g in jax.tree_util.tree_leaves_with_path(gradient)}
+    largest = {
+        "/".join(map(str, path)): float(jnp.abs(g).max()) for path, g in jax.tree_util.tree_leaves_with_path(gradient)
+    }
     assert len(largest) == 4
     assert min(largest.values()) > 1e-4

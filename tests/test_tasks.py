@@ -81,7 +81,9 @@ def test_drawn_tasks_are_disjoint_and_of_one_user(order):
 
 def test_short_users_are_left_out_and_the_others_drawn_alike():
     """Users 1, 2, 3, 5 have 3 interactions or more: 4,000 draws give each about 1,000 (chi-square p > 1e-4)."""
-    source = t.task_source(history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0, cold_tasks=0.0)
+    source = t.task_source(
+        history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0, cold_tasks=0.0
+    )
     users = np.asarray(jax.jit(source.draw)(source.data, jax.random.key(1)).support.inputs["user_id"])[:, 0]
     assert set(users) == {1, 2, 3, 5}
     assert stats.chisquare(np.bincount(users)[[1, 2, 3, 5]]).pvalue > 1e-4
@@ -101,7 +103,9 @@ def test_inputs_carry_the_right_rows_and_content():
 
 def test_negatives_were_never_had():
     data = history(rated=False)
-    source = t.task_source(data, tasks=200, support=(2, 6), query=4, negatives=3, item_drop=0.0, cold_tasks=0.0, user_rows="own")
+    source = t.task_source(
+        data, tasks=200, support=(2, 6), query=4, negatives=3, item_drop=0.0, cold_tasks=0.0, user_rows="own"
+    )
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
     had = {u: set(data.item[data.user == u]) for u in range(1, 6)}
     for part, n in ((task.support, 6), (task.query, 4)):

@@ -102,6 +102,7 @@ def _train(
         learner = configs.build_learner(config, data)
         source = configs.build_source(config.tasks, parts.train)
         params = configs.build_params(config, learner, parts.train)
+        optimizers = configs.build_optimizers(config, parts.train)
         held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
         known = catalogue(data, parts.train, config.tasks.user_rows)
         validate = validator(learner, held, known, rating_range=_range(data)) if held else None
@@ -120,7 +121,8 @@ def _train(
             learner,
             source,
             steps=settings.steps,
-            lr=settings.lr,
+            optimizer=optimizers.dense,
+            rows=optimizers.rows,
             seed=settings.seed,
             params=params,
             validate=validate,
@@ -223,7 +225,7 @@ def _tasks(
         )
         if len(tasks) > max_users:
             chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
-            tasks = TaskSet(*(column[chosen] for column in tasks))
+            tasks = tasks.take(chosen)
         if len(tasks):
             found[name] = tasks
     return found

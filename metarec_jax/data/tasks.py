@@ -7,6 +7,7 @@ positions wanted (swap-or-not, Hoang, Morris and Rogaway 2012), so that a draw c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,7 +57,9 @@ def catalogue(data: Interactions, train: Interactions | None = None, user_rows: 
     )
 
 
-def inputs(known: Catalogue, user: Array, item: Array, keep_user: Array | None = None, keep: Array | None = None) -> Inputs:
+def inputs(
+    known: Catalogue, user: Array, item: Array, keep_user: Array | None = None, keep: Array | None = None
+) -> Inputs:
     """Input columns of one user and ``n`` items. User columns have leading axis 1: all examples share them.
 
     Args:
@@ -72,7 +75,8 @@ def inputs(known: Catalogue, user: Array, item: Array, keep_user: Array | None =
     return columns
 
 
-class TaskSet(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TaskSet:
     """Fixed tasks for validation or test, in vocabulary rows, on the host. Padding has item 0 and mask 0.
 
     Attributes:
@@ -88,8 +92,12 @@ class TaskSet(NamedTuple):
     query_target: np.ndarray
     query_mask: np.ndarray
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return len(self.user)
+
+    def take(self, index: np.ndarray) -> TaskSet:
+        """The tasks that an index array or a boolean mask names."""
+        return TaskSet(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 def _by_user(data: Interactions, rng: np.random.Generator, order: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,7 +135,9 @@ def make_tasks(
     by, users, starts = _by_user(data, rng, order)
     past = None if history is None else _by_user(history, rng, order)
     target = np.ones(len(data), np.float32) if data.rating is None else data.rating
-    past_target = None if history is None else (np.ones(len(history), np.float32) if history.rating is None else history.rating)
+    past_target = (
+        None if history is None else (np.ones(len(history), np.float32) if history.rating is None else history.rating)
+    )
     chosen: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     for k, user in enumerate(users):
         rows = by[starts[k] : starts[k + 1]]
@@ -151,7 +161,9 @@ def make_tasks(
     return _pack(chosen)
 
 
-def _with_negatives(task: tuple, data: Interactions, history: Interactions | None, count: int, rng: np.random.Generator) -> tuple:
+def _with_negatives(
+    task: tuple, data: Interactions, history: Interactions | None, count: int, rng: np.random.Generator
+) -> tuple:
     user, items, target, query_items, query_target = task
     had = np.union1d(items, query_items)
     pool = np.setdiff1d(np.unique(data.item if history is None else history.item), had)
@@ -225,7 +237,7 @@ class TaskData(NamedTuple):
 
     Attributes:
       user: int32 ``[U]`` vocabulary rows of the users with enough interactions.
-      start, count: int32 ``[U]``: user k's interactions are ``start[k] .. start[k] + count[k]``.
+      start, length: int32 ``[U]``: user k's interactions are ``start[k] .. start[k] + length[k]``.
       item, target: ``[N]``; item_sorted: ``[N]``, each user's items in ascending order, to test membership.
       pool: int32 ``[M]`` the items that negatives are drawn from.
       known: the catalogue.
@@ -233,7 +245,7 @@ class TaskData(NamedTuple):
 
     user: Array
     start: Array
-    count: Array
+    length: Array
     item: Array
     target: Array
     item_sorted: Array
@@ -292,10 +304,12 @@ def task_source(
     data = TaskData(
         user=jnp.asarray(users[enough].astype(np.int32)),
         start=jnp.asarray(starts[:-1][enough].astype(np.int32)),
-        count=jnp.asarray(counts[enough].astype(np.int32)),
+        length=jnp.asarray(counts[enough].astype(np.int32)),
         item=jnp.asarray(item),
         target=jnp.asarray(target),
-        item_sorted=jnp.asarray(train.item[np.lexsort((train.item, train.user))] if negatives else np.zeros(1, np.int32)),
+        item_sorted=jnp.asarray(
+            train.item[np.lexsort((train.item, train.user))] if negatives else np.zeros(1, np.int32)
+        ),
         pool=jnp.asarray(np.unique(train.item).astype(np.int32)),
         known=catalogue(train, train, user_rows),
     )
@@ -303,7 +317,7 @@ def task_source(
     def one(data: TaskData, key: Array) -> Task:
         k_user, k_size, k_place, k_drop, k_negative = jax.random.split(key, 5)
         who = jax.random.randint(k_user, (), 0, data.user.shape[0])
-        start, n = data.start[who], data.count[who]
+        start, n = data.start[who], data.length[who]
         q = jnp.minimum(query, n - low)
         s = jax.random.randint(k_size, (), low, jnp.minimum(high, n - q) + 1)
         slot_q, slot_s = jnp.arange(query), jnp.arange(high)
@@ -362,7 +376,9 @@ def permuted(x: Array, n: Array, key: Array) -> Array:
     return x
 
 
-def draw_negatives(data: TaskData, start: Array, n: Array, count: int, key: Array, tries: int = 4) -> tuple[Array, Array]:
+def draw_negatives(
+    data: TaskData, start: Array, n: Array, count: int, key: Array, tries: int = 4
+) -> tuple[Array, Array]:
     """``count`` items that the user whose interactions are ``start .. start+n`` never had, uniform over the pool.
 
     Returns items int32 ``[count]`` and ``free`` float32 ``[count]``: 0 where every one of ``tries`` draws hit the history.

@@ -61,7 +61,9 @@ def ridge(
     def adapt(params: Params, support: Examples, key: Array) -> Array:
         phi = design(params, support.inputs)
         residual = support.target - model.apply(params, support.inputs)
-        return solve(phi, residual, support.mask * trust(params, support.inputs), jnp.exp(params["ridge"]["log_precision"]))
+        return solve(
+            phi, residual, support.mask * trust(params, support.inputs), jnp.exp(params["ridge"]["log_precision"])
+        )
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return model.apply(params, inputs) + design(params, inputs) @ adapted
@@ -83,4 +85,3 @@ def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:
     weighted = phi * mask[:, None]
     normal = weighted.T @ phi + jnp.diag(precision)
     return jax.scipy.linalg.solve(normal, weighted.T @ residual, assume_a="pos")
-

@@ -20,7 +20,13 @@ _POPULARITY = 20.0
 
 
 def warm_start(
-    params: Params, train: Interactions, *, reg: float = 5.0, content_reg: float = 3.0, iterations: int = 10, seed: int = 0
+    params: Params,
+    train: Interactions,
+    *,
+    reg: float = 5.0,
+    content_reg: float = 3.0,
+    iterations: int = 10,
+    seed: int = 0,
 ) -> Params:
     """Parameters of a dot-product `content_model`, started from ALS on ``train``.
 
@@ -35,7 +41,9 @@ def warm_start(
     """
     tables = params["tables"]
     if "item_id" not in tables or "mean" not in params["net"].get("params", {}):
-        raise MetarecError("warm_start wants the parameters of content_model(head='dot'); train others without warm start")
+        raise MetarecError(
+            "warm_start wants the parameters of content_model(head='dot'); train others without warm start"
+        )
     size = tables["item_id"].shape[1] - 1
     if train.rating is None:
         factors = implicit_als_factors(train, size=size, seed=seed, iterations=iterations)

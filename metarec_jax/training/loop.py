@@ -50,8 +50,8 @@ class LoopState(NamedTuple):
     """A checkpoint: the training state and what early stopping remembers. ``best`` is inf before any validation."""
 
     train: TrainState
-    best: np.ndarray
-    stale: np.ndarray
+    best: np.float32
+    stale: np.int32
 
 
 def fit(
@@ -105,7 +105,7 @@ def fit(
     params = jax.jit(learner.init)(k_init) if params is None else params
     # A copy: the step donates its state, and the caller's arrays must outlive it.
     start = jax.tree.map(jnp.copy, init_state(learner, optimizers, params, k_train))
-    state = LoopState(start, np.float32(np.inf), np.int32(0))  # type: ignore[arg-type]
+    state = LoopState(start, np.float32(np.inf), np.int32(0))
     last_saved, best_params = -1, start.params
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         last_saved, state = found[0], LoopState(*found[1])
@@ -128,10 +128,16 @@ def fit(
         if validate and (done % validate_every == 0 or done == steps):
             row |= {f"validation_{name}": float(value) for name, value in validate(after.params).items()}
             if f"validation_{monitor}" not in row:
-                raise MetarecError(f"validate() returned no {monitor!r}; it returned {sorted(row)}; set monitor= to one of them")
+                raise MetarecError(
+                    f"validate() returned no {monitor!r}; it returned {sorted(row)}; set monitor= to one of them"
+                )
             better = row[f"validation_{monitor}"] < float(state.best)
             value = np.float32(row[f"validation_{monitor}"])
-            state = state._replace(best=value, stale=np.int32(0)) if better else state._replace(stale=state.stale + np.int32(1))
+            state = (
+                state._replace(best=value, stale=np.int32(0))
+                if better
+                else state._replace(stale=state.stale + np.int32(1))
+            )
             if better:
                 best_params = jax.tree.map(jnp.copy, after.params)
         history.append(row)

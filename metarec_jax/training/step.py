@@ -55,7 +55,7 @@ def make_step(
         batch = source.draw(data, k_draw)
         (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss)
         params, dense, tables = _apply(optimizers, state, grads, ids)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads["dense"]), **metrics}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics}
         return TrainState(params, dense, tables, state.key, state.step + 1), metrics
 
     return step
