@@ -20,7 +20,7 @@ import jax
 import optax
 from melu_content import with_content
 
-from metarec_jax import baselines, learners, losses, models, results
+from metarec_jax import learners, losses, models, results
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split, read_partition
@@ -29,6 +29,7 @@ from metarec_jax.evaluation import evaluate
 from metarec_jax.report import terminal_table
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
+from metarec_jax.tuning import fit_baselines, tune
 
 SIZE, STEPS = 16, 1000
 
@@ -59,7 +60,7 @@ def train(learner: Learner, data: Interactions, known: Catalogue, seed: int, lr:
 
 def entrants(columns: dict) -> dict[str, Learner]:
     model = models.content_model(columns, size=SIZE, table_scale=0.01)
-    user = {"only": ("tables/user_id",), "inner_steps": 5, "rule": learners.meta_sgd(1.0)}
+    user = {"only": ("tables/user_id",), "inner_steps": 5, "rule": learners.meta_sgd(0.3)}
     return {
         "ridge": learners.ridge(model),
         "ridge_mae": learners.ridge(model, loss=losses.mae),
@@ -80,9 +81,9 @@ def main() -> None:
     cut = split(given.partition, given.content, 0.1)
     whole = cut if given.validation else split(given.partition, given.content, 0.0)
     held_known = catalogue(cut.train)
-    settings = baselines.tune(cut.train, held_known, tasks(cut.validation, 0), say=print)
+    settings = tune(cut.train, held_known, tasks(cut.validation, 0), say=print)
     known = catalogue(whole.train)
-    plain = baselines.fit_baselines(whole.train, known, settings=settings)
+    plain = fit_baselines(whole.train, known, settings=settings)
     reports, seconds = [], {}
     for seed in range(given.seeds):
         methods = {}
@@ -103,8 +104,6 @@ def main() -> None:
         reports.append(scored)
     report = results.merge(reports)
     print(terminal_table(report))
-    for line in report.compare(["mae", "ndcg@5"]):
-        print(line)
     if given.json:
         print(json.dumps(report.to_json() | {"train_seconds": seconds, "device": str(jax.devices()[0])}))
 

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metarec_jax.baselines import fit_baselines
     from metarec_jax.core import Column, Examples, Learner, MetarecError, Method, Model, Table, Task
     from metarec_jax.data.datasets import load
     from metarec_jax.data.interactions import Interactions
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from metarec_jax.online.recommend import Recommender
     from metarec_jax.report import write_report
     from metarec_jax.training.loop import fit
+    from metarec_jax.tuning import fit_baselines
 
 _HOMES = {
-    "baselines": ("fit_baselines",),
     "core": ("Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task"),
     "data.datasets": ("load",),
     "data.interactions": ("Interactions",),
@@ -42,6 +41,7 @@ _HOMES = {
     "online.recommend": ("Recommender",),
     "report": ("write_report",),
     "training.loop": ("fit",),
+    "tuning": ("fit_baselines",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What an input column holds: ``size`` is the rows of an id or categorical column, or the width of a numeric one."""
+    """What an input column holds: ``size`` is the rows of an id or categorical column, the width of a numeric one."""
 
     kind: Literal["id", "categorical", "multi", "numeric"]
     size: int
@@ -109,4 +109,4 @@ class Method(NamedTuple):
 
 
 class MetarecError(Exception):
-    """Bad input, told in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""
+    """Bad input, in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""

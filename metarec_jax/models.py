@@ -1,7 +1,7 @@
 """Flax networks as `Model`s: the engine owns the tables, the network sees rows.
 
-A network is called with ``rows`` (one ``[n, size]`` array for each id, categorical or multi-valued column; the values of
-a multi-valued column are averaged) and ``inputs`` (the columns themselves). Leading axis 1 stands for "shared by all
+A network is called with ``rows`` (one ``[n, size]`` array for each id, categorical or multi-valued column; the values
+of a multi-valued column are averaged) and ``inputs`` (the columns themselves). Leading axis 1 stands for "shared by all
 examples". Any Linen module of that signature plugs in through `flax_model`, any NNX module through `nnx_model`.
 """
 

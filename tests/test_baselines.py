@@ -11,7 +11,6 @@ from metarec_jax.baselines import (
     BASELINES,
     als,
     bias,
-    fit_baselines,
     item_knn,
     item_mean,
     popularity,
@@ -22,6 +21,7 @@ from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, make_tasks
 from metarec_jax.factorization import als_factors, bias_terms, implicit_als_factors, neighbours, similarities
+from metarec_jax.tuning import fit_baselines
 
 KEY = jax.random.key(0)
 

@@ -85,7 +85,7 @@ def test_lazy_adam_by_hand(float64):
         whole = ro.update_whole(optimizer, *whole, a, dense, jnp.asarray(step))
         np.testing.assert_allclose(by_rows[0], want, rtol=1e-9)
         np.testing.assert_allclose(whole[0], want, rtol=1e-9)
-    assert by_rows[1].inner.count.tolist() == state[2].tolist() == [1, 2, 1, 3, 0, 1, 0, 1]
+    assert by_rows[1].inner.updates.tolist() == state[2].tolist() == [1, 2, 1, 3, 0, 1, 0, 1]
     assert largest_difference(by_rows[1].inner, whole[1].inner) < 1e-12
 
 

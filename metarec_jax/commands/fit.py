@@ -161,9 +161,9 @@ class _Resuming:
 def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
     """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
     from metarec_jax import results
-    from metarec_jax.baselines import fit_baselines
     from metarec_jax.evaluation import evaluate
     from metarec_jax.report import terminal_table, write_report
+    from metarec_jax.tuning import fit_baselines
 
     config = run.config
     own = runs.method(run)

@@ -62,7 +62,7 @@ def side_features(
     ('multi', ['Drama', 'War'], [[0, 0], [1, 0], [2, 1]])
     """
     found = id_column(frame, side, id_col)
-    rows = vocabulary.encode(frame[found].to_numpy(dtype=object, na_value=None))
+    rows = vocabulary.encode(_objects(frame[found]))
     notes = []
     if outside := int((rows == 0).sum()):
         notes.append(f"{outside} {side}s of the {side} table have no interaction: left out")
@@ -87,7 +87,7 @@ def side_features(
     titles = None
     if title is not None:
         titles = vocabulary.ids.astype(str).astype(object)
-        given = frame[title].to_numpy(dtype=object, na_value=None)
+        given = _objects(frame[title])
         has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in given], bool)
         titles[at[has] - 1] = given[has]
     features: dict[str, Feature] = {}
@@ -141,9 +141,9 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
             return None, "differs on most rows, like a label: no feature"
         if not label and (dated or not whole or len(distinct) > FEW):
             return _numeric(values, at, num_rows)
-        texts = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
+        texts: list[int | str | None] = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
     else:
-        texts = [_text(v) for v in column.to_numpy(dtype=object, na_value=None)]
+        texts = [_text(v) for v in _objects(column)]
     given = [t for t in texts if t is not None]
     if len(set(given)) < 2:
         return None, "is the same everywhere: no feature"
@@ -162,6 +162,11 @@ def _is_label(distinct: int, rows: int) -> bool:
 def _vocabulary(values: Any) -> Vocabulary:
     distinct = sorted(set(values))
     return Vocabulary(np.array(distinct, dtype=np.int64 if isinstance(distinct[0], int) else object))
+
+
+def _objects(column: pd.Series) -> np.ndarray:
+    """A column as Python objects, None where missing."""
+    return column.to_numpy(dtype=object, na_value=None)  # type: ignore[call-overload]  # the stubs leave out None
 
 
 def _text(value: Any) -> str | None:
@@ -187,11 +192,11 @@ def _lists(column: pd.Series) -> list[list[Any]] | None:
     """A column of lists, or of text parted by "|", as lists without missing or repeated values; None for another."""
     if isinstance(column.dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(column.dtype):
         return None
-    values = column.to_numpy(dtype=object, na_value=None).tolist()
+    values = _objects(column).tolist()
     listed = any(isinstance(v, (list, tuple, set, frozenset, np.ndarray)) for v in values)
     if not listed and not any(isinstance(v, str) and "|" in v for v in values):
         return None
-    out = []
+    out: list[list[Any]] = []
     for value in values:
         if isinstance(value, str) or value is None or isinstance(value, float):
             row = [] if not isinstance(value, str) else value.split("|")

@@ -13,7 +13,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,8 @@ def kind(path: Path) -> str:
 
 
 def _open(path: Path) -> Any:
-    return {"gzip": gzip.open, "bz2": bz2.open}.get(kind(path), open)(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open}
+    return openers.get(kind(path), open)(path, "rb")
 
 
 def _head(path: Path, raw: bool = False) -> bytes:

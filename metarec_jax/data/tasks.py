@@ -127,7 +127,7 @@ def make_tasks(
     Args:
       history: where given, the support comes from here (a warm user's known past) and all query items from ``data``.
       query: query examples at the most; a user with few keeps ``support[0]`` for the support first.
-      support: fewest and most support examples; the most recent are kept. A user with fewer than the fewest is left out.
+      support: fewest and most support examples; the most recent are kept. A user with fewer is left out.
       ratings: only users with this many interactions (low, high) in ``data``.
       negatives: implicit feedback: this many items the user never had, target 0, for each support positive.
     """
@@ -201,8 +201,8 @@ def _pack(chosen: list[tuple]) -> TaskSet:
 def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:
     """Device batches of a few shapes: tasks of like support length together, padded to 8, 16, 32, ... support slots.
 
-    Yields ``(index, task)``: ``index`` [t] says which tasks these are (t <= size), and every leaf of ``task`` has leading
-    axis ``size``: the rest is padding with mask 0.
+    Yields ``(index, task)``: ``index`` [t] says which tasks these are (t <= size), and every leaf of ``task`` has
+    leading axis ``size``: the rest is padding with mask 0.
     """
     lengths = tasks.support_mask.sum(1).astype(int)
     widths = np.maximum(8, 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
@@ -254,7 +254,7 @@ class TaskData(NamedTuple):
 
 
 class TaskSource(NamedTuple):
-    """Where meta-training gets its tasks: ``draw(data, key) -> Task`` with leading axis ``tasks``; pure, traced once."""
+    """Where meta-training gets its tasks: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once."""
 
     data: Any
     draw: Callable[[Any, Array], Task]
@@ -281,10 +281,11 @@ def task_source(
       support: fewest and most support examples; the number is drawn uniformly for each task, as far as the user's
         history reaches.
       query: query examples (fewer where the history is short).
-      order: "random": any interactions; "time": the support is the events just before a random moment, the query those after.
+      order: "random": any interactions; "time": the support is the events just before a random moment, the query those
+        after.
       user_rows: "prior": tasks carry the unknown user row, as a cold user does; "own": the user's own row.
-      user_drop, item_drop: chance that a task's user id, or an example's item id, is replaced by the unknown id, so that
-        priors and content are trained for those never seen.
+      user_drop, item_drop: chance that a task's user id, or an example's item id, is replaced by the unknown id, so
+        that priors and content are trained for those never seen.
       cold_tasks: chance that all items of a task are unknown, as they are to a user of new items.
       negatives: items the user never had, target 0, drawn for each positive, in support and query.
 
@@ -297,7 +298,8 @@ def task_source(
     enough = counts >= low + 1
     if not enough.any():
         raise MetarecError(
-            f"no user has {low + 1} interactions (the most is {counts.max(initial=0)}); lower the support range {support}"
+            f"no user has {low + 1} interactions (the most is {counts.max(initial=0)}); "
+            f"lower the support range {support}"
         )
     item = train.item[by]
     target = np.ones(len(train), np.float32) if train.rating is None else train.rating[by]
@@ -355,7 +357,7 @@ def task_source(
 
 
 def permuted(x: Array, n: Array, key: Array) -> Array:
-    """A keyed random permutation of ``0..n-1``, evaluated at ``x`` (int32, any shape; entries >= n give rubbish in range).
+    """A keyed random permutation of ``0..n-1``, evaluated at ``x`` (int32, any shape; x >= n gives rubbish in range).
 
     Swap-or-not (Hoang, Morris and Rogaway, "An Enciphering Scheme Based on a Card Shuffle", 2012): each round pairs
     x with k - x (mod n) and swaps the pair or not by one bit of a hash of the larger.
@@ -381,7 +383,7 @@ def draw_negatives(
 ) -> tuple[Array, Array]:
     """``count`` items that the user whose interactions are ``start .. start+n`` never had, uniform over the pool.
 
-    Returns items int32 ``[count]`` and ``free`` float32 ``[count]``: 0 where every one of ``tries`` draws hit the history.
+    Returns items int32 ``[count]`` and ``free`` float32 ``[count]``: 0 where all ``tries`` draws hit the history.
     """
     drawn = data.pool[jax.random.randint(key, (tries, count), 0, data.pool.shape[0])]
     low, high = jnp.full(drawn.shape, start), jnp.full(drawn.shape, start + n)

@@ -1,9 +1,9 @@
 """MAML and its variants: gradient steps on the support, and the gradient through them.
 
 Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017. Variants are
-arguments: FOMAML ``first_order=True``; ANIL (Raghu et al. 2020) ``only=`` the last layer; BOIL (Oh et al. 2021) ``only=``
-all but the last; MeLU (Lee et al. 2019) ``only=("net",)``; Meta-SGD ``rule=meta_sgd(lr)``; the multi-step loss of
-MAML++ (Antoniou et al. 2019) ``per_step_losses=True``.
+arguments: FOMAML ``first_order=True``; ANIL (Raghu et al. 2020) ``only=`` the last layer; BOIL (Oh et al. 2021)
+``only=`` all but the last; MeLU (Lee et al. 2019) ``only=("net",)``; Meta-SGD ``rule=meta_sgd(lr)``; the multi-step
+loss of MAML++ (Antoniou et al. 2019) ``per_step_losses=True``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def maml(
       inner_steps: k, gradient steps on the support.
       rule: an inner rule in place of SGD (`rules.from_optax`, `rules.meta_sgd`); ``inner_lr`` is then not used.
       loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
-      only: path prefixes of the parameters that adapt, such as ``("net",)`` or ``("net/params/out", "tables/user_id")``;
-        None adapts all.
+      only: path prefixes of the parameters that adapt, such as ``("net",)`` or
+        ``("net/params/out", "tables/user_id")``; None adapts all.
       first_order: take the inner gradients for constants (FOMAML).
       per_step_losses: mean of the query loss after every step, in place of the last alone.
 

@@ -34,7 +34,8 @@ def ridge(
     Args:
       model: with ``features``, such as `content_model`.
       precision, bias_precision: initial precisions of the user's vector and of the user's bias, in units of ratings.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by squares.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by
+        squares.
 
     Raises:
       MetarecError: the model has no ``features``.

@@ -36,7 +36,7 @@ def sgd(lr: float) -> Rule:
 
 
 def from_optax(transformation: optax.GradientTransformation) -> Rule:
-    """Any optax transformation as inner rule. For Adam give ``eps_root=1e-8``: without it the second derivative is NaN."""
+    """Any optax transformation as inner rule. Adam wants ``eps_root=1e-8``: else the second derivative is NaN."""
 
     def update(params: Any, grads: Any, state: Any, moving: Any) -> tuple[Any, Any]:
         updates, state = transformation.update(grads, state, moving)

@@ -1,11 +1,13 @@
 """Start the tables of a dot-product content model from a quick matrix factorisation.
 
-The factors of the items that training has seen are regressed on their content; the content rows start from that fit, and
-an item's own row from what the fit leaves, so that the model scores a known item as the factorisation does and an item
-never rated by its content.
+The factors of the items that training has seen are regressed on their content; the content rows start from that fit,
+and an item's own row from what the fit leaves, so that the model scores a known item as the factorisation does and an
+item never rated by its content.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def warm_start(
 
 
 def _content(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
-    """For each categorical or multi-valued item feature, the matrix [items, values] that averages rows as the model does."""
+    """For each categorical or multi-valued item feature, the matrix [items, values] that averages as the model does."""
     names, blocks = [], []
     for name, feature in train.item_features.items():
         if feature.vocabulary is None:
@@ -97,5 +99,5 @@ def _regress(
         size, old = (residual**2).sum(0), size
         direction = residual + size / np.maximum(old, 1e-30) * direction
     ends = np.cumsum([0] + [b.shape[1] for b in blocks])
-    parts = [solution[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [solution[a:b] for a, b in itertools.pairwise(ends)]
     return np.asarray(x @ solution), solution[-1], parts

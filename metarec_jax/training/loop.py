@@ -170,6 +170,7 @@ def _checked(metrics: Mapping[str, Any], done: int, last_saved: int) -> dict[str
     if len(bad):
         kept = f"the checkpoint of step {last_saved} is good" if last_saved >= 0 else "no checkpoint was saved yet"
         raise MetarecError(
-            f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}; {kept}; lower the learning rate or the inner rate"
+            f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}; {kept}; "
+            "lower the learning rate or the inner rate"
         )
     return {name: float(np.mean(values)) for name, values in metrics.items()}

@@ -31,7 +31,7 @@ class LazyAdamState(NamedTuple):
 
     mu: Array
     nu: Array
-    count: Array
+    updates: Array
 
 
 def lazy_adam(
@@ -58,15 +58,15 @@ def lazy_adam(
 
     def update(grads: Array, state: LazyAdamState, rows: Array, step: Array) -> tuple[Array, LazyAdamState]:
         mu, nu = state.mu, state.nu
-        count = jnp.full_like(state.count, step + 1) if catch_up else state.count + 1
+        updates = jnp.full_like(state.updates, step + 1) if catch_up else state.updates + 1
         if catch_up:
-            missed = jnp.maximum(count - state.count - 1, 0).astype(grads.dtype)[:, None]
+            missed = jnp.maximum(updates - state.updates - 1, 0).astype(grads.dtype)[:, None]
             mu, nu = mu * b1**missed, nu * b2**missed
         mu = b1 * mu + (1 - b1) * grads
         nu = b2 * nu + (1 - b2) * grads**2
-        t = count.astype(grads.dtype)[:, None]
+        t = updates.astype(grads.dtype)[:, None]
         move = (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps) + weight_decay * rows
-        return rows - _rate(lr, step) * move, LazyAdamState(mu, nu, count)
+        return rows - _rate(lr, step) * move, LazyAdamState(mu, nu, updates)
 
     return RowOptimizer(init, update)
 
@@ -89,7 +89,7 @@ def _rate(lr: Schedule, step: Array) -> Any:
 
 
 class TableState(NamedTuple):
-    """What a table's optimiser keeps; ``slot`` int32 ``[num_rows]`` is scratch for finding duplicates, never cleared."""
+    """What a table's optimiser keeps; ``slot`` int32 ``[num_rows]`` is scratch to find duplicates, never cleared."""
 
     inner: Any
     slot: Array

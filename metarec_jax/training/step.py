@@ -67,8 +67,9 @@ def loss_and_grads(
     """Mean loss of a batch of tasks, and its gradient by row view.
 
     Returns:
-      ``(loss, metrics)``; gradients ``{"dense": ..., "rows": {table: [T, L, size]}, "whole": {table: [num_rows, size]}}``;
-      ids ``{table: [T, L]}``, the global row of each gradient row (of a whole table: the ids that were touched).
+      ``(loss, metrics)``; gradients ``{"dense": ..., "rows": {table: [T, L, size]},
+      "whole": {table: [num_rows, size]}}``; ids ``{table: [T, L]}``, the global row of each gradient row
+      (of a whole table: the ids that were touched).
     """
     dense, tables = _split(params)
     tasks = batch.query.mask.shape[0]
