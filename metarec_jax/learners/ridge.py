@@ -80,8 +80,9 @@ def ridge(
 def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:
     """``(phi' M phi + diag(precision))^-1 phi' M residual`` with ``M = diag(mask)``; phi ``[n, d]`` -> ``[d]``.
 
-    >>> solve(jnp.array([[1.0], [1.0]]), jnp.array([3.0, 100.0]), jnp.array([1.0, 0.0]), jnp.array([2.0]))
-    Array([1.], dtype=float32)
+    >>> d = solve(jnp.array([[1.0], [1.0]]), jnp.array([3.0, 100.0]), jnp.array([1.0, 0.0]), jnp.array([2.0]))
+    >>> round(float(d[0]), 4)  # 3 / (1 + 2)
+    1.0
     """
     weighted = phi * mask[:, None]
     normal = weighted.T @ phi + jnp.diag(precision)

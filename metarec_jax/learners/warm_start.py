@@ -55,7 +55,7 @@ def warm_start(
     count = np.bincount(train.item, minlength=train.items.num_rows).astype(np.float64)
     names, blocks = _content(train)
     fit, base, content = _regress(blocks, rows, count / (count + _POPULARITY), content_reg)
-    own = np.where(count[:, None] > 0, rows - fit, 0.0)
+    own = np.where(count[:, None] > 0, rows - (fit - base), 0.0)  # the constant is in no content row
     own[0] = base  # an unknown item: what content does not say, on average
     new = {"item_id": own, **dict(zip(names, content, strict=True))}
     mean = jnp.asarray(factors.mu, jnp.float32)
