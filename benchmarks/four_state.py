@@ -50,7 +50,7 @@ def split(partition: Path, content: Path, validation: float) -> Split:
 
 def train(learner: Learner, data: Interactions, known: Catalogue, seed: int, lr: float = 5e-4) -> Method:
     """Meta-train from a warm start: row rate ``lr``, dense rate 0.01, both decayed to a tenth."""
-    params = learners.warm_start(learner.init(jax.random.key(seed)), data, reg=8.0, seed=seed)
+    params = learners.warm_start(learner.init(jax.random.key(seed)), data, seed=seed)
     source = task_source(data, tasks=64, support=(3, 64), query=10)
     rows = lazy_adam(optax.cosine_decay_schedule(lr, STEPS, 0.1), weight_decay=0.1)
     dense = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS, 0.1))
@@ -59,11 +59,11 @@ def train(learner: Learner, data: Interactions, known: Catalogue, seed: int, lr:
 
 
 def entrants(columns: dict) -> dict[str, Learner]:
-    model = models.content_model(columns, size=SIZE, table_scale=0.01)
+    model = models.content_model(columns, size=SIZE)
     user = {"only": ("tables/user_id",), "inner_steps": 5, "rule": learners.meta_sgd(0.3)}
     return {
-        "ridge": learners.ridge(model),
-        "ridge_mae": learners.ridge(model, loss=losses.mae),
+        "ridge": learners.ridge(model, loss=losses.mae),
+        "ridge_mse": learners.ridge(model),
         "maml": learners.maml(model, **user),
     }
 

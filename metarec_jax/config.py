@@ -113,9 +113,9 @@ class LearnerConfig(_Checked):
     first_order: bool = option(False, "maml: take inner gradients for constants")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
     loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
-        "auto", "of the query (and of inner steps); auto is mse for ratings and for ridge, else bce"
+        "auto", "of the query (and of inner steps); auto: ratings mse (ridge mae), clicks bce (ridge mse)"
     )
-    precision: float = option(5.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
+    precision: float = option(8.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,11 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
     """The loss, as configured or by the learner and the kind of feedback."""
     from metarec_jax import losses
 
-    fitting = "bce" if data.implicit and config.name != "ridge" else "mse"
-    name = fitting if config.loss == "auto" else config.loss
-    return losses.LOSSES[name]
+    closed = (
+        config.name == "ridge"
+    )  # its support is always fitted by squares; the query may be measured as we report it
+    fitting = ("mse" if closed else "bce") if data.implicit else ("mae" if closed else "mse")
+    return losses.LOSSES[fitting if config.loss == "auto" else config.loss]
 
 
 def build_learner(config: Config, data: Interactions) -> Learner:
@@ -290,7 +292,7 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     if not warm_starts(config, train):
         return None
     params = learner.init(jax.random.key(config.train.seed))
-    return learners.warm_start(params, train, reg=8.0, seed=config.train.seed)
+    return learners.warm_start(params, train, seed=config.train.seed)
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:

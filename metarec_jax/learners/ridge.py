@@ -18,8 +18,8 @@ from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Mod
 def ridge(
     model: Model,
     *,
-    precision: float = 5.0,
-    bias_precision: float = 3.0,
+    precision: float = 8.0,
+    bias_precision: float = 5.0,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
     """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.

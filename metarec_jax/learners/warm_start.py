@@ -2,7 +2,7 @@
 
 The factors of the items that training has seen are regressed on their content; the content rows start from that fit,
 and an item's own row from what the fit leaves, so that the model scores a known item as the factorisation does and an
-item never rated by its content.
+item never rated by its content. Users start from their factors, and what is known of them beside ratings from 0.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def warm_start(
     fit, base, content = _regress(blocks, rows, count / (count + _POPULARITY), content_reg)
     own = np.where(count[:, None] > 0, rows - (fit - base), 0.0)  # the constant is in no content row
     own[0] = base  # an unknown item: what content does not say, on average
-    new = {"item_id": own, **dict(zip(names, content, strict=True))}
+    new = {name: np.zeros(table.shape) for name, table in tables.items() if name.startswith("user_")}
+    new |= {"item_id": own, **dict(zip(names, content, strict=True))}
+    if "user_id" in tables:  # row 0 stays 0: the mean user, with whom the factorisation is centred
+        new["user_id"] = np.column_stack([factors.user_bias, factors.user_factors])
     mean = jnp.asarray(factors.mu, jnp.float32)
     net = {**params["net"], "params": {**params["net"]["params"], "mean": mean}}
     return {**params, "tables": {**tables, **{k: jnp.asarray(v, jnp.float32) for k, v in new.items()}}, "net": net}
