@@ -52,7 +52,7 @@ def meta_step(
         total = total + nn.functional.mse_loss(adapted(user, item), rating)
     (total / len(tasks)).backward()
     optimizer.step()
-    return float(total / len(tasks))
+    return float((total / len(tasks)).detach())
 
 
 def demonstrate() -> list[float | None]:

@@ -25,7 +25,7 @@ def warm_start(
     params: Params,
     train: Interactions,
     *,
-    reg: float = 5.0,
+    reg: float = 8.0,
     content_reg: float = 3.0,
     iterations: int = 10,
     seed: int = 0,
