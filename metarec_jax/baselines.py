@@ -180,19 +180,20 @@ def _knn_adapt(params: Any, support: Examples, key: Array) -> Any:
 
 
 def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    items, ids, of_support = inputs["item_id"], adapted["id"], params["similar"]
+    values = jnp.stack([adapted["weight"], adapted["weight"] * adapted.get("residual", 0.0)])  # [2, S]
     if "neighbour" in params:
-        found = params["neighbour"][inputs["item_id"]]
-        place = jnp.minimum(jnp.searchsorted(adapted["id"], found), adapted["id"].shape[0] - 1)
-        similar = params["similar"][inputs["item_id"]] * (adapted["id"][place] == found)
-        pick = lambda a: a[place]  # noqa: E731
-    else:
-        similar = params["similar"][inputs["item_id"][:, None], adapted["id"][None]]
-        pick = lambda a: a[None]  # noqa: E731
-    similar = similar * pick(adapted["weight"])
+        found = params["neighbour"][items]
+        place = jnp.minimum(jnp.searchsorted(ids, found), ids.shape[0] - 1)
+        similar = of_support[items] * (ids[place] == found)
+        total, moved = (similar[None] * values[:, place]).sum(-1)
+    elif 4 * items.shape[0] < of_support.shape[0]:
+        total, moved = (of_support[items[:, None], ids[None]][None] * values[:, None]).sum(-1)
+    else:  # most of the catalogue: one product with a vector over all items, and over many users with a matrix
+        total, moved = jnp.zeros((2, of_support.shape[0])).at[:, ids].add(values) @ of_support[items].T
     if "residual" not in adapted:
-        return similar.sum(-1)
-    moved = (similar * pick(adapted["residual"])).sum(-1) / (similar.sum(-1) + params["shrinkage"])
-    return _bias_predict(params, adapted, inputs) + moved
+        return total
+    return _bias_predict(params, adapted, inputs) + moved / (total + params["shrinkage"])
 
 
 def als(

@@ -25,7 +25,7 @@ from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
 from metarec_jax.results import ALL, Report
 
-_SCORES_AT_ONCE = 1 << 23
+_SCORES_AT_ONCE = 1 << 18
 _ITEMS_AT_ONCE = 4096
 _LISTS_AT_ONCE = 2048
 
@@ -51,20 +51,22 @@ def evaluate(
     """Adapt and predict every task with every method, and measure.
 
     Over the query items of a task: mae, rmse, squared_error (and, in a summary, rmse_pooled), and ndcg, precision,
-    recall, hit_rate, mrr and map at each ``topn``, and auc. Over the whole catalogue less the support, where asked for:
-    ``catalogue_ndcg@n`` (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and
-    ``catalogue_mrr``; items never rated by the user count as irrelevant there, so that these are lower bounds.
+    recall, hit_rate, mrr and map at each ``topn``, and auc. Over all candidates, where asked for: ``catalogue_ndcg@n``
+    (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and ``catalogue_mrr``.
+    Candidates are the whole catalogue less the support; in a scenario whose query items are all unknown to training,
+    they are the items unknown to training, since old items, with what is known of them, would fill any list. Candidates
+    that the user never rated count as irrelevant, so that these numbers are lower bounds.
     A task without a relevant item has no ranking metric: nan, left out of means, and counted.
 
     Args:
       methods: by name; learners and baselines alike.
       tasks: by scenario ("user_cold", ...). A scenario without tasks is left out, and noted.
-      known: the catalogue that the tasks' vocabulary rows refer to.
+      known: the catalogue that the tasks' vocabulary rows refer to; its ``item_row`` 0 are items unknown to training.
       rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
       gain: of ndcg over the query: "exp", "linear", "square", "binary" (of relevance).
-      topn: list lengths over the query; catalogue_topn: over the catalogue.
+      topn: list lengths over the query; catalogue_topn: over all candidates.
       relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
-      catalogue_ranking: also rank the whole catalogue, with the whole support only (where the query has nothing to
+      catalogue_ranking: also rank all candidates, with the whole support only (where the query has nothing to
         rank, at each point of the curve too). It costs users x items.
       curve: support sizes k: also show only the first k support examples, to the tasks that have as many. 0 is always
         run.
@@ -100,10 +102,11 @@ def evaluate(
     varied = bool((np.ptp(np.where(real, every.query_target, every.query_target[:, :1]), axis=1) > 0).any())
     if not varied:
         notes.append(
-            "all query targets of each task are equal: nothing to rank inside the query, only over the catalogue"
+            "all query targets of each task are equal: nothing to rank inside the query, only over all candidates"
         )
 
-    runner = _Runner(methods, known, seed, batch)
+    of_new = _only_new(every, scenario, known)
+    runner = _Runner(methods, known, seed, batch, of_new[scenario])
     in_query = partial(_query_columns, gain=gain, topn=tuple(topn), span=rating_range, ranking=varied)
     in_catalogue = partial(_catalogue_columns, topn=tuple(catalogue_topn))
     numbers = np.arange(len(every), dtype=np.int32)
@@ -147,7 +150,9 @@ def evaluate(
         "rating_range": None if rating_range is None else [float(x) for x in rating_range],
         "topn": [int(n) for n in topn],
         "catalogue_topn": [int(n) for n in catalogue_topn] if catalogue_ranking else [],
-        "catalogue_items": int(known.item_row.shape[0] - 1),
+        "catalogue_items": len(known.item_row) - 1,
+        "new_items": int((known.item_row[1:] == 0).sum()),
+        "rank_new_items": [name for name, only in zip(scenarios, of_new, strict=True) if only],
         "curve": points,
         "bootstrap": int(bootstrap),
         "ranking_only": [name for name in methods if name in ranking_only],
@@ -170,6 +175,12 @@ def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
     sizes = [len(part) for part in parts]
     place = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
     return every, np.repeat(np.arange(len(parts)), sizes), place
+
+
+def _only_new(every: TaskSet, scenario: np.ndarray, known: Catalogue) -> np.ndarray:
+    """Whether all query items of each scenario are unknown to training."""
+    old = ((np.asarray(known.item_row)[every.query_item] > 0) & (every.query_mask > 0)).any(axis=1)
+    return np.bincount(scenario, old) == 0
 
 
 def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
@@ -222,14 +233,16 @@ def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue,
 
 
 @jax.jit
-def _catalogue_ranks(scores: Array, support: Array, query: Array, keys: Array) -> Array:
-    """Ranks ``[U, Q]`` of the query items among all items but the support; row 0 is no item."""
+def _catalogue_ranks(
+    scores: Array, known: Catalogue, of_new: Array, support: Array, query: Array, keys: Array
+) -> Array:
+    """Ranks ``[U, Q]`` of the query items among the candidates, which are never support; row 0 is no item."""
 
-    def one(scores: Array, support: Array, query: Array, key: Array) -> Array:
-        free = jnp.ones(scores.shape, bool).at[support].set(False).at[0].set(False)
+    def one(scores: Array, of_new: Array, support: Array, query: Array, key: Array) -> Array:
+        free = jnp.where(of_new, known.item_row == 0, True).at[support].set(False).at[0].set(False)
         return metrics.ranks_among(scores, free, query, key)
 
-    return jax.vmap(one)(scores, support, query, keys)
+    return jax.vmap(one)(scores, of_new, support, query, keys)
 
 
 @jax.jit
@@ -242,9 +255,12 @@ def _keys(seed: Array, number: Array, purpose: Array) -> Array:
 class _Runner:
     """Runs every method on every batch; keeps the time of first calls, which compile, apart from that of later ones."""
 
-    def __init__(self, methods: Mapping[str, Method], known: Catalogue, seed: int, batch: int) -> None:
-        self.methods, self.known, self.seed, self.batch = methods, known, seed, batch
-        self.users_at_once = int(np.clip(_SCORES_AT_ONCE // known.item_row.shape[0], 1, batch))
+    def __init__(
+        self, methods: Mapping[str, Method], known: Catalogue, seed: int, batch: int, of_new: np.ndarray
+    ) -> None:
+        self.methods, self.known, self.seed, self.batch, self.of_new = methods, known, seed, batch, of_new
+        most = int(np.clip(_SCORES_AT_ONCE // len(known.item_row), 1, batch))
+        self.users_at_once = next(n for n in range(most, 0, -1) if batch % n == 0)  # one shape: compiled once
         self.shapes: set[Any] = set()
         self.first = dict.fromkeys(methods, 0.0)
         self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
@@ -259,7 +275,9 @@ class _Runner:
         for index, task in batches(part, self.known, self.batch):
             rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
             number = jnp.asarray(numbers[rows], jnp.int32)
-            places = [jnp.asarray(a[rows]) for a in (part.user, part.support_item, part.query_item)]
+            places = [
+                jnp.asarray(a[rows]) for a in (self.of_new[numbers], part.user, part.support_item, part.query_item)
+            ]
             self.last = (task, _keys(self.seed, number, 0), len(index))
 
             one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
@@ -283,11 +301,11 @@ class _Runner:
         ties, at_once, ranks = _keys(self.seed, number, 1), self.users_at_once, []
         for start in range(0, self.batch, at_once):
             some = slice(start, start + at_once)
-            user, support, query = (a[some] for a in places)
+            of_new, user, support, query = (a[some] for a in places)
             scores = _catalogue_scores(
                 predict, params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
             )
-            ranks.append(_catalogue_ranks(scores, support, query, ties[some]))
+            ranks.append(_catalogue_ranks(scores, self.known, of_new, support, query, ties[some]))
         return found, jax.block_until_ready(jnp.concatenate(ranks))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
@@ -326,31 +344,6 @@ def _in_chunks(measure: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarr
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def _ranking_columns(
-    grade: Array,
-    labels: Array,
-    mask: Array,
-    ranks: Array,
-    length: Array | int,
-    topn: Sequence[int],
-    gain: str,
-    before: str,
-) -> dict[str, Array]:
-    """Ranking metrics of lists ``[B, Q]`` whose ranks are known."""
-    scores = -ranks.astype(jnp.float32)
-    known: dict[str, Any] = {"where": mask, "ranks": ranks}
-    found: dict[str, Array] = {}
-    for n in topn:
-        at = known | {"topn": n}
-        found[f"{before}ndcg@{n}"] = metrics.ndcg(scores, grade, gain=gain, **at)
-        found[f"{before}precision@{n}"] = metrics.precision(scores, labels, length=length, **at)
-        found[f"{before}recall@{n}"] = metrics.recall(scores, labels, **at)
-        found[f"{before}hit_rate@{n}"] = metrics.hit_rate(scores, labels, **at)
-        found[f"{before}mrr@{n}"] = metrics.mrr(scores, labels, **at)
-        found[f"{before}map@{n}"] = metrics.average_precision(scores, labels, **at)
-    return found
-
-
 @partial(jax.jit, static_argnums=0)
 def _labels(relevance: metrics.Relevant, target: Array, mask: Array, keys: Array) -> dict[str, Array]:
     return {"labels": jax.vmap(relevance.labels)(target, mask > 0, keys)}
@@ -380,7 +373,7 @@ def _query_columns(
         order = jnp.arange(scores.shape[1])
         ranks = jax.vmap(metrics.ranks_among, (0, 0, None, 0))(scores, where, order, keys)
         grade = labels if gain == "binary" else target
-        found |= _ranking_columns(grade, labels, where, ranks, where.sum(-1), topn, gain, "")
+        found |= metrics.of_ranks(ranks, labels, where, where.sum(-1), topn, grade=grade, gain=gain)
         found["auc"] = metrics.auc(scores, labels, where=where)
     return found
 
@@ -388,6 +381,7 @@ def _query_columns(
 @partial(jax.jit, static_argnames="topn")
 def _catalogue_columns(ranks: Array, labels: Array, *, topn: tuple[int, ...]) -> dict[str, Array]:
     where = labels > 0
-    found = _ranking_columns(labels, labels, where, ranks, max(topn), topn, "binary", "catalogue_")
-    found["catalogue_mrr"] = metrics.mrr(-ranks, labels, where=where, ranks=ranks)
-    return found
+    found = metrics.of_ranks(ranks, labels, where, max(topn), topn) | {
+        "mrr": metrics.mrr(-ranks, labels, where=where, ranks=ranks)
+    }
+    return {f"catalogue_{name}": values for name, values in found.items()}

@@ -16,7 +16,7 @@ and take
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -256,6 +256,41 @@ def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
     mine, luck = scores[items][:, None], draw[items][:, None]
     before = (scores[None] > mine) | ((scores[None] == mine) & (draw[None] > luck))
     return 1 + jnp.sum(before & where[None], axis=-1, dtype=jnp.int32)
+
+
+def of_ranks(
+    ranks: Array,
+    relevant: Array,
+    where: Array,
+    length: Array | int,
+    topn: Sequence[int],
+    *,
+    grade: Array | None = None,
+    gain: str = "binary",
+) -> dict[str, Array]:
+    """``ndcg@n``, ``precision@n``, ``recall@n``, ``hit_rate@n``, ``mrr@n`` and ``map@n`` of lists by their ranks.
+
+    Args:
+      ranks: int32 ``[..., n]``; relevant, where: ``[..., n]``.
+      length: items that there are to rank.
+      grade: ``[..., n]``, what the ``gain`` of ndcg is of; None: ``relevant``.
+
+    >>> found = of_ranks(jnp.array([3, 1]), jnp.array([1.0, 0.0]), jnp.ones(2, bool), 5, (1, 3))
+    >>> float(found["mrr@1"]), round(float(found["mrr@3"]), 4), float(found["recall@3"])
+    (0.0, 0.3333, 1.0)
+    """
+    scores, grade = -ranks.astype(jnp.float32), relevant if grade is None else grade
+    known: dict[str, Any] = {"where": where, "ranks": ranks}
+    found: dict[str, Array] = {}
+    for n in topn:
+        at = known | {"topn": n}
+        found[f"ndcg@{n}"] = ndcg(scores, grade, gain=gain, **at)
+        found[f"precision@{n}"] = precision(scores, relevant, length=length, **at)
+        found[f"recall@{n}"] = recall(scores, relevant, **at)
+        found[f"hit_rate@{n}"] = hit_rate(scores, relevant, **at)
+        found[f"mrr@{n}"] = mrr(scores, relevant, **at)
+        found[f"map@{n}"] = average_precision(scores, relevant, **at)
+    return found
 
 
 class Relevant(NamedTuple):

@@ -50,16 +50,22 @@ def metric_title(name: str) -> str:
     """A metric in words.
 
     >>> metric_title("catalogue_hit_rate@10"), metric_title("ndcg@5"), metric_title("mae")
-    ('hit rate@10, whole catalogue', 'nDCG@5', 'MAE')
+    ('hit rate@10, all candidates', 'nDCG@5', 'MAE')
     """
     whole = name.startswith("catalogue_")
     family, at, n = name.removeprefix("catalogue_").partition("@")
     words = _FAMILIES.get(family) or family.replace("_", " ")
-    return f"{words}{at}{n}" + (", whole catalogue" if whole else "")
+    return f"{words}{at}{n}" + (", all candidates" if whole else "")
 
 
 def _axis_title(name: str) -> str:
     return metric_title(name) + (" (rating points)" if name in _IN_POINTS else "")
+
+
+def candidates(report: Report, scenario: str) -> str:
+    """How many items a scenario ranks where it ranks all candidates: "3,706 items", "741 new items"."""
+    new = scenario in report.settings.get("rank_new_items", ())
+    return f"{report.settings['new_items' if new else 'catalogue_items']:,}{' new' if new else ''} items"
 
 
 def method_colors(report: Report, best: str | None) -> dict[str, str]:
@@ -82,13 +88,18 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     first = next((n for n in ("validation_error", "validation_loss") if n in names), names[0] if names else "")
     rest = [n for n in names if n != first and n.split("_")[1] == next(m for m in names if m != first).split("_")[1]]
     figure, axes = _figure(1 + bool(first) + bool(rest), 3.5)
-    _title(figure, "Learning curve", "by outer step" + ("; the ring is the best validation" if first else ""))
+    _title(
+        figure,
+        "Learning curve",
+        "training: as logged (light) and its running mean" + ("; the ring: the step that is used" if first else ""),
+    )
     step, loss = train.T
     axes[0].plot(step, loss, color=COLORS[0], alpha=0.25, lw=1)
     axes[0].plot(step, _smooth(loss), color=COLORS[0], lw=2)
     _named(axes[0], "Training", "loss on the queries")
     low, high = np.percentile(loss, [0, 95])
-    axes[0].set_ylim(low - 0.08 * (high - low or 1), high + 0.25 * (high - low or 1))
+    top = max(high + 0.25 * (high - low or 1), min(loss.max() + 0.05 * (high - low), high + 2 * (high - low)))
+    axes[0].set_ylim(low - 0.08 * (high - low or 1), top)  # a far higher start leaves the panel
     if first:
         step, value = _series(history, first).T
         metric = first.removeprefix("validation_")
@@ -96,13 +107,15 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes[1].plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
         axes[1].plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
         axes[1].margins(y=0.15)
-        _named(axes[1], "Validation", metric_title(metric), f"best {value[best]:.4f} at step {step[best]:,.0f}")
+        told = f"best {value[best]:.4f} at step {step[best]:,.0f}"
+        _named(axes[1], "Validation", validation_title(history, metric), told)
     if rest:
         shared = metric_title(rest[0].split("_")[1])
         ends = []
         for k, name in enumerate(rest):
             step, value = _series(history, name).T
-            word = name.removeprefix("validation_").partition("_")[2] or metric_title(name.removeprefix("validation_"))
+            word = name.removeprefix("validation_").partition("_")[2]
+            word = scenario_title(word) if word else metric_title(name.removeprefix("validation_"))
             axes[2].plot(step, value, color=COLORS[k % len(COLORS)], lw=2)
             ends.append((float(value[-1]), word, COLORS[k % len(COLORS)]))
         _named(axes[2], "Validation by scenario", shared)
@@ -111,6 +124,14 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         ax.set_xlabel("outer step", color=_SOFT)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return _save(figure, path)
+
+
+def validation_title(history: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A validation value in words; "error" is the mean over scenarios of the value that is logged by scenario."""
+    start = next(
+        (k.split("_")[1] for row in history for k in row if k.startswith(("validation_m", "validation_n"))), ""
+    )
+    return f"{metric_title(start)}, mean over scenarios" if metric == "error" and start else metric_title(metric)
 
 
 def _rises(metric: str) -> bool:
@@ -124,45 +145,37 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
     curves = {s: curve for s, curve in curves.items() if curve["shown"].nunique() > 1}
     if not curves:
         return False
-    means = [c[c["shown"] == c["shown"].max()].set_index("method")["mean"] for c in curves.values()]
-    hidden = _off_scale(report, metric, means)
-    figure, axes = _figure(len(curves), 4.2, sharey=True)
+    figure, axes = _figure(len(curves), 4.0)
     better = "higher" if higher_is_better(metric) else "lower"
-    aside = f"; off the scale: {', '.join(hidden)}" if hidden else ""
-    told = f"{metric_title(metric)}, {better} is better; the same users at every point; bands: 95% intervals{aside}"
-    _title(figure, "How many ratings until it is good", told)
-    limits: list[float] = []
-    ends: list[tuple[Axes, list[tuple[float, str, str]]]] = []
+    told = "the same users at every point of a panel; bands: 95% intervals; each panel has its own scale"
+    _title(figure, "How many ratings until it is good", f"{metric_title(metric)}, {better} is better; {told}")
     for ax, (scenario, curve) in zip(axes, curves.items(), strict=True):
         best = report.best_baseline(metric, scenario)
         colors, points = method_colors(report, best), sorted(curve["shown"].unique())
-        labels = []
+        last = curve[curve["shown"] == points[-1]].set_index("method")["mean"]
+        hidden = [m for m in _off_scale(report, metric, [last]) if m != best]
+        limits: list[float] = []
+        drawn: dict[tuple[float, ...], list[str]] = {}  # lines that lie on one another are named together
         for name in sorted(report.methods, key=lambda n: (n not in report.baselines, n == best)):
             line = curve[curve["method"] == name].sort_values("shown")
             if line.empty or name in hidden:
                 continue
-            at = [points.index(k) for k in line["shown"]]
             strong = name not in report.baselines or name == best
-            ax.plot(at, line["mean"], color=colors[name], lw=2.4 if strong else 1.1, marker="o", ms=4 if strong else 0)
+            at, width = range(len(points)), 2.4 if strong else 1.1
+            ax.plot(at, line["mean"], color=colors[name], lw=width, marker="o", ms=4 if strong else 0)
             limits.append(float(line["mean"].iloc[-1]))
             if strong:
                 limits += [line["low"].min(), line["high"].max()]
                 ax.fill_between(at, line["low"], line["high"], color=colors[name], alpha=0.15, lw=0)
-            labels.append((float(line["mean"].iloc[-1]), name, colors[name]))
+            drawn.setdefault(tuple(line["mean"].round(5)), []).insert(0, name)
         ax.set_xticks(range(len(points)), [str(k) for k in points])
         ax.set_xlim(-0.2, len(points) - 1 + 0.2)
         ax.set_xlabel("support examples shown", color=_SOFT)
-        _named(
-            ax,
-            scenario_title(scenario),
-            _axis_title(metric) if ax is axes[0] else "",
-            f"{curve['tasks'].max():,} tasks",
-        )
-        ends.append((ax, labels))
-    pad = 0.06 * (max(limits) - min(limits) or 1)
-    axes[0].set_ylim(min(limits) - pad, max(limits) + pad)  # what is weaker may leave the panel on its way
-    for ax, labels in ends:  # when all panels have set the shared limits
-        _end_labels(ax, labels)
+        aside = f"; off the scale: {', '.join(hidden)}" if hidden else ""
+        _named(ax, scenario_title(scenario), _axis_title(metric), f"{curve['tasks'].max():,} tasks{aside}")
+        pad = 0.06 * (max(limits) - min(limits) or 1)
+        ax.set_ylim(min(limits) - pad, max(limits) + pad)  # what is weaker may leave the panel on its way
+        _end_labels(ax, [(line[-1], ",\n".join(names), colors[names[0]]) for line, names in drawn.items()])
     return _save(figure, path)
 
 
@@ -178,7 +191,8 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
     _title(
         figure,
         f"{metric_title(metric)} by scenario",
-        f"mean and 95% interval over users; {'higher' if sign > 0 else 'lower'} is better; best on top",
+        f"mean and 95% interval over users; {'higher' if sign > 0 else 'lower'} is better; best on top; "
+        "each panel has its own scale",
     )
     for ax, scenario in zip(axes, scenarios, strict=True):
         best = report.best_baseline(metric, scenario)
@@ -220,7 +234,8 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
         ax.grid(axis="x", color="#E6E6E6", lw=0.8)
         ax.set_xlabel(_axis_title(metric), color=_SOFT)
         tasks = max(e.tasks for e in values.values())
-        _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks")
+        among = f" among {candidates(report, scenario)}" if metric.startswith("catalogue_") else ""
+        _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks{among}")
     return _save(figure, path)
 
 
@@ -254,17 +269,24 @@ def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] 
     return [m for m in report.methods if m in hidden]
 
 
-def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(6.4, 4.4 * panels), height + 0.7), dpi=150, layout="constrained", facecolor="white")
+def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Panels of one ``height``, at most three in a row and four in two rows: a page is about 11 inches wide."""
+    columns = panels if panels < 4 else 2 if panels == 4 else 3
+    rows = -(-panels // columns)
+    size = max(6.4, (4.4 if columns == 3 else 5.6) * columns), height * rows + 0.7
+    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0].tolist()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax in axes[panels:]:
+        ax.remove()
+    axes = axes[:panels]
     for ax in axes:
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.spines["bottom"].set_color("#BBBBBB")
         ax.grid(axis="y", color="#E6E6E6", lw=0.8)
         ax.set_axisbelow(True)
         ax.tick_params(colors=_SOFT, length=0, labelsize=9.5)
-    _layout(figure).set(w_pad=0.12, wspace=0.05)
+    _layout(figure).set(w_pad=0.12, wspace=0.05, h_pad=0.12)
     return figure, axes
 
 
@@ -290,14 +312,15 @@ def _named(ax: Axes, title: str, ylabel: str, note: str = "") -> None:
 
 
 def _end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Names at the ends of the lines, pushed apart where they would overlap."""
+    """Names at the ends of the lines, inside the panel, pushed apart where they would overlap."""
     low, high = ax.get_ylim()
-    gap = 0.058 * (high - low)
     ordered = sorted(labels)
+    half = [0.029 * (high - low) * (1 + name.count("\n")) for _, name, _ in ordered]
     places = [y for y, _, _ in ordered]
     for _ in range(200):
+        places = [min(max(y, low + h), high - h) for y, h in zip(places, half, strict=True)]
         for k in range(len(places) - 1):
-            lack = gap - (places[k + 1] - places[k])
+            lack = half[k] + half[k + 1] - (places[k + 1] - places[k])
             if lack > 1e-12:
                 places[k], places[k + 1] = places[k] - lack / 2, places[k + 1] + lack / 2
     for y, (_, name, color) in zip(places, ordered, strict=True):

@@ -196,6 +196,12 @@ class Report:
             found.append(Difference(method, name, scenario, metric, mean, se, low, high, *p, better, tasks))
         return found
 
+    def tied(self, metric: str, scenario: str, name: str) -> list[str]:
+        """The other baselines whose mean is that of baseline ``name``, to six digits."""
+        found = self.summary()
+        means = {n: found[n][scenario][metric].mean for n in self.baselines if metric in found[n].get(scenario, {})}
+        return [n for n in means if n != name and np.isclose(means[n], means[name], rtol=1e-6, atol=1e-9)]
+
     def best_baseline(self, metric: str, scenario: str) -> str | None:
         """The baseline with the best mean on these very tasks, which favours the baselines; None without any."""
         return self._best(self.baselines, metric, scenario)
@@ -210,12 +216,22 @@ class Report:
         sign = 1 if higher_is_better(metric) else -1
         return max(means, key=lambda n: sign * means[n]) if means else None
 
+    @cached_property
+    def _compared(self) -> dict[tuple[str, ...], list[Difference]]:
+        return {}
+
     def compare(self, metrics: Sequence[str] | None = None) -> list[Difference]:
         """Every method that is no baseline against the best baseline, by scenario and metric."""
+        wanted = tuple(self.metrics if metrics is None else metrics)
+        if wanted not in self._compared:
+            self._compared[wanted] = self._compare(wanted)
+        return list(self._compared[wanted])
+
+    def _compare(self, metrics: Sequence[str]) -> list[Difference]:
         found = self.summary()
         compared: list[Difference] = []
         for scenario in self.scenarios:
-            best = {m: self.best_baseline(m, scenario) for m in (self.metrics if metrics is None else metrics)}
+            best = {m: self.best_baseline(m, scenario) for m in metrics}
             for name in self.methods:
                 rivals = [
                     (m, rival, self.rows(rival, scenario))
@@ -336,8 +352,9 @@ def merge(reports: Sequence[Report]) -> Report:
     if not reports:
         raise MetarecError("no report to merge; give one or more")
     first = reports[0]
-    for other in reports[1:]:
-        if other.settings != first.settings or other.methods != first.methods or other.baselines != first.baselines:
+    settings = [{k: v for k, v in r.settings.items() if k != "rank_new_items"} for r in reports]  # by scenarios there
+    for other, its in zip(reports[1:], settings[1:], strict=True):
+        if its != settings[0] or other.methods != first.methods or other.baselines != first.baselines:
             raise MetarecError("reports differ in settings, methods or baselines; evaluate them alike, then merge")
     seeds = [seed for report in reports for seed in report.seeds]
     if len(set(seeds)) < len(seeds):
@@ -351,7 +368,9 @@ def merge(reports: Sequence[Report]) -> Report:
         for name in first.times
     }
     notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
-    return replace(first, per_task=frame, times=times, notes=notes)
+    new = dict.fromkeys(name for report in reports for name in report.settings.get("rank_new_items", ()))
+    merged = first.settings | ({"rank_new_items": list(new)} if new else {})
+    return replace(first, per_task=frame, settings=merged, times=times, notes=notes)
 
 
 def _one(each: Estimates, k: int, tasks: int) -> Estimate:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.core import Array, Inputs, Table
+from metarec_jax.core import Array, Inputs, MetarecError, Table
 
 _PAIRWISE_LIMIT = 192
 
@@ -48,7 +48,12 @@ def first_occurrence(ids: Array) -> Array:
 
 
 def view(tables: Mapping[str, Table], *examples: Inputs) -> View:
-    """The rows that ``examples`` touch. L = 1 + the ids of the table's columns, over all examples."""
+    """The rows that ``examples`` touch. L = 1 + the ids of the table's columns, over all examples.
+
+    >>> seen = view({"item": Table(9, 2, ("item_id",))}, {"item_id": jnp.array([7, 0, 7])}, {"item_id": jnp.array([4])})
+    >>> seen.ids["item"].tolist(), seen.inputs[0]["item_id"].tolist(), seen.inputs[1]["item_id"].tolist()
+    ([0, 7, 0, 7, 4], [1, 0, 1], [4])
+    """
     ids: dict[str, Array] = {}
     local: list[dict[str, Array]] = [dict(inputs) for inputs in examples]
     for name, table in tables.items():
@@ -75,6 +80,11 @@ def overlay(table: Array, ids: Array, moved: Array, slots: Array) -> tuple[Array
 
     Returns a local table ``[1 + n, size]`` and the local ids of ``slots``; nothing of the table's size is made.
     A repeated id in ``ids`` counts where it stands first. Cost: ``slots.size * ids.size`` comparisons.
+
+    >>> table = jnp.array([[0.0], [1.0], [2.0]])
+    >>> local, at = overlay(table, jnp.array([2]), jnp.array([[9.0]]), jnp.array([1, 2, 0]))
+    >>> local[at][:, 0].tolist()
+    [1.0, 9.0, 0.0]
     """
     flat = slots.reshape(-1)
     hits = flat[:, None] == ids[None, :]
@@ -82,3 +92,44 @@ def overlay(table: Array, ids: Array, moved: Array, slots: Array) -> tuple[Array
     zero = jnp.where((ids == 0).any(), moved[jnp.argmax(ids == 0)], table[0])[None]
     local = jnp.where(flat == 0, 0, 1 + jnp.arange(flat.shape[0], dtype=jnp.int32)).reshape(slots.shape)
     return jnp.concatenate([zero, rows]), local
+
+
+def id_extent(tables: Mapping[str, Table], *examples: Inputs) -> dict[str, tuple[Array, Array]]:
+    """Lowest and highest id that ``examples`` (of any leading axes) ask of each table; (0, 0) where of none.
+
+    >>> low, high = id_extent({"t": Table(9, 2, ("a", "b"))}, {"a": jnp.array([[4, 2]])}, {"b": jnp.array([12])})["t"]
+    >>> int(low), int(high)
+    (2, 12)
+    """
+    found = {}
+    for name, table in tables.items():
+        columns = [inputs[c] for inputs in examples for c in table.columns if c in inputs]
+        columns = [c for c in columns if c.size] or [jnp.zeros((1,), jnp.int32)]
+        lows, highs = jnp.stack([c.min() for c in columns]), jnp.stack([c.max() for c in columns])
+        found[name] = (lows.min(), highs.max())
+    return found
+
+
+def check_ids(tables: Mapping[str, Table], *examples: Inputs, where: str = "the data") -> None:
+    """Raise where ``examples`` ask for a row that its table lacks. JAX itself would take the nearest row, silently.
+
+    For concrete arrays, on the host; `fit` with ``debug=True`` does the same for every task that it draws.
+
+    Raises:
+      MetarecError: the table, the id and the table's rows are named.
+
+    >>> check_ids({"item": Table(4, 2, ("item_id",))}, {"item_id": jnp.array([1, 4])})
+    Traceback (most recent call last):
+    metarec_jax.core.MetarecError: table 'item' has rows 0..3, and the data asks it for id 4; ...
+    """
+    for name, (low, high) in jax.device_get(id_extent(tables, *examples)).items():
+        if low < 0 or high >= tables[name].num_rows:
+            raise MetarecError(outside(name, tables[name], int(low if low < 0 else high), where))
+
+
+def outside(name: str, table: Table, bad: int, where: str) -> str:
+    """The message for an id that its table lacks."""
+    return (
+        f"table {name!r} has rows 0..{table.num_rows - 1}, and {where} asks it for id {bad}; "
+        "build the model from the columns of this data (Interactions.columns)"
+    )

@@ -38,11 +38,19 @@ def partition(tree: Any, prefixes: Sequence[str] | None) -> tuple[dict[str, Arra
 
 
 def merge(like: Any, *parts: dict[str, Array]) -> Any:
-    """The tree ``like`` with its leaves taken from ``parts`` by path name, where they have one."""
+    """The tree ``like`` with its leaves taken from ``parts`` by path name, where they have one.
+
+    >>> merge({"net": {"w": 1, "b": 2}}, {"net/w": 10})
+    {'net': {'b': 2, 'w': 10}}
+    """
     named = {name: leaf for part in parts for name, leaf in part.items()}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: named.get(path_name(path), leaf), like)
 
 
 def dot(a: Any, b: Any) -> Array:
-    """Inner product of two trees of the same structure: ``sum_leaves <a, b>``."""
+    """Inner product of two trees of the same structure: ``sum_leaves <a, b>``.
+
+    >>> float(dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}))  # 3 + 8
+    11.0
+    """
     return sum((jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)), jnp.zeros(()))

@@ -1,6 +1,7 @@
 """Fit the plain baselines, each tuned on validation tasks over a small grid.
 
-A grid is searched one argument at a time. Arguments that live in a method's ``params`` compile nothing anew.
+A grid is searched one argument at a time. Arguments that live in a method's ``params`` compile nothing anew, and the
+tasks are put on the device once for all.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.baselines import BASELINES, Factory
-from metarec_jax.core import Array, MetarecError, Method, Task
+from metarec_jax.core import Array, Examples, MetarecError, Method, Task
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
+from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
 
 _Grid = Mapping[str, Sequence[float]]
 _GRIDS: Mapping[str, _Grid] = {
@@ -76,13 +77,14 @@ def tune(
     """
     grids = _CLICK_GRIDS if train.implicit else _GRIDS
     tasks = {s: t for s, t in validation_tasks.items() if len(t)}
+    wanted = [name for name in _names(train, names) if tasks and name in grids]
     part, found = _some_users(train, tuning_rows), {}
-    for name in _names(train, names):
-        if tasks and name in grids:
-            found[name], score = _search(BASELINES[name], grids[name], part, known, tasks)
-            if say is not None:
-                told = ", ".join(f"{k} {v:g}" for k, v in found[name].items())
-                say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
+    held = [_on_device(t, known) for t in tasks.values()] if wanted else []
+    for name in wanted:
+        found[name], score = _search(BASELINES[name], grids[name], part, known, held)
+        if say is not None:
+            told = ", ".join(f"{k} {v:g}" for k, v in found[name].items())
+            say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
     return found
 
 
@@ -105,8 +107,31 @@ def _some_users(train: Interactions, rows: int) -> Interactions:
     return part if len(part) else train
 
 
+_Held = Sequence[tuple[int, Task]]
+"""Device batches of one scenario, each with its number of real tasks."""
+
+
+def _on_device(tasks: TaskSet, known: Catalogue, size: int = 128) -> _Held:
+    """Batches of one shape, so that a method is compiled once; with the ids alone, as baselines know no content."""
+    user_row, item_row = np.asarray(known.user_row), np.asarray(known.item_row)
+    held = []
+    for start in range(0, len(tasks), size):
+        count = min(size, len(tasks) - start)
+        some = tasks.take(np.minimum(np.arange(start, start + size), len(tasks) - 1))
+        user_id = jnp.asarray(user_row[some.user][:, None])
+
+        def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, user_id: Array = user_id) -> Examples:
+            width = ((0, 0), (0, (1 << max(3, (item.shape[1] - 1).bit_length())) - item.shape[1]))
+            ids, targets, masks = (jnp.asarray(np.pad(a, width)) for a in (item_row[item], target, mask))
+            return Examples({"user_id": user_id, "item_id": ids}, targets, masks)
+
+        support = part(some.support_item, some.support_target, some.support_mask)
+        held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask))))
+    return held
+
+
 def _search(
-    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, tasks: Mapping[str, TaskSet]
+    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[_Held]
 ) -> tuple[dict[str, Any], float]:
     """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
     defaults = inspect.signature(factory).parameters
@@ -117,7 +142,7 @@ def _search(
         at = tuple(settings.values())
         if at not in scores:
             method = factory(train, known, **settings)
-            scores[at] = float(np.mean([_quality(method, t, known, train) for t in tasks.values()]))
+            scores[at] = float(np.mean([_quality(method, of_scenario, known, train) for of_scenario in held]))
         return scores[at]
 
     for argument, values in grid.items():
@@ -125,18 +150,18 @@ def _search(
     return chosen, score(chosen)
 
 
-def _quality(method: Method, tasks: TaskSet, known: Catalogue, train: Interactions, size: int = 64) -> float:
+def _quality(method: Method, held: _Held, known: Catalogue, train: Interactions) -> float:
     """Mean over tasks of MAE, or of -nDCG@10 where the feedback is implicit."""
     params, adapt, predict = method
     key, each = jax.random.key(0), []
     pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
-    for index, task in batches(tasks, known, size):
+    for count, task in held:
         if train.rating is None:
             quality = -_click_quality(adapt, predict, params, known, pool, task, key)
         else:
             low, high = train.rating.min(), train.rating.max()
             quality = _rating_quality(adapt, predict, params, task, low, high, key)
-        each.append(np.asarray(quality)[: len(index)])
+        each.append(np.asarray(quality)[:count])
     return float(np.concatenate(each).mean())
 
 

@@ -106,7 +106,8 @@ def test_clicks_get_negatives_and_a_click_loss(ratings):
     assert config.negatives(TaskConfig(negatives=1), ratings) == 1
     assert config.build_loss(LearnerConfig(name="maml"), clicks).__name__ == "bce"
     assert config.build_loss(LearnerConfig(name="maml", loss="bpr"), clicks).__name__ == "bpr"
-    assert config.build_loss(LearnerConfig(), ratings).__name__ == "mse"
+    assert config.build_loss(LearnerConfig(name="maml"), ratings).__name__ == "mse"
+    assert config.build_loss(LearnerConfig(), ratings).__name__ == "mae"
 
 
 def test_columns_are_for_files(tmp_path):

@@ -193,7 +193,7 @@ def test_clicks_have_nothing_to_rank_inside_the_query():
     clicks = tasks(({1: 1.0, 2: 0.0}, {3: 1.0, 4: 1.0}), ({1: 1.0}, {7: 1.0}))
     found = small(scenarios={"user_cold": clicks}, relevant=1, catalogue_ranking=True, catalogue_topn=(2,), curve=(1,))
     assert not any(m.startswith(("ndcg", "auc", "mrr")) for m in found.metrics)
-    assert any("only over the catalogue" in note for note in found.notes)
+    assert any("only over all candidates" in note for note in found.notes)
     assert found.rows("by_item", "user_cold")["catalogue_mrr"].tolist() == [0.5, 1.0]
     assert found.curve("catalogue_mrr", "user_cold")["shown"].tolist() == [0, 1, 0, 1]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from metarec_jax.core import Column
+from metarec_jax.core import Column, MetarecError
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +138,15 @@ class Interactions:
       titles: ``[len(items)]`` display names, in row order, or None.
       notes: one line for each thing that was dropped or changed on reading, with its count.
       name: of the data set, for reports.
+
+    Raises:
+      MetarecError: columns of different lengths, a row outside its vocabulary, a rating that is not finite, a feature
+        that does not fit its vocabulary or is not called ``user_...`` or ``item_...``; the first such place is named.
+
+    >>> ids = Vocabulary(np.array(["a", "b"]))
+    >>> Interactions(np.array([1, 3]), np.array([1, 2]), None, None, ids, ids)
+    Traceback (most recent call last):
+    metarec_jax.core.MetarecError: interaction 1 has user row 3, outside the rows 1..2 of its vocabulary; ...
     """
 
     user: np.ndarray
@@ -151,6 +160,37 @@ class Interactions:
     titles: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     name: str = "interactions"
+
+    def __post_init__(self) -> None:
+        n = len(self.user)
+        for name in ("item", "rating", "timestamp"):
+            column = getattr(self, name)
+            if column is not None and len(column) != n:
+                raise MetarecError(f"{name} has {len(column)} entries and user {n}; give one entry an interaction")
+        for name, rows, ids in (("user", self.user, self.users), ("item", self.item, self.items)):
+            _check_rows(rows, 1, ids.num_rows, f"interaction {{}} has {name} row")
+        if self.rating is not None and len(bad := np.flatnonzero(~np.isfinite(self.rating))):
+            raise MetarecError(f"the rating of interaction {bad[0]} is {self.rating[bad[0]]}; leave such rows out")
+        if self.titles is not None and len(self.titles) != len(self.items.ids):
+            raise MetarecError(f"there are {len(self.titles)} titles for {len(self.items.ids)} items; give one an item")
+        for side, features, ids in (
+            ("user", self.user_features, self.users),
+            ("item", self.item_features, self.items),
+        ):
+            for name, feature in features.items():
+                if not name.startswith(f"{side}_") or name == f"{side}_id":
+                    raise MetarecError(
+                        f"{side}_features has {name!r}; rename it to start with '{side}_' (not {side}_id)"
+                    )
+                if len(feature.values) != ids.num_rows:
+                    raise MetarecError(
+                        f"feature {name!r} has {len(feature.values)} rows and there are {ids.num_rows} (the unknown "
+                        f"{side} included); give one row an id, and row 0 for the unknown one"
+                    )
+                if feature.vocabulary is not None:
+                    _check_rows(
+                        feature.values, 0, feature.vocabulary.num_rows, f"feature {name!r} at row {{}} has value"
+                    )
 
     def __len__(self) -> int:
         return len(self.user)
@@ -175,4 +215,42 @@ class Interactions:
             item=self.item[where],
             rating=None if self.rating is None else self.rating[where],
             timestamp=None if self.timestamp is None else self.timestamp[where],
+        )
+
+
+def group_by_user(
+    data: Interactions, order: Literal["random", "time", "file"], rng: np.random.Generator | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Interactions grouped by user; inside a group at random, in time, or as they stand.
+
+    Returns:
+      ``(index, users, starts)``: the interactions of ``users[k]`` are ``index[starts[k] : starts[k + 1]]``.
+
+    Raises:
+      MetarecError: ``order`` is "time" and the data has no timestamps, or it is none of the three.
+    """
+    if order not in ("random", "time", "file"):
+        raise MetarecError(f"order {order!r} is not known; use 'random' or 'time'")
+    if order == "time" and data.timestamp is None:
+        raise MetarecError("order='time' wants a timestamp column, and the data has none; use order='random'")
+    if order == "random":
+        inside = (rng or np.random.default_rng(0)).permutation(len(data))
+    else:
+        inside = np.asarray(data.timestamp) if order == "time" else np.arange(len(data))
+    index = np.lexsort((inside, data.user))
+    users, starts = np.unique(data.user[index], return_index=True)
+    return index, users, np.append(starts, len(index))
+
+
+def _check_rows(rows: np.ndarray, low: int, num_rows: int, what: str) -> None:
+    """Raise where a row is not in ``low .. num_rows - 1``, naming the first; ``what`` has a place for its position."""
+    if rows.dtype.kind not in "iu":
+        raise MetarecError(
+            f"{what.format(0)} of type {rows.dtype}, and whole numbers are wanted; use Vocabulary.encode"
+        )
+    if rows.size and (rows.min() < low or rows.max() >= num_rows):
+        place = np.argwhere((rows < low) | (rows >= num_rows))[0]
+        raise MetarecError(
+            f"{what.format(place[0])} {rows[tuple(place)]}, outside the rows {low}..{num_rows - 1} of its vocabulary; "
+            "use Vocabulary.encode, and leave out what it does not know"
         )

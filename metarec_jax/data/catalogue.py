@@ -1,0 +1,83 @@
+"""What is known of users and items besides interactions, on the device, and the model's input columns made of it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.core import Array, Inputs, MetarecError
+from metarec_jax.data.interactions import Interactions
+
+
+class Catalogue(NamedTuple):
+    """What is known of users and items besides interactions; lives on the device.
+
+    Attributes:
+      user_row, item_row: int32 ``[num_rows]``: vocabulary row -> table row; 0 for one that training never saw.
+      user, item: feature columns by name, ``[num_rows]`` or ``[num_rows, f]``.
+    """
+
+    user_row: Array
+    item_row: Array
+    user: dict[str, Array]
+    item: dict[str, Array]
+
+
+def catalogue(
+    data: Interactions, train: Interactions | None = None, user_rows: Literal["prior", "own"] = "prior"
+) -> Catalogue:
+    """The catalogue of ``data``; ids without a row in ``train`` (default: ``data``) go to row 0.
+
+    Args:
+      user_rows: "prior" sends every user to row 0, the learned prior of a user; "own" keeps the rows of users in train.
+
+    Raises:
+      MetarecError: ``train`` has rows outside the vocabularies of ``data``, or ``user_rows`` is neither of the two.
+
+    >>> from metarec_jax.data.interactions import Vocabulary
+    >>> user, item = np.array([1, 1]), np.array([1, 3])
+    >>> data = Interactions(user, item, None, None, Vocabulary(np.arange(1)), Vocabulary(np.arange(4)))
+    >>> catalogue(data).item_row.tolist()  # items 2 and 4 were never seen
+    [0, 1, 0, 3, 0]
+    """
+    train = data if train is None else train
+    if user_rows not in ("prior", "own"):
+        raise MetarecError(f"user_rows {user_rows!r} is not known; use 'prior' or 'own'")
+
+    def trained(rows: np.ndarray, num_rows: int, what: str) -> Array:
+        if rows.max(initial=0) >= num_rows:
+            raise MetarecError(
+                f"train has {what} row {rows.max()}, and data has rows up to {num_rows - 1}; "
+                "take both from the same Interactions"
+            )
+        own = np.zeros(num_rows, np.int32)
+        own[rows] = rows
+        return jnp.asarray(own)
+
+    users = trained(train.user, data.users.num_rows, "user")
+    return Catalogue(
+        user_row=users if user_rows == "own" else jnp.zeros_like(users),
+        item_row=trained(train.item, data.items.num_rows, "item"),
+        user={name: jnp.asarray(f.values) for name, f in data.user_features.items()},
+        item={name: jnp.asarray(f.values) for name, f in data.item_features.items()},
+    )
+
+
+def inputs(
+    known: Catalogue, user: Array, item: Array, keep_user: Array | None = None, keep: Array | None = None
+) -> Inputs:
+    """Input columns of one user and ``n`` items. User columns have leading axis 1: all examples share them.
+
+    Args:
+      user: int32 ``[]`` vocabulary row; item: int32 ``[n]`` vocabulary rows.
+      keep_user, keep: bool ``[]`` and ``[n]``; where False, the id becomes the unknown one (the content stays).
+    """
+    user_id, item_id = known.user_row[user], known.item_row[item]
+    user_id = user_id if keep_user is None else jnp.where(keep_user, user_id, 0)
+    item_id = item_id if keep is None else jnp.where(keep, item_id, 0)
+    columns = {"user_id": user_id[None], "item_id": item_id}
+    columns |= {name: values[user][None] for name, values in known.user.items()}
+    columns |= {name: values[item] for name, values in known.item.items()}
+    return columns
