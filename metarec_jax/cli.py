@@ -181,19 +181,24 @@ _COMMANDS: dict[str, Callable[..., int]] = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
-        return tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
             prog="metarec",
             description="Recommend to users never seen, from a table of interactions. Begin with: metarec fit ml-1m",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a file that may not be read or written
+        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
+        return 2
     except Exception as error:
         from metarec_jax.core import MetarecError
 

@@ -122,7 +122,7 @@ class LearnerConfig(_Checked):
 class TrainConfig(_Checked):
     """Meta-training."""
 
-    steps: int = option(1000, "outer steps", low=0)
+    steps: int = option(1000, "outer steps", low=1)
     lr: float | None = option(
         None, "outer rate, decayed to a tenth; by default 0.0005 from a warm start, else 0.003", low=0.0
     )

@@ -38,7 +38,12 @@ def content_model(
     Args:
       columns: of the data, `Interactions.columns`.
       size: D, length of the vectors.
+      head: "dot" or "mlp".
+      hidden: units of the layers of "mlp".
       table_scale: standard deviation of the initial rows.
+
+    Raises:
+      MetarecError: an unknown ``head``, a column that is of neither side, or a dot product without one of the sides.
 
     >>> model = content_model({"user_id": Column("id", 4), "item_id": Column("id", 6)}, size=2)
     >>> params = model.init(jax.random.key(0))
@@ -46,7 +51,15 @@ def content_model(
     (3,)
     """
     kinds = {name: column.kind for name, column in columns.items()}
+    strange = [name for name in columns if not name.startswith(("user_", "item_"))]
+    if strange:
+        raise MetarecError(f"columns {strange} are of neither side; start their names with 'user_' or 'item_'")
     if head == "dot":
+        for side in ("user_", "item_"):
+            if not any(name.startswith(side) for name in columns):
+                raise MetarecError(
+                    f"the columns {sorted(columns)} have no {side}... one; a dot product wants both sides"
+                )
         return flax_model(
             TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale
         )
@@ -62,6 +75,11 @@ def meta_recommender(num_users: int, num_items: int, *, size: int = 32, table_sc
 
     Args:
       num_users, num_items: rows of the tables, the unknown row included (`Vocabulary.num_rows`).
+
+    >>> model = meta_recommender(4, 6, size=2)
+    >>> params = model.init(jax.random.key(0))
+    >>> model.apply(params, {"user_id": jnp.array([1]), "item_id": jnp.array([2, 5, 0])}).shape
+    (3,)
     """
     columns = {"user_id": Column("id", num_users), "item_id": Column("id", num_items)}
     kinds = {name: column.kind for name, column in columns.items()}
@@ -80,7 +98,13 @@ def flax_model(
 
     Args:
       module: called as ``module(rows, inputs) -> scores [n]``.
+      columns: of the data, `Interactions.columns`.
+      size: length of a row.
       features: name of a method ``(rows, inputs) -> [n, D]``, for closed-form learners.
+      table_scale: standard deviation of the initial rows; row 0 starts at 0.
+
+    Raises:
+      MetarecError: from ``apply``, where the inputs lack a column.
     """
     example_rows, example_inputs = _example(columns, size)
 
@@ -105,7 +129,11 @@ def nnx_model(
 
     Args:
       make: ``make(rngs) -> module``; the module is called as ``module(rows, inputs) -> scores [n]``.
+      columns, size, table_scale: as for `flax_model`.
       features: name of a method ``(rows, inputs) -> [n, D]``, for closed-form learners.
+
+    Raises:
+      MetarecError: from ``apply``, where the inputs lack a column.
     """
     graph, _ = nnx.split(jax.eval_shape(lambda: make(nnx.Rngs(0))))
 

@@ -103,7 +103,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     if first:
         step, value = _series(history, first).T
         metric = first.removeprefix("validation_")
-        best = int(np.argmax(value) if _rises(metric) else np.argmin(value))
+        best = int(np.argmax(value) if rises(metric) else np.argmin(value))
         axes[1].plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
         axes[1].plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
         axes[1].margins(y=0.15)
@@ -128,13 +128,13 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def validation_title(history: Sequence[Mapping[str, Any]], metric: str) -> str:
     """A validation value in words; "error" is the mean over scenarios of the value that is logged by scenario."""
-    start = next(
-        (k.split("_")[1] for row in history for k in row if k.startswith(("validation_m", "validation_n"))), ""
-    )
-    return f"{metric_title(start)}, mean over scenarios" if metric == "error" and start else metric_title(metric)
+    by_scenario = [k.split("_")[1] for row in history for k in row if k.startswith("validation_") and k.count("_") > 1]
+    if metric == "error" and by_scenario:
+        return f"{metric_title(by_scenario[0])}, mean over scenarios"
+    return metric_title(metric)
 
 
-def _rises(metric: str) -> bool:
+def rises(metric: str) -> bool:
     """Whether a validation value is better when larger; names may end in a scenario."""
     return not metric.startswith(("error", "loss", "mae", "rmse", "mse"))
 
@@ -170,9 +170,9 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
             drawn.setdefault(tuple(line["mean"].round(5)), []).insert(0, name)
         ax.set_xticks(range(len(points)), [str(k) for k in points])
         ax.set_xlim(-0.2, len(points) - 1 + 0.2)
-        ax.set_xlabel("support examples shown", color=_SOFT)
-        aside = f"; off the scale: {', '.join(hidden)}" if hidden else ""
-        _named(ax, scenario_title(scenario), _axis_title(metric), f"{curve['tasks'].max():,} tasks{aside}")
+        aside = f"\noff the scale: {', '.join(hidden)}" if hidden else ""
+        ax.set_xlabel(f"support examples shown{aside}", color=_SOFT)
+        _named(ax, scenario_title(scenario), _axis_title(metric), f"{curve['tasks'].max():,} tasks")
         pad = 0.06 * (max(limits) - min(limits) or 1)
         ax.set_ylim(min(limits) - pad, max(limits) + pad)  # what is weaker may leave the panel on its way
         _end_labels(ax, [(line[-1], ",\n".join(names), colors[names[0]]) for line, names in drawn.items()])
@@ -190,7 +190,7 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
     sign = 1 if higher_is_better(metric) else -1
     _title(
         figure,
-        f"{metric_title(metric)} by scenario",
+        f"By scenario: {metric_title(metric)}",
         f"mean and 95% interval over users; {'higher' if sign > 0 else 'lower'} is better; best on top; "
         "each panel has its own scale",
     )
@@ -234,7 +234,7 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
         ax.grid(axis="x", color="#E6E6E6", lw=0.8)
         ax.set_xlabel(_axis_title(metric), color=_SOFT)
         tasks = max(e.tasks for e in values.values())
-        among = f" among {candidates(report, scenario)}" if metric.startswith("catalogue_") else ""
+        among = f", {candidates(report, scenario)}" if metric.startswith("catalogue_") else ""
         _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks{among}")
     return _save(figure, path)
 
@@ -256,7 +256,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] | Any]) -> list[str]:
-    """Baselines so much worse than the rest that they would flatten the plot."""
+    """Baselines so much worse than the rest, and than all that are no baselines, that they would flatten the plot."""
     sign, hidden = (1 if higher_is_better(metric) else -1), set()
     for values in means:
         worth = {m: sign * float(values[m]) for m in report.methods if m in values}
@@ -264,7 +264,8 @@ def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] 
         if not ordered:
             continue
         spread = ordered[0] - ordered[len(ordered) // 2]
-        far = max(4 * spread, 0.1 * abs(ordered[0]))
+        worst = min((v for m, v in worth.items() if m not in report.baselines), default=ordered[0])
+        far = max(4 * spread, 0.1 * abs(ordered[0]), ordered[0] - worst)
         hidden |= {m for m, v in worth.items() if m in report.baselines and ordered[0] - v > far}
     return [m for m in report.methods if m in hidden]
 

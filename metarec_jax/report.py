@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ class Section(NamedTuple):
 
 
 def main_metrics(report: Report) -> list[str]:
-    """The few metrics that a page has room for: an error, nDCG over the query, nDCG and recall over the catalogue."""
+    """The few metrics that a page has room for: errors, nDCG over the query, nDCG and recall over all candidates."""
     topn, whole = report.settings["topn"], report.settings["catalogue_topn"]
     n = 5 if 5 in topn else topn[-1] if topn else 0
     wanted = ["mae", "rmse_pooled", f"ndcg@{n}"]
@@ -69,18 +68,25 @@ def terminal_table(report: Report) -> str:
         widths = [max(len(line[k].rstrip()) for line in lines) for k in range(len(header))]
         text = ["  ".join(c.rstrip().ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         direction = "higher is better" if higher_is_better(metric) else "lower is better"
-        blocks.append(
-            "\n".join([f"{metric_title(metric)}: mean ± standard error over users, {direction}, * best", *text])
-        )
+        blocks.append("\n".join([f"{metric_title(metric)}: {_mean_of(metric)}, {direction}, * best", *text]))
     blocks.append("\n".join(findings(report)))
     return "\n\n".join(block for block in blocks if block)
 
 
 def findings(report: Report) -> list[str]:
-    """One sentence for each method that is no baseline, scenario and main metric (of an error and a ranking)."""
-    metrics = [m for m in main_metrics(report) if m in report.metrics]
-    chosen = metrics[:1] + [m for m in metrics[1:] if "ndcg" in m][:1]
-    said = [_comparison(d, report) for d in report.compare(chosen)]
+    """How often each method that is no baseline wins, then a sentence for each scenario and main metric but recall."""
+    metrics = [m for m in main_metrics(report) if m in report.metrics and "recall" not in m]
+    compared = report.compare(metrics)
+    said = []
+    for name in [m for m in report.methods if m not in report.baselines]:
+        verdicts = [_verdict(d) for d in compared if d.method == name]
+        if verdicts:
+            better, worse = verdicts.count("better"), verdicts.count("worse")
+            said.append(
+                f"{name} against the best baseline of each comparison: better in {better} of {len(verdicts)}, worse in "
+                f"{worse}, no difference that these tasks can show in {len(verdicts) - better - worse}."
+            )
+    said += [_comparison(d, report) for d in compared]
     return said or ["No method stands against a baseline here, so nothing is compared."]
 
 
@@ -95,11 +101,35 @@ def adaptation_findings(report: Report) -> list[str]:
             gain = report.adaptation_gain(name, metrics[0], scenario)
             start, end = (found[name][scenario][metrics[0]].mean for found in (before, after))
             effect = "it adapts" if gain.better else "not a gain that these tasks can show"
+            support = report.rows(name, scenario)["support"].median()
             said.append(
-                f"{scenario_title(scenario)}: the support takes {metric_title(metrics[0])} of {name} from {start:.3f} "
-                f"to {end:.3f}, a difference of {_interval(gain)}: {effect}."
+                f"{scenario_title(scenario)}: the support (median size {support:g}) takes {metric_title(metrics[0])} "
+                f"of {name} from {start:.3f} to {end:.3f}, a difference of {_interval(gain)}: {effect}. "
+                f"{_along_the_curve(report, name, metrics[0], scenario)}".rstrip()
             )
     return said
+
+
+def _along_the_curve(report: Report, name: str, metric: str, scenario: str) -> str:
+    """The curve of one method in words: its values, where half of its gain is reached, where it is ahead."""
+    curve = report.curve(metric, scenario)
+    mine = curve[curve["method"] == name].set_index("shown")
+    if len(mine) < 2:
+        return ""
+    values, points = mine["mean"].to_numpy(), [int(k) for k in mine.index]
+    sign = 1 if higher_is_better(metric) else -1
+    told = ", ".join(f"{value:.3f} with {k}" for value, k in zip(values, points, strict=True))
+    text = f"Users with {points[-1]} or more ({int(mine['tasks'].max()):,}): {told}."
+    gain = sign * (values - values[0])
+    if gain[-1] > 0:
+        text += f" Half of that gain is there with {points[int((gain >= gain[-1] / 2).argmax())]}."
+    rival = report.best_baseline(metric, scenario)
+    if rival is not None and (curve["method"] == rival).any():
+        theirs = curve[curve["method"] == rival].set_index("shown")["mean"].reindex(points).to_numpy()
+        ahead = [str(k) for k, gap in zip(points, sign * (values - theirs), strict=True) if gap > 0]
+        where = "at every point" if len(ahead) == len(points) else f"with {', '.join(ahead)}" if ahead else "nowhere"
+        text += f" Its mean is better than that of {rival}, shown as many: {where}."
+    return text
 
 
 def write_report(
@@ -144,9 +174,9 @@ def _sections(
     for metric in metrics:
         name = f"scenarios_{metric.replace('@', '_')}.png"
         drawn = metric != "rmse_pooled" and plots.scenario_dots(report, metric, folder / name)
-        sections.append(
-            Section(metric_title(metric), (), metric_table(report, metric), f"plots/{name}" if drawn else None)
-        )
+        said = f"{_mean_of(metric).capitalize()}; {'higher' if higher_is_better(metric) else 'lower'} is better."
+        image = f"plots/{name}" if drawn else None
+        sections.append(Section(metric_title(metric), (said,), metric_table(report, metric), image))
     curves = [m for m in metrics if m in report.metrics]
     images = [f"cold_start_{m.replace('@', '_')}.png" for m in curves[:2]]
     drawn_curves = [n for m, n in zip(curves, images, strict=False) if plots.cold_start_curve(report, m, folder / n)]
@@ -159,22 +189,32 @@ def _sections(
     sections.append(Section("Time", (), _times_table(report)))
     for name, facts in (("Data", data_facts), ("Configuration", config)):
         if facts:
-            sections.append(
-                Section(name, (), Table(("", "value"), tuple((str(k), _text(v)) for k, v in facts.items())))
-            )
+            table = Table(("", "value"), tuple((str(k), _text(v)) for k, v in facts.items()))
+            sections.append(Section(name, (), table))
     return sections
 
 
 def _comparison(d: Difference, report: Report) -> str:
     found = report.summary()
     mine, rival = found[d.method][d.scenario][d.metric].mean, found[d.baseline][d.scenario][d.metric].mean
-    excludes = d.low > 0 or d.high < 0
-    verdict = "better" if d.better else "worse" if excludes else "no difference that these tasks can show"
-    zero = "excludes zero" if excludes else "includes zero"
+    zero = "excludes zero" if d.low > 0 or d.high < 0 else "includes zero"
+    tied = report.tied(d.metric, d.scenario, d.baseline)
+    best = f"the best baseline, {d.baseline}" + (f" (tied with {', '.join(tied)})" if tied else "")
+    metric, _, among = metric_title(d.metric).partition(", ")
+    whose = d.method + (f" among {among}" if among else "")
     return (
-        f"{scenario_title(d.scenario)}: {metric_title(d.metric)} of {d.method} is {mine:.3f}, of the best baseline, "
-        f"{d.baseline}, {rival:.3f}. The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {verdict}."
+        f"{scenario_title(d.scenario)}: {metric} of {whose} is {mine:.3f}, of {best}, {rival:.3f}. "
+        f"The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {_verdict(d)}."
     )
+
+
+def _verdict(d: Difference) -> str:
+    return "better" if d.better else "worse" if d.low > 0 or d.high < 0 else "no difference that these tasks can show"
+
+
+def _mean_of(metric: str) -> str:
+    """What a cell of a table is the mean of."""
+    return "over all query ratings ± standard error" if metric == "rmse_pooled" else "mean ± standard error over users"
 
 
 def _interval(d: Difference) -> str:
@@ -191,12 +231,14 @@ def _selection(history: Sequence[Mapping[str, Any]]) -> str:
     names = sorted({k for row in history for k in row if k.startswith("validation_")})
     if not names:
         return f"Trained for {last:,} steps without validation: the last parameters are used."
-    chosen = next((n for n in ("validation_error", "validation_loss") if n in names), names[0]).removeprefix(
-        "validation_"
-    )
+    chosen = next((n for n in ("validation_error", "validation_loss") if n in names), names[0])
+    metric = chosen.removeprefix("validation_")
+    tried = [(float(row[chosen]), int(row["step"])) for row in history if row.get(chosen) is not None]
+    value, step = (max if plots.rises(metric) else min)(tried, key=lambda pair: pair[0])
     return (
-        f"Trained for {last:,} steps. Selection: the parameters with the best validation {metric_title(chosen)}, on "
-        "validation tasks apart from the test tasks scored here."
+        f"Trained for {last:,} steps. Selection: of {len(tried):,} checks, the parameters of step {step:,}, with the "
+        f"best {plots.validation_title(history, metric)}, {value:.4f}, on validation tasks apart from the test tasks "
+        "scored here."
     )
 
 
@@ -207,8 +249,10 @@ def _method_notes(report: Report) -> list[str]:
         "Every number is a mean over tasks (a task is one user). Intervals are 95% percentile intervals of "
         f"{s['bootstrap']:,} bootstrap draws of users; differences are paired, on the same tasks. The best baseline is "
         "the one with the best mean on these very tasks, which favours the baselines.",
-        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; over the whole catalogue it is 1 for "
+        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; among all candidates it is 1 for "
         f"a relevant item. Relevant is {s['relevant']}. Ties are broken at random.",
+        'A ranking without "all candidates" in its name orders only the few query items of a task, all of them rated: '
+        "even a random order scores high there, and the differences between methods are what counts.",
     ]
     if clip:
         said.append(
@@ -216,9 +260,20 @@ def _method_notes(report: Report) -> list[str]:
         )
     if s["catalogue_topn"]:
         said.append(
-            f"Whole-catalogue rankings are over all {s['catalogue_items']:,} items less the support; items that the "
+            f"Rankings of all candidates are over all {s['catalogue_items']:,} items less the support; items that the "
             "user never rated count as irrelevant, so these numbers are low by nature."
+            + (
+                " A predictor of ratings puts first what a user would rate high, not what they will rate."
+                if clip
+                else ""
+            )
         )
+        if new := s.get("rank_new_items"):
+            said.append(
+                f"{' and '.join(map(scenario_title, new))}: training saw no query item, so the candidates are the "
+                f"{s['new_items']:,} items unknown to training, less the support; old items would fill every list. "
+                "A method that knows an item by its id alone gives all of them one score, and orders them at random."
+            )
     if s["ranking_only"]:
         said.append(f"{', '.join(s['ranking_only'])}: scores are no ratings, so there are no rating errors.")
     said.append(
@@ -230,20 +285,11 @@ def _method_notes(report: Report) -> list[str]:
 def _counts_table(report: Report) -> Table:
     rows = []
     for name, c in report.counts().items():
-        missing = max(c["no_answer"].values(), default=0)
-        rows.append(
-            (
-                name,
-                f"{c['tasks']:,}",
-                f"{c['users']:,}",
-                f"{c['queries']:,}",
-                f"{c['median_support']:g}",
-                f"{missing:,}",
-            )
-        )
-    return Table(
-        ("scenario", "tasks", "users", "query examples", "median support", "tasks a metric left out"), tuple(rows)
-    )
+        missing = max((n for metric, n in c["no_answer"].items() if "recall" in metric), default=0)
+        numbers = (f"{n:,}" for n in (c["tasks"], c["users"], c["queries"]))
+        rows.append((scenario_title(name), *numbers, f"{c['median_support']:g}", f"{missing:,}"))
+    header = ("scenario", "tasks", "users", "query examples", "median support", "tasks without a relevant item")
+    return Table(header, tuple(rows))
 
 
 def _times_table(report: Report) -> Table:
@@ -251,13 +297,22 @@ def _times_table(report: Report) -> Table:
         (name, f"{1e6 * t['seconds_per_user']:,.1f}", f"{t['first_call_seconds']:.1f}")
         for name, t in report.times.items()
     ]
-    return Table(
-        ("method", "microseconds a user, adapt and predict", "seconds of first calls (compilation)"), tuple(rows)
-    )
+    header = ("method", "microseconds a user, adapt and predict", "seconds of first calls (compilation)")
+    return Table(header, tuple(rows))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def _text(value: Any, inner: bool = False) -> str:
+    """A value of a table, in words; mappings and lists inside others in brackets."""
+    if isinstance(value, Mapping):
+        text = (", " if inner else "; ").join(f"{k}: {_text(v, True)}" for k, v in value.items())
+        return f"({text})" if inner else text or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(v, True) for v in value) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value == int(value) and abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
@@ -325,9 +380,9 @@ figure { margin: 1rem 0; } img { width: 100%; height: auto; border-radius: 8px; 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
-th, td { padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
-td.best { font-weight: 700; background: linear-gradient(to right, var(--mark) 80%, transparent); }
+td.best { font-weight: 700; background: var(--mark); }
 </style>
 </head>
 <body>

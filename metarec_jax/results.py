@@ -252,19 +252,21 @@ class Report:
         first = self.rows(self.methods[0], scenario)
         sizes = first["support"].to_numpy()
         points = [k for k in self.settings["curve"] if k == 0 or (sizes >= k).mean() >= min_share]
-        chosen = first.loc[sizes >= max(points), ["seed", "task"]]
-        table: list[dict[str, Any]] = []
+        columns: list[tuple[str, int, np.ndarray]] = []
         for name in self.methods:
-            cells = [self.rows(name, scenario, k).merge(chosen, on=["seed", "task"]) for k in points]
-            values = np.stack([cell[metric].to_numpy(np.float64) for cell in cells], axis=1)
-            if not np.isfinite(values).any():
-                continue
-            users = cells[0]["user"].to_numpy()
-            each = estimate(values, users, resamples=self.settings["bootstrap"])
-            table += [
-                {"method": name, "shown": k, **_one(each, i, int(np.isfinite(values[:, i]).sum()))._asdict()}
-                for i, k in enumerate(points)
-            ]
+            cells = [self.rows(name, scenario, k) for k in points]
+            values = [cell[metric].to_numpy(np.float64)[cell["support"] >= points[-1]] for cell in cells]
+            if np.isfinite(values).any():
+                columns += [(name, k, column) for k, column in zip(points, values, strict=True)]
+        if not columns:
+            return pd.DataFrame([], columns=["method", "shown", *Estimate._fields])
+        every = np.stack([column for _, _, column in columns], axis=1)
+        users = first["user"].to_numpy()[sizes >= points[-1]]
+        each = estimate(every, users, resamples=self.settings["bootstrap"])
+        table = [
+            {"method": name, "shown": k, **_one(each, i, int(np.isfinite(column).sum()))._asdict()}
+            for i, (name, k, column) in enumerate(columns)
+        ]
         return pd.DataFrame(table, columns=["method", "shown", *Estimate._fields])
 
     def by_seed(self, metric: str) -> pd.DataFrame:

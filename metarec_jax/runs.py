@@ -6,10 +6,12 @@ saw), ``checkpoints/``, ``metrics.jsonl``, and ``result.json`` once training has
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,7 @@ class Run(NamedTuple):
       config: how it was trained.
       data: what it was trained and tested on.
       known: its catalogue: items that training never saw have row 0.
+      trained: digest of the interactions it was trained on; None in a run that noted none.
       learner: as configured.
     """
 
@@ -42,6 +45,7 @@ class Run(NamedTuple):
     data: Interactions
     known: Catalogue
     learner: Learner
+    trained: str | None = None
 
 
 def name_of(data: Interactions) -> str:
@@ -73,10 +77,22 @@ def fingerprint(data: Interactions) -> str:
     return digest.hexdigest()
 
 
+def rows_digest(data: Interactions) -> str:
+    """sha256 of the rows alone: of two parts of one data set, whether they are the same."""
+    return hashlib.sha256(np.stack([data.user, data.item]).astype(np.int32).tobytes()).hexdigest()
+
+
 def identity(config: configs.Config, data: Interactions) -> dict[str, Any]:
-    """What makes two trainings the same one: every setting but the data's path, the data itself, and the version."""
+    """What makes two trainings the same one: every setting but the data's path, the data itself, and the version.
+
+    Of a published partition the file's contents count too: training may not go on with what was held out before.
+    """
     settings = configs.to_dict(config)
-    return {
+    partition = config.split.partition
+    held = {}
+    if partition is not None and Path(partition).is_file():  # one that is missing is told by what reads it
+        held = {"partition": hashlib.sha256(Path(partition).read_bytes()).hexdigest()}
+    return held | {
         "config": settings | {"data": {k: v for k, v in settings["data"].items() if k != "name"}},
         "data": fingerprint(data),
         "version": version("metarec_jax"),
@@ -90,7 +106,8 @@ def write(directory: Path, config: configs.Config, data: Interactions, train: In
     with (directory / "catalogue.tmp").open("wb") as file:
         np.savez_compressed(file, user_row=np.asarray(known.user_row), item_row=np.asarray(known.item_row))
     os.replace(directory / "catalogue.tmp", directory / "catalogue.npz")
-    write_json(directory / "config.json", {"config": configs.to_dict(config), "data": fingerprint(data)})
+    told = {"config": configs.to_dict(config), "data": fingerprint(data), "train": rows_digest(train)}
+    write_json(directory / "config.json", told)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,24 +145,34 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         with np.load(run / "catalogue.npz", allow_pickle=False) as rows:
             user_row, item_row = jnp.asarray(rows["user_row"]), jnp.asarray(rows["item_row"])
         known = catalogue(data)._replace(user_row=user_row, item_row=item_row)
-    except (OSError, ValueError, KeyError) as error:
+        config = configs.from_dict(stored["config"])
+        digest, trained = stored["data"], stored.get("train")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise MetarecError(
             f"{run} is damaged ({error}); train it again with metarec fit ... --out {run} --fresh"
         ) from error
     whole = (data.users.num_rows, data.items.num_rows) == (known.user_row.shape[0], known.item_row.shape[0])
-    if not whole or fingerprint(data) != stored["data"]:
+    if not whole or fingerprint(data) != digest:
         raise MetarecError(
             f"{run / 'data.parquet'} is not the data that {run} was trained on: its users and items are others. "
             "Put the run's own file back, or train again with --fresh"
         )
-    config = configs.from_dict(stored["config"])
-    return Run(run, config, data, known, configs.build_learner(config, data))
+    return Run(run, config, data, known, configs.build_learner(config, data), trained)
 
 
 def method(run: Run) -> Method:
-    """The trained method of a run: its best parameters."""
+    """The trained method of a run: its best parameters.
+
+    It adapts as in training, to the same numbers; but where training took inner gradients for constants (Reptile, first
+    order), a derivative through this adaptation is whole: without it no feedback would seem to move a score.
+    """
     like = jax.eval_shape(run.learner.init, jax.random.key(0))
-    return Method(checkpoint.load_params(run.directory, like=like), run.learner.adapt, run.learner.predict)
+    params = checkpoint.load_params(run.directory, like=like)
+    learner, given = run.learner, run.config.learner
+    if given.name == "reptile" or given.first_order:
+        whole = dataclasses.replace(given, name="maml", first_order=False)
+        learner = configs.build_learner(dataclasses.replace(run.config, learner=whole), run.data)
+    return Method(params, learner.adapt, learner.predict)
 
 
 def _others(run: Path) -> str:

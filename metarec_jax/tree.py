@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from metarec_jax.core import Array, MetarecError
 
@@ -45,12 +44,3 @@ def merge(like: Any, *parts: dict[str, Array]) -> Any:
     """
     named = {name: leaf for part in parts for name, leaf in part.items()}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: named.get(path_name(path), leaf), like)
-
-
-def dot(a: Any, b: Any) -> Array:
-    """Inner product of two trees of the same structure: ``sum_leaves <a, b>``.
-
-    >>> float(dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}))  # 3 + 8
-    11.0
-    """
-    return sum((jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)), jnp.zeros(()))

@@ -122,8 +122,8 @@ def _on_device(tasks: TaskSet, known: Catalogue, size: int = 128) -> _Held:
 
         def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, user_id: Array = user_id) -> Examples:
             width = ((0, 0), (0, (1 << max(3, (item.shape[1] - 1).bit_length())) - item.shape[1]))
-            ids, targets, masks = (jnp.asarray(np.pad(a, width)) for a in (item_row[item], target, mask))
-            return Examples({"user_id": user_id, "item_id": ids}, targets, masks)
+            ids, targets, real = (jnp.asarray(np.pad(a, width)) for a in (item_row[item], target, mask))
+            return Examples({"user_id": user_id, "item_id": ids}, targets, real)
 
         support = part(some.support_item, some.support_target, some.support_mask)
         held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask))))

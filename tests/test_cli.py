@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from metarec_jax import cli, runs
+from metarec_jax.commands.recommend import parse_rates
 from metarec_jax.data.synthetic import synthetic
+from metarec_jax.online.history import Names, parse_history
 from metarec_jax.training.checkpoint import Checkpoints, load_params
 from metarec_jax.training.progress import read_history
 
@@ -163,7 +165,9 @@ def test_one_user_alone_may_ask(trained, capsys, own_folder):
     table = own_folder / "one.csv"
     table.write_text("film,stars\nfilm 1,5\n".replace("film,", "item,"))
     assert cli.main(["recommend", str(trained), "--history", str(table), "-n", "2", "--json"]) == 0
-    assert [row["rank"] for row in last_line(capsys)["recommendations"]] == [1, 2]
+    said = last_line(capsys)
+    assert [row["rank"] for row in said["recommendations"]] == [1, 2]
+    assert said["unknown"] == []
 
 
 def test_no_history_is_the_prior(trained, capsys):
@@ -175,7 +179,8 @@ def test_no_history_is_the_prior(trained, capsys):
     ("rate", "message"),
     [
         ("film 3", "gives no rating"),
-        ("=5", "gives no rating"),
+        ("=5", 'gives no item; write --rate "ITEM='),
+        ("", "gives neither item nor rating"),
         ("film 3=good", "is no rating from"),
         ("film 3=nan", "is no rating from"),
         ("film 3=77", "is no rating from"),
@@ -194,6 +199,13 @@ def test_recommend_refusals(trained, capsys, own_folder):
     assert "no file" in failure(capsys, "recommend", trained, "--history", own_folder / "none.csv")
     table.write_text("who,stars\nann,5\nbob,4\n")
     assert "no item column" in failure(capsys, "recommend", trained, "--history", table)
+    table.write_text("user_id,item_id\nann,film 1\n")
+    assert "no rating column" in failure(capsys, "recommend", trained, "--history", table)
+    table.write_text("user_id,item_id,rating\nann,film 1,\n")
+    assert "every row of" in failure(capsys, "recommend", trained, "--history", table)
+    table.write_text("user_id,item_id,rating\nann,film 1,77\n")
+    assert "'film 1' by user 'ann' is 77" in failure(capsys, "recommend", trained, "--history", table)
+    assert "is a folder" in failure(capsys, "recommend", trained, "--history", own_folder)
 
 
 def test_runs_that_are_not_there(trained, capsys, own_folder):
@@ -214,6 +226,65 @@ def test_a_foreign_vocabulary_is_refused(trained, capsys):
     finally:
         for name, raw in kept.items():
             (folder / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize(("name", "raw"), [("catalogue.npz", b"PK\x03"), ("config.json", b"[]"), ("config.json", b"{")])
+def test_damaged_files_are_told(trained, capsys, name, raw):
+    kept = (trained / name).read_bytes()
+    try:
+        (trained / name).write_bytes(raw)
+        assert "is damaged" in failure(capsys, "recommend", trained, "--rate", "film 3=5")
+    finally:
+        (trained / name).write_bytes(kept)
+
+
+def test_a_split_that_is_no_longer_the_one_trained_on_is_not_measured(trained, capsys):
+    """What the partition now holds out may have been learned."""
+    kept = (trained / "config.json").read_text()
+    try:
+        (trained / "config.json").write_text(json.dumps(json.loads(kept) | {"train": "of other rows"}))
+        assert "trained on other rows" in failure(capsys, "evaluate", trained)
+    finally:
+        (trained / "config.json").write_text(kept)
+
+
+def test_evaluate_wants_a_draw_and_a_user(trained, capsys):
+    assert "--seeds must be 1 or more, and is 0" in failure(capsys, "evaluate", trained, "--seeds", "0")
+    assert "--max-users must be 1 or more" in failure(capsys, "evaluate", trained, "--max-users", "-1")
+
+
+def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings, capsys):
+    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--support", "500", "600"]
+    before = sorted(path.name for path in trained.iterdir())
+    assert "no user has 501 interactions" in failure(capsys, *command, "--fresh")
+    assert sorted(path.name for path in trained.iterdir()) == before
+    failure(capsys, *command, "--out", "runs/never")
+    assert not runs.Path("runs/never").exists()
+    assert "cannot be a run directory" in failure(capsys, *command[:-3], "--out", "stars.csv")
+
+
+def test_without_a_comparison_the_last_line_is_json_too(trained, capsys):
+    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--no-evaluate", "--json"]
+    assert cli.main(command) == 0
+    found = last_line(capsys)
+    assert (found["run"], found["step"], found["stopped"]) == ("runs/stars", 40, "finished")
+
+
+def test_a_file_that_may_not_be_written_is_no_traceback(monkeypatch, capsys):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metarec_jax.commands.doctor.doctor", full)
+    assert "No space left on device" in failure(capsys, "doctor")
+
+
+def test_rates_of_clicks_are_told_to_be_unused(ratings):
+    clicks = synthetic(10, 10, ratings_per_user=(5, 8), implicit=True).data
+    columns = parse_rates(["film 3", "film 4=2", "film 4=2"], clicks)
+    assert columns == {"item_id": ["film 3", "film 4", "film 4"], "rating": [1.0, 2.0, 2.0]}
+    known = clicks.items.ids[:2].tolist()
+    notes = parse_history({"item_id": known, "rating": [1.0, 2.0]}, clicks, Names(clicks)).notes
+    assert "are not used" in notes[0]
 
 
 def test_unknown_data(capsys):

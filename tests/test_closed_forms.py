@@ -73,6 +73,18 @@ def test_reptile_moves_towards_the_adapted_parameters(float64):
     np.testing.assert_allclose(got, start - p, rtol=1e-6)
 
 
+def test_reptile_with_one_support_example_and_a_shared_user():
+    """Support width 1: the user's column is still shared by all examples, not joined with itself (shapes would not fit)."""
+    model, task = seed_world()
+    few = Task(jax.tree.map(lambda a: a[:1], task.support), task.query)
+    spread = lambda e: e._replace(inputs={**e.inputs, "user_id": jnp.repeat(e.inputs["user_id"], len(e.mask))})  # noqa: E731
+    learner = learners.reptile(model, inner_steps=2)
+    gradient = jax.grad(lambda p, t: learner.loss(p, t, KEY)[0])
+    params = learner.init(KEY)
+    full = Task(spread(few.support), spread(few.query))
+    assert largest_difference(gradient(params, few), gradient(params, full)) < 1e-6
+
+
 def seed_world():
     model = seed_model()
     task = one(tasks(jax.random.key(3), 2, columns={"user_id": model_column(400), "item_id": model_column(600)}), 1)

@@ -70,7 +70,7 @@ def test_one_task_at_a_time_is_the_same(name):
 
     def spoil(e):  # the last slot of task 0 has mask 0
         inputs = {c: v.at[-1].set(v[0]) if v.shape[0] > 1 else v for c, v in e.inputs.items()}
-        return e._replace(inputs=inputs, target=e.target.at[-1].set(99.0))
+        return e._replace(inputs=inputs, target=e.target.at[-1].set(jnp.nan))
 
     @jax.jit
     def run(params, batch, task):
@@ -98,10 +98,10 @@ def test_one_task_at_a_time_is_the_same(name):
 
 @each_learner
 def test_padding_has_no_gradient(name):
-    """Garbage in a padded slot of support and query changes the meta-gradient of no parameter."""
+    """Garbage in a padded slot of support and query, nan even, changes the meta-gradient of no parameter."""
     learner, params, batch = world(name)
     task = one(batch)
-    spoil = lambda e: e._replace(target=e.target.at[-1].set(99.0))  # noqa: E731
+    spoil = lambda e: e._replace(target=e.target.at[-1].set(jnp.nan))  # noqa: E731
     gradient = jax.jit(jax.grad(lambda p, t: learner.loss(p, t, KEY)[0]))
     spoiled = gradient(params, Task(spoil(task.support), spoil(task.query)))
     assert largest_difference(gradient(params, task), spoiled) < 1e-5
@@ -114,6 +114,18 @@ def test_adapted_is_small(name):
     adapted = jax.eval_shape(learner.adapt, params, one(batch).support, KEY)
     rows = [leaf.shape[0] for leaf in jax.tree.leaves(adapted) if leaf.ndim]
     assert all(n < 400 for n in rows)
+
+
+def test_adapted_holds_what_adapts_and_no_more():
+    """ANIL on (dense_0, out): the last layer alone; the user's row alone: one table's rows and nothing dense."""
+    for name, rest, tables in (
+        ("anil", {"net/params/out/kernel", "net/params/out/bias"}, set()),
+        ("user_row", set(), {"user_id"}),
+    ):
+        learner, params, batch = world(name)
+        adapted = jax.eval_shape(learner.adapt, params, one(batch).support, KEY)
+        assert set(adapted["rest"]) == rest
+        assert set(adapted["rows"]) == tables
 
 
 @each_learner

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,13 +18,15 @@ import pytest
 from worlds import largest_difference
 
 from metarec_jax import learners, models
-from metarec_jax.core import MetarecError
+from metarec_jax.core import Column, MetarecError
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import task_source
+from metarec_jax.data.tasks import TaskSource, catalogue, make_tasks, task_source
+from metarec_jax.training import loop
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, init_state, make_step
+from metarec_jax.training.validation import validator
 
 DATA = synthetic(200, 100, ratings_per_user=(8, 20), seed=0).data
 
@@ -167,3 +170,120 @@ def test_the_step_lowers_for_accelerators(platform):
     step = jax.jit(make_step(ridge, tasks, optimizers))
     traced = step.trace(state, tasks.data)
     assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_one_program_for_chunks_of_every_length():
+    """20 steps in chunks of 4, paused every 5: lengths 4 and 1; one compiled program."""
+    runner = loop._chunk_runner
+    programs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_chunk_runner", lambda *a: programs.append(runner(*a)) or programs[-1])
+        result = fit(
+            learner(), source(), steps=20, chunk=4, validate=lambda p: {"loss": 0.0}, validate_every=5, patience=None
+        )
+    assert set(np.diff([0.0, *(row["step"] for row in result.history)])) == {1.0, 4.0}
+    assert programs[0]._cache_size() == 1
+
+
+def test_validation_compiles_once():
+    """Three validations of tasks of one width: one program."""
+    data = DATA.take(DATA.user <= 40)
+    ridge = learner()
+    traces = []
+    counted = ridge._replace(adapt=lambda p, s, k: traces.append(s.mask.shape) or ridge.adapt(p, s, k))
+    validate = validator(
+        counted, {"user_cold": make_tasks(data, query=3, support=(1, 6))}, catalogue(data), rating_range=(1.0, 5.0)
+    )
+    params = ridge.init(jax.random.key(0))
+    values = [validate(params)["error"] for _ in range(3)]
+    assert values[0] == values[1] == values[2]
+    assert len(traces) == 1
+
+
+def test_a_model_of_other_data_is_refused_before_the_first_step():
+    """The items of DATA are rows up to 100; a table of 51 rows would serve row 50 for half of them."""
+    columns = {**DATA.columns, "item_id": Column("id", 51)}
+    ridge = learners.ridge(models.content_model(columns, size=3))
+    with pytest.raises(
+        MetarecError, match=r"table 'item_id' has rows 0\.\.50, and the training data asks it for id 100"
+    ):
+        fit(ridge, DATA, steps=1)
+
+
+def test_debug_names_the_step_that_drew_a_wrong_id():
+    """A source of one's own: from step 3 of 6 on, item id 101 in a table of rows 0..100."""
+    inner = source()
+
+    def draw(data, key):
+        task = inner.draw(data[0], key)
+        wrong = jnp.any(jax.random.key_data(key) == data[1])
+        ids = jnp.where(wrong, 101, task.query.inputs["item_id"])
+        return task._replace(query=task.query._replace(inputs={**task.query.inputs, "item_id": ids}))
+
+    seed_key = jax.random.split(jax.random.key(0))[1]
+    third = jax.random.key_data(jax.random.split(jax.random.fold_in(seed_key, 3))[0])
+    odd = TaskSource((inner.data, third), draw, inner.tasks)
+    with pytest.raises(MetarecError, match=r"table 'item_id' has rows 0\.\.100, and step 3 asks it for id 101"):
+        fit(learner(), odd, steps=6, debug=True)
+    fine = fit(learner(), inner, steps=3, debug=True)
+    assert largest_difference(fine.params, fit(learner(), inner, steps=3).params) == 0.0
+    assert not any("id/" in name for name in fine.history[0])
+
+
+def test_parameters_of_another_learner_are_refused():
+    other = learners.ridge(models.content_model(DATA.columns, size=4)).init(jax.random.key(0))
+    with pytest.raises(
+        MetarecError, match=r"'net/.*' of shape|'ridge/log_precision' of shape \[5\], and the learner wants \[4\]"
+    ):
+        fit(learner(), DATA, steps=1, params=other)
+    plain = models.content_model(DATA.columns, size=3).init(jax.random.key(0))
+    with pytest.raises(MetarecError, match=r"params lack 'ridge/log_precision'; start from learner\.init"):
+        fit(learner(), DATA, steps=1, params=plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk is 0; give 1 or more"),
+        ({"validate_every": 0}, "validate_every is 0"),
+        ({"train": [1, 2]}, "fit\\(\\) was given a list to train on"),
+        ({"validate": lambda p: {"mae": 1.0}}, "returned no 'loss'; it returned \\['mae'\\]"),
+        (
+            {"learner": learners.ridge(models.content_model(dict(DATA.columns, item_x=Column("numeric", 2))))},
+            "lack the model's columns \\['item_x'\\]",
+        ),
+    ],
+)
+def test_fit_says_what_is_wrong(options, message):
+    arguments = {"learner": learner(), "train": source(), "steps": 1, **options}
+    with pytest.raises(MetarecError, match=message):
+        fit(arguments.pop("learner"), arguments.pop("train"), **arguments)
+
+
+def test_clicks_get_negatives_by_default():
+    """Without ratings every event is a 1: without negatives the constant 1 would be a perfect fit, and nothing learned."""
+    clicks = replace(DATA, rating=None)
+    drawn = loop._source(learner(), clicks)
+    target = jax.jit(drawn.draw)(drawn.data, jax.random.key(0)).query.target
+    assert 0.1 < float(target.mean()) < 0.3
+
+
+def test_resuming_without_a_best_checkpoint_returns_living_parameters(tmp_path):
+    """The best checkpoint is gone and nothing later is better: the parameters resumed from come back, not freed buffers."""
+
+    class Kept:
+        state = None
+
+        def save(self, step, state, **_):
+            self.state = (step, jax.tree.map(jnp.copy, state))
+
+        def restore(self, like, *, which="latest"):
+            if self.state is None or which == "best":
+                return None
+            return self.state[0], jax.tree.map(jnp.copy, self.state[1])
+
+    kept, values = Kept(), iter([1.0, 2.0, 3.0, 4.0])
+    arguments = {"validate": lambda p: {"loss": next(values)}, "validate_every": 2, "checkpoints": kept}
+    fit(learner(), source(), steps=2, **arguments)
+    resumed = fit(learner(), source(), steps=4, **arguments)
+    assert np.isfinite(np.asarray(resumed.params["tables"]["item_id"])).all()

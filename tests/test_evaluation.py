@@ -116,6 +116,21 @@ def test_catalogue_in_small_chunks_of_users_and_items_is_the_same(report, monkey
     assert again.per_task.equals(report.per_task)
 
 
+def test_new_items_are_ranked_among_new_items_where_all_query_items_are_new():
+    """Training knew items 1 to 5. The user had 6; of 7 and 8, item 7 stands first, whatever the old items score."""
+    known = KNOWN._replace(item_row=jnp.array([0, 1, 2, 3, 4, 5, 0, 0, 0]))
+    new, mixed = tasks(({6: 5.0}, {7: 5.0, 8: 1.0})), tasks(({6: 5.0}, {7: 5.0, 1: 1.0}))
+    unknown = Method({}, lambda p, s, key: (), lambda p, adapted, x: 9.0 * (x["item_id"] > 0) + x["item_like"][:, 0])
+    known = known._replace(item={"item_like": jnp.array([0, 0, 0, 0, 0, 0, 0.5, 0.2, 0.1])[:, None]})
+    found = evaluate(
+        {"a": unknown}, {"item_cold": new, "warm": mixed}, known, catalogue_ranking=True, catalogue_topn=(1,), batch=4
+    )
+    assert found.rows("a", "item_cold")["catalogue_mrr"].tolist() == [1.0]
+    assert found.rows("a", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 6)]  # after the five old ones
+    assert found.settings["rank_new_items"] == ["item_cold"]
+    assert found.settings["new_items"] == 3
+
+
 def test_before_adapting_and_the_curve(report):
     after, before = report.rows("mean", "user_cold"), report.rows("mean", "user_cold", 0)
     assert after["mae"].tolist() == pytest.approx([(0.5 + 3.5 + 0.5) / 3, (0 + 1) / 2])  # 4.5 and 2

@@ -177,7 +177,9 @@ def test_names_asked_for(tmp_path):
 def test_columns_without_a_header_go_by_position(tmp_path):
     path = write(tmp_path / "a.csv", "10,u1,5\n10,u2,3\n")
     assert rows_of(read(path, user_col="2", item_col="1")) == [("u1", 10, 5.0), ("u2", 10, 3.0)]
-    assert read(write(tmp_path / "b.csv", "u1,10,978300760\nu2,7,978300761\n")).rating is None
+    timed = read(write(tmp_path / "b.csv", "u1,10,978300760\nu2,7,978300761\n"))
+    assert timed.rating is None
+    assert timed.notes[0] == "no header: the columns are taken for user_id, item_id, timestamp"
 
 
 def test_implicit_feedback(tmp_path):

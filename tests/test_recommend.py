@@ -1,5 +1,7 @@
 """Recommender: the same list as a plain sort, exact reasons where the method is linear, names and ratings checked."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from metarec_jax.baselines import als, bias, item_knn, popularity, user_mean
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue
+from metarec_jax.online.history import Names, parse_history, spoken
 from metarec_jax.online.recommend import Recommender
 
 TITLES = np.array(
@@ -86,6 +89,20 @@ def test_contributions_of_a_linear_method_add_up_to_what_the_history_moved(make_
         assert sizes == sorted(sizes, reverse=True)
 
 
+def test_contributions_of_a_curved_method_are_averaged_along_the_path():
+    """Scores 3 + sum (t - 3)^3: of 5 and 2 the parts are 8 and -1, where the last slope alone says 3 * 4 * 2 = 24."""
+
+    def adapt(params, support, key):
+        return (support.mask * (support.target - 3) ** 3).sum()
+
+    def predict(params, adapted, inputs):
+        return 3.0 + adapted + 0.0 * inputs["item_id"]
+
+    best = Recommender(Method({}, adapt, predict), DATA, KNOWN).recommend({"m1": 5, "m2": 2}, n=1)[0]
+    assert [i.item_id for i in best.because] == ["m1", "m2"]
+    np.testing.assert_allclose([i.contribution for i in best.because], [8, -1], rtol=2e-3)
+
+
 def test_reasons_name_the_feedback_as_it_was_given():
     best = Recommender(bias(DATA, KNOWN, reg_user=1.0), DATA, KNOWN).recommend({"Toy Story (1995)": 5, "m9": 1}, n=1)[0]
     by = {i.item_id: i for i in best.because}
@@ -140,6 +157,16 @@ def test_a_bad_history_is_refused_in_one_message(history, message):
         Recommender(ALS, DATA, KNOWN).recommend(history)
 
 
+def test_the_ends_of_a_scale_that_float32_rounds_are_on_it():
+    """-9.95 is -9.949999809 at float32: who writes -9.95 has not left the scale."""
+    rating = np.where(DATA.rating == 1, np.float32(-9.95), np.float32(8.384207)).astype(np.float32)
+    data = dataclasses.replace(DATA, rating=rating)
+    parsed = parse_history({"m3": -9.95, "m4": float(spoken(rating.max()))}, data, Names(data))
+    assert set(parsed.rating) == {np.float32(-9.95), np.float32(8.384207)}
+    with pytest.raises(MetarecError, match=r"from -9\.95 to 8\.384207"):
+        parse_history({"m3": -9.96}, data, Names(data))
+
+
 def test_n_and_features_are_checked():
     recommender = Recommender(ALS, DATA, KNOWN)
     with pytest.raises(MetarecError, match="n must be 1 or more"):
@@ -177,6 +204,8 @@ def test_items_never_trained_are_scored_too():
 def test_clicks_reasons_are_the_derivative_with_respect_to_the_weight():
     known = catalogue(CLICKS)
     out = Recommender(item_knn(CLICKS, known), CLICKS, known).recommend(["m3", "m7"], n=2, explain=5)
+    assert {i.rating for i in out[0].because} == {None}
+    assert out.rows()[0]["because"].startswith(f"{out[0].because[0].title}: +")
     for r in out:  # its score is a sum over the history of similarities: each is its own derivative
         np.testing.assert_allclose(sum(i.contribution for i in r.because), r.score, rtol=1e-5)
     noted = Recommender(item_knn(CLICKS, known), CLICKS, known).recommend({"m3": 5})

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax.report import findings, main_metrics, metric_table, terminal_table, write_report
+from metarec_jax.report import adaptation_findings, findings, main_metrics, metric_table, terminal_table, write_report
 from metarec_jax.results import ALL, Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,6 +48,8 @@ def made_up(gain=0.05, tasks=60, catalogue=True, curve=(0, 1, 4), scenarios=("us
         "topn": [1, 5],
         "catalogue_topn": [10, 20] if catalogue else [],
         "catalogue_items": 100,
+        "new_items": 20,
+        "rank_new_items": ["item_cold"],
         "curve": list(curve),
         "bootstrap": 200,
         "ranking_only": [],
@@ -109,11 +111,28 @@ def test_main_metrics_are_those_that_are_there():
 )
 def test_words_follow_the_interval(gain, verdict):
     said = findings(made_up(gain))
-    assert len(said) == 4  # two scenarios, MAE and nDCG
+    assert len(said) == 7  # a count; two scenarios, each by MAE, nDCG and nDCG of all candidates
     mae = next(s for s in said if s.startswith("New users: MAE of ours"))
     assert verdict in mae
     assert "of the best baseline, bias" in mae
     assert "over 60 tasks" in mae
+
+
+def test_ties_between_baselines_are_told():
+    whole = made_up()
+    rows = whole.per_task
+    same = rows.assign(mae=np.where(rows["method"] == "ours", rows["mae"], 0.9))
+    told = findings(Report(same, whole.settings, ("bias", "random"), whole.times))
+    assert "of the best baseline, bias (tied with random), 0.900" in told[1]
+
+
+def test_the_curve_is_told_in_words():
+    """left = 0.3 / (1 + k): 0.3, 0.15, 0.06 with 0, 1, 4; half of the gain of 0.24 is 0.12, reached with 1."""
+    told = adaptation_findings(made_up())[0]
+    assert "median size 10" in told
+    assert "Users with 4 or more (60)" in told
+    assert "Half of that gain is there with 1." in told
+    assert "better than that of bias, shown as many: at every point." in told
 
 
 def test_no_method_to_compare_is_said():
@@ -152,6 +171,8 @@ def test_page_stands_alone(page):
         "apart from the test tasks",
         "warm: no tasks, left out",
         "it adapts",
+        "training saw no query item, so the candidates are the 20 items unknown",
+        "the parameters of step 40, with the best error, 0.7000",
         "6040",
         "excludes zero: better",
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from worlds import largest_difference
 
 from metarec_jax import rows
-from metarec_jax.core import Table
+from metarec_jax.core import MetarecError, Table
 from metarec_jax.training import row_optimizers as ro
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=30)
@@ -133,3 +133,18 @@ def test_a_million_rows_cost_no_temporary_of_their_size():
     update = jax.jit(lambda t, s, i, g, k: ro.update_rows(optimizer, t, s, i, g, k), donate_argnums=(0, 1))
     memory = update.lower(table, state, ids, grads, step).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20
+
+
+def test_an_id_past_the_table_is_named():
+    """A table of 10 rows: 9 passes, 10 and -1 do not, wherever in the columns they stand."""
+    tables = {"t": Table(10, 2, ("a", "b"))}
+    rows.check_ids(tables, {"a": jnp.array([0, 9])}, {"b": jnp.array([[3], [9]]), "c": jnp.array([99])})
+    for bad in (10, -1):
+        with pytest.raises(MetarecError, match=f"table 't' has rows 0..9, and the test asks it for id {bad}"):
+            rows.check_ids(tables, {"a": jnp.array([0])}, {"b": jnp.array([[3], [bad]])}, where="the test")
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_local_ids_stay_int32_in_double_precision(n, float64):
+    seen = rows.view({"t": Table(10, 2, ("a",))}, {"a": jnp.arange(n, dtype=jnp.int32) % 10})
+    assert seen.ids["t"].dtype == seen.inputs[0]["a"].dtype == jnp.int32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,112 @@ def test_negatives_were_never_had():
             assert not set(items[real & ~positive]) & had[user]
     drawn = np.asarray(task.query.inputs["item_id"])[np.asarray(task.query.mask * (task.query.target == 0)) > 0]
     assert set(drawn) == set(np.unique(data.item))
+
+
+@pytest.mark.parametrize("kept", [4, 100])
+def test_fixed_negatives_were_never_had(kept):
+    """Three for each support positive, distinct, in the pool, and none that the user had anywhere.
+
+    With ``kept=4`` most of user 3's 30 items are in neither its support nor its query: they are still its own. User 3
+    had 30 of the 40 items: at the most 10 are free, fewer if the others had not all of them.
+    """
+    data = history(rated=False)
+    pool = set(data.item.tolist())
+    for past, now in ((None, data), (data.take(data.timestamp < 5), data.take(data.timestamp >= 5))):
+        whole = now if past is None else past
+        pool = set(whole.item.tolist())
+        fixed = t.make_tasks(now, history=past, query=3, support=(1, kept), negatives=3, seed=1)
+        for k, user in enumerate(fixed.user):
+            mask = fixed.support_mask[k] > 0
+            items, target = fixed.support_item[k][mask], fixed.support_target[k][mask]
+            had = set(data.item[data.user == user].tolist())
+            negative = items[target == 0].tolist()
+            assert not set(negative) & had
+            assert set(negative) <= pool
+            assert len(set(negative)) == len(negative) == min(3 * int((target == 1).sum()), len(pool - had))
+            assert (target[: int((target == 1).sum())] == 1).all()
+
+
+def test_fixed_negatives_are_uniform():
+    """One user with item 1 of 5, one negative a positive; 2,000 copies of the user: items 2..5 come alike (p > 1e-4)."""
+    user = np.repeat(np.arange(1, 2001), 2)
+    item = np.tile([1, 2], 2000)
+    ids = Vocabulary(np.arange(2001)), Vocabulary(np.arange(6))
+    others = np.arange(3, 7)
+    data = Interactions(np.append(user, np.full(4, 2001)), np.append(item, others), None, None, *ids)
+    fixed = t.make_tasks(data, query=1, negatives=1)
+    drawn = fixed.support_item[:2000][:, 1]
+    assert set(drawn) == {3, 4, 5, 6}
+    assert stats.chisquare(np.bincount(drawn)[3:]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "time"}, "order='time' wants a timestamp column, and the data has none"),
+        ({"order": "tiem"}, "order 'tiem' is not known"),
+        ({"support": (5, 4)}, r"support is \(5, 4\)"),
+        ({"query": 0}, "query is 0; give 1 or more"),
+        ({"tasks": 0}, "tasks is 0; give 1 or more"),
+        ({"item_drop": 1.5}, "item_drop is 1.5; it is a chance, from 0 to 1"),
+        ({"user_rows": "mine"}, "user_rows 'mine' is not known"),
+    ],
+)
+def test_a_source_says_what_is_wrong(options, message):
+    with pytest.raises(MetarecError, match=message):
+        t.task_source(replace(history(rated=False), timestamp=None), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"item": np.full(60, 41)}, r"interaction 0 has item row 41, outside the rows 1\.\.40 of its vocabulary"),
+        ({"user": np.zeros(60, int)}, "interaction 0 has user row 0"),
+        ({"user": np.ones(60)}, "of type float64, and whole numbers are wanted"),
+        ({"rating": np.ones(3)}, "rating has 3 entries and user 60"),
+        ({"rating": np.append(np.ones(59), np.nan)}, "the rating of interaction 59 is nan"),
+        ({"item_features": {"genre": Feature("numeric", np.zeros((41, 1)))}}, "item_features has 'genre'; rename it"),
+        ({"item_features": {"item_x": Feature("numeric", np.zeros((40, 1)))}}, "has 40 rows and there are 41"),
+        (
+            {"item_features": {"item_x": Feature("multi", np.full((41, 2), 3), Vocabulary(np.arange(2)))}},
+            r"feature 'item_x' at row 0 has value 3, outside the rows 0\.\.2",
+        ),
+        ({"titles": np.array(["one"])}, "there are 1 titles for 40 items"),
+    ],
+)
+def test_interactions_are_checked_where_they_enter(change, message):
+    with pytest.raises(MetarecError, match=message):
+        replace(history(), **change)
+
+
+def test_a_catalogue_and_tasks_of_other_data_are_refused():
+    data = history()
+    few = Interactions(
+        np.array([1, 1]), np.array([1, 2]), None, None, Vocabulary(np.arange(1)), Vocabulary(np.arange(2))
+    )
+    with pytest.raises(MetarecError, match="train has user row 5, and data has rows up to 1"):
+        t.catalogue(few, data)
+    with pytest.raises(MetarecError, match=r"the tasks have user rows 1\.\.5, and the catalogue has 0\.\.1"):
+        next(iter(t.batches(t.make_tasks(data), t.catalogue(few))))
+
+
+def test_a_batch_keeps_examples_wherever_they_stand():
+    """Two examples in slots 0 and 11 of 12: the batch must be 16 wide, not 8."""
+    mask = np.zeros((1, 12), np.float32)
+    mask[0, [0, 11]] = 1.0
+    item = (mask * 7).astype(np.int32)
+    one = np.ones((1, 1))
+    fixed = t.TaskSet(np.array([1]), item, mask, mask, one.astype(np.int32), one, one)
+    ((_, task),) = t.batches(fixed, t.catalogue(history()), size=1)
+    assert float(task.support.mask.sum()) == 2.0
+
+
+def test_drawing_keeps_32_bits_in_double_precision(float64):
+    """Ids, targets and masks keep 32 bits where 64-bit numbers are on."""
+    source = t.task_source(history(), tasks=50, support=(2, 8), query=5, negatives=2)
+    wide = jax.jit(source.draw)(source.data, jax.random.key(3))
+    assert wide.support.inputs["item_id"].dtype == wide.query.inputs["user_id"].dtype == jnp.int32
+    assert wide.support.mask.dtype == wide.support.target.dtype == jnp.float32
 
 
 def test_no_user_long_enough_is_told():

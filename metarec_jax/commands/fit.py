@@ -8,18 +8,19 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.doctor import compile_cache
-from metarec_jax.core import Method
+from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import TaskSet, catalogue, make_tasks
+from metarec_jax.data.tasks import TaskSet, TaskSource, catalogue, make_tasks
+from metarec_jax.online.history import spoken
 from metarec_jax.results import Report
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.progress import Progress, StopSignal, read_history
@@ -55,22 +56,29 @@ def fit(
         data = configs.build_data(config.data, data_dir=data_dir)
     _tell_data(data)
     directory = out or Path("runs") / runs.name_of(data)
+    prepared = None
+    if fresh or runs.result(directory) is None:  # what cannot be trained is refused before anything is made or cleared
+        with phases("prepare"):
+            prepared = _prepare(config, data)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetarecError(f"{directory} cannot be a run directory ({error.strerror}); give --out another") from error
     with Checkpoints(directory, identity=runs.identity(config, data), fresh=fresh, say=print) as checkpoints:
         if fresh:
             _clear(directory)
-        if runs.result(directory) is None and not _train(config, data, directory, checkpoints, phases):
-            return 0
-        if not evaluate:
+        if prepared is not None:
+            ended = _train(config, data, prepared, directory, checkpoints, phases)
+        else:
+            ended = runs.result(directory) or {}
+            print(f"{directory} is finished already (--fresh starts over)")
+        found = {"run": str(directory), **ended, "phases": phases.seconds}
+        if evaluate and ended.get("stopped") != "interrupted":
+            found = _measured(directory) or _measure(runs.open_run(directory), 1, 1000, phases)
+            _tell_next(directory, data)
+        elif ended.get("stopped") != "interrupted":
             print(f"trained: {directory}; {phases}")
             print(f"next: metarec evaluate {directory}")
-            return 0
-        summary = directory / "evaluation" / "summary.json"
-        if summary.is_file():
-            print(f"{directory} is finished already (--fresh starts over)")
-            found = json.loads(summary.read_text())
-        else:
-            found = _measure(runs.open_run(directory), 1, 1000, phases)
-    _tell_next(directory, data)
     if as_json:
         print(json.dumps(found))
     return 0
@@ -78,6 +86,9 @@ def fit(
 
 def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> int:
     """``metarec evaluate``: measure a trained run beside the baselines."""
+    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
+        if number < 1:
+            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
     compile_cache()
     phases = Phases()
     with phases("open"):
@@ -88,19 +99,38 @@ def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> i
     return 0
 
 
+class _Prepared(NamedTuple):
+    parts: Split
+    learner: Learner
+    source: TaskSource
+
+
+def _prepare(config: configs.Config, data: Interactions) -> _Prepared:
+    """All that may refuse the configuration, and is quick."""
+    import jax
+
+    parts = configs.build_split(config.split, data)
+    _tell_split(parts)
+    learner = configs.build_learner(config, data)
+    jax.eval_shape(learner.init, jax.random.key(0))
+    return _Prepared(parts, learner, configs.build_source(config.tasks, parts.train))
+
+
 def _train(
-    config: configs.Config, data: Interactions, directory: Path, checkpoints: Checkpoints, phases: Phases
-) -> bool:
-    """Train to the end and write it down; False where a signal stopped it."""
+    config: configs.Config,
+    data: Interactions,
+    prepared: _Prepared,
+    directory: Path,
+    checkpoints: Checkpoints,
+    phases: Phases,
+) -> dict[str, Any]:
+    """Train to the end, or until a signal, and say how it ended: ``{"step": ..., "stopped": ...}``."""
     from metarec_jax.training.loop import fit
     from metarec_jax.training.validation import validator
 
-    with phases("prepare"):
-        parts = configs.build_split(config.split, data)
-        _tell_split(parts)
+    parts, learner, source = prepared
+    with phases("warm start"):
         runs.write(directory, config, data, parts.train)
-        learner = configs.build_learner(config, data)
-        source = configs.build_source(config.tasks, parts.train)
         params = configs.build_params(config, learner, parts.train)
         optimizers = configs.build_optimizers(config, parts.train)
         held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
@@ -134,13 +164,14 @@ def _train(
             progress=progress.update,
             stop=lambda: bool(stop),
         )
+    ended = {"step": found.step, "stopped": found.stopped}
     if found.stopped == "interrupted":
         print(f"{stop.name}: saved at step {found.step} of {settings.steps} in {directory}")
         print("resume: run the same command again")
-        return False
+        return ended
     print(f"trained {found.step} steps ({found.stopped})")
-    runs.write_json(directory / "result.json", {"step": found.step, "stopped": found.stopped})
-    return True
+    runs.write_json(directory / "result.json", ended)
+    return ended
 
 
 class _Resuming:
@@ -158,6 +189,14 @@ class _Resuming:
         return found
 
 
+def _measured(directory: Path) -> dict[str, Any] | None:
+    """What the last measurement found; None where there is none, or its file is damaged."""
+    try:
+        return json.loads((directory / "evaluation" / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
     """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
     from metarec_jax import results
@@ -169,6 +208,12 @@ def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[
     own = runs.method(run)
     with phases("baselines"):
         parts = configs.build_split(config.split, run.data)
+        if run.trained not in (None, runs.rows_digest(parts.train)):
+            raise MetarecError(
+                f"{run.directory} was trained on other rows than its split gives now, so it may have learned what is "
+                f"held out; {f'put {config.split.partition} back, or ' if config.split.partition else ''}train again "
+                "with --fresh"
+            )
         held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
         baselines = fit_baselines(parts.train, run.known, held, say=print)
     methods: dict[str, Method] = {config.learner.name: own} | baselines
@@ -265,13 +310,13 @@ def _tell_split(parts: Split) -> None:
 def _tell_next(directory: Path, data: Interactions) -> None:
     popular = int(np.bincount(data.item).argmax())
     title = data.items.decode([popular])[0] if data.titles is None else data.titles[popular - 1]
-    best = "" if data.rating is None else f"={data.rating.max():g}"
+    best = "" if data.rating is None else f"={spoken(data.rating.max())}"
     print(f'next: metarec recommend {directory} --rate "{title}{best}" -n 10')
 
 
 def _clear(directory: Path) -> None:
     """Forget a run's files; what the user put there stays."""
-    for name in ("evaluation", "tensorboard"):
+    for name in ("evaluation", "tensorboard", "plots"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in (
         "result.json",

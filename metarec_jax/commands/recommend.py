@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from metarec_jax.commands.doctor import compile_cache
 from metarec_jax.core import MetarecError
 from metarec_jax.data.histories import read_histories
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.online.history import Unknown
+from metarec_jax.online.history import Unknown, rated, spoken
 from metarec_jax.online.recommend import Recommendations, Recommender
 
 _TOLD_UNKNOWN = 5
@@ -40,13 +40,15 @@ def recommend(
     given = parse_rates(rate, run.data)
     negatives = configs.negatives(run.config.tasks, run.data)
     serve = Recommender(runs.method(run), run.data, run.known, negatives=negatives)
+    extra: dict[str, Any] = {}
     if history is None:
         found = serve.recommend(given, top, explain=3 if why else 0)
-        _tell_unknown(found.unknown, len(given), directory, run.data)
+        _tell_unknown(found.unknown, given["item_id"], directory, run.data)
         _tell(found.notes)
         rows = found.rows()
+        extra = {"unknown": [u.name for u in found.unknown], "notes": list(found.notes)}
         if out is None:
-            if not given:
+            if not rate:
                 print("no feedback was given: this is the list for a user of whom nothing is known")
             _show(found)
     else:
@@ -55,10 +57,15 @@ def recommend(
         columns = {"user_id": table.user_id, "item_id": table.item_id}
         if table.rating is not None:
             columns["rating"] = table.rating
+        elif run.data.rating is not None:
+            raise MetarecError(
+                f"{history} has no rating column by a usual name, and {directory} learned from ratings; name it rating"
+            )
         many = serve.recommend_many(columns, top, explain=3 if why else 0)
-        _tell_unknown(many.unknown, len(set(map(str, table.item_id))), directory, run.data)
+        _tell_unknown(many.unknown, table.item_id, directory, run.data)
         _tell(many.notes)
         rows = many.rows()
+        extra = {"unknown": [u.name for u in many.unknown], "notes": [*table.notes, *many.notes]}
         if out is None:
             for user in list(many)[:_SHOWN_USERS]:
                 print(f"{user}:")
@@ -70,56 +77,65 @@ def recommend(
         users = len({row.get("user_id") for row in rows})
         print(f"{len(rows)} recommendations for {users} user{'s' if users != 1 else ''} in {out}")
     if as_json:
-        print(json.dumps({"recommendations": rows}))
+        print(json.dumps({"recommendations": rows, **extra}))
     return 0
 
 
-def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, float] | list[str]:
-    """``{item: rating}`` of arguments such as ``Heat (1995)=2``; for clicks a list of items, rated or not.
+def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, list[Any]]:
+    """Columns ``item_id`` and ``rating`` of arguments such as ``Heat (1995)=2``; for clicks ``Heat (1995)`` will do.
 
     Raises:
       MetarecError: no rating, one that is no number, or one outside the scale.
     """
+    found: dict[str, list[Any]] = {"item_id": [], "rating": []}
     if data.rating is None:
-        return [_without_rating(text) for text in rate]
+        for text in rate:
+            item, click = _click(text)
+            found["item_id"].append(item)
+            found["rating"].append(click)
+        return found
     low, high = float(data.rating.min()), float(data.rating.max())
-    found: dict[str, float] = {}
     for text in rate:
         item, equals, rating = text.rpartition("=")
         if not equals or not item.strip():
-            raise MetarecError(f'--rate {text!r} gives no rating; write --rate "{text.strip("= ")}={high:g}"')
-        try:
-            value = float(rating)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
+            what = "no item" if equals else "no rating" if text.strip() else "neither item nor rating"
+            item = "ITEM" if equals or not text.strip() else text.strip()
+            raise MetarecError(f'--rate {text!r} gives {what}; write --rate "{item}={spoken(high)}"')
+        value = rated(rating, low, high)
+        if value is None:
             raise MetarecError(
-                f'--rate {text!r}: {rating!r} is no rating from {low:g} to {high:g}; write --rate "{item}={high:g}"'
+                f"--rate {text!r}: {rating!r} is no rating from {spoken(low)} to {spoken(high)}; "
+                f'write --rate "{item}={spoken(high)}"'
             )
-        found[item.strip()] = value
+        found["item_id"].append(item.strip())
+        found["rating"].append(value)
     return found
 
 
-def _without_rating(text: str) -> str:
+def _click(text: str) -> tuple[str, float]:
     """
-    >>> _without_rating("Heat (1995)=4"), _without_rating("E=mc2")
-    ('Heat (1995)', 'E=mc2')
+    >>> _click("Heat (1995)=4"), _click("Heat (1995)"), _click("E=mc2")
+    (('Heat (1995)', 4.0), ('Heat (1995)', 1.0), ('E=mc2', 1.0))
     """
     item, _, rating = text.rpartition("=")
-    return item if item and rating.strip().replace(".", "", 1).isdigit() else text
+    if item and rating.strip().replace(".", "", 1).isdigit():
+        return item, float(rating)
+    return text, 1.0
 
 
-def _tell_unknown(unknown: Sequence[Unknown], given: int, directory: Path, data: Interactions) -> None:
+def _tell_unknown(unknown: Sequence[Unknown], names: Collection[Any], directory: Path, data: Interactions) -> None:
     if not unknown:
         return
+    given = len(set(map(str, names)))
     if len(unknown) >= given:
-        names = data.items.ids if data.titles is None else data.titles
+        labels = data.items.ids if data.titles is None else data.titles
         like = unknown[0].suggestions
         hint = (
-            f"perhaps you meant {' or '.join(map(repr, like))}" if like else f"its items are such as {str(names[0])!r}"
+            f"perhaps you meant {' or '.join(map(repr, like))}" if like else f"its items are such as {str(labels[0])!r}"
         )
-        first = repr(unknown[0].name) if given == 1 else f"none of the {given} items ({unknown[0].name!r}, ...)"
-        raise MetarecError(f"{first} is no item that {directory} knows; {hint}")
+        if given == 1:
+            raise MetarecError(f"{unknown[0].name!r} is no item that {directory} knows; {hint}")
+        raise MetarecError(f"none of the {given} items ({unknown[0].name!r}, ...) is known to {directory}; {hint}")
     for item in unknown[:_TOLD_UNKNOWN]:
         close = f"; perhaps you meant {' or '.join(map(repr, item.suggestions))}" if item.suggestions else ""
         print(f"skipped: no item is called {item.name!r}{close}", file=sys.stderr)
@@ -136,7 +152,10 @@ def _show(found: Recommendations) -> None:
     for rank, item in enumerate(found, 1):
         print(f"{rank:>4}  {item.score:6.3f}  {item.title or item.item_id}")
         if item.because:
-            reasons = ", ".join(f"{i.title or i.item_id}={i.rating:g} ({i.contribution:+.3f})" for i in item.because)
+            reasons = ", ".join(
+                f"{i.title or i.item_id}{'' if i.rating is None else f'={i.rating:g}'} ({i.contribution:+.3f})"
+                for i in item.because
+            )
             print(f"{'':>14}because of {reasons}")
 
 

@@ -37,8 +37,8 @@ def catalogue(
       MetarecError: ``train`` has rows outside the vocabularies of ``data``, or ``user_rows`` is neither of the two.
 
     >>> from metarec_jax.data.interactions import Vocabulary
-    >>> user, item = np.array([1, 1]), np.array([1, 3])
-    >>> data = Interactions(user, item, None, None, Vocabulary(np.arange(1)), Vocabulary(np.arange(4)))
+    >>> users, items = Vocabulary(np.arange(1)), Vocabulary(np.arange(4))
+    >>> data = Interactions(np.array([1, 1]), np.array([1, 3]), None, None, users, items)
     >>> catalogue(data).item_row.tolist()  # items 2 and 4 were never seen
     [0, 1, 0, 3, 0]
     """

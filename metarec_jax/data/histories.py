@@ -26,15 +26,21 @@ def read_histories(path: str | Path) -> Histories:
     without a user column is one user's.
 
     Raises:
-      MetarecError: no such file, no item column, or a file that cannot be read; the line is named.
+      MetarecError: no such file, no item column, no whole row, or a file that cannot be read; the line is named.
     """
     path = Path(path)
+    notes: list[str] = []
+    if path.is_dir():
+        raise MetarecError(f"{path} is a folder; name the table of new users in it")
     if not path.is_file():
         raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
     if layouts.layout(path) == "parquet":
         frame = formats.read_parquet(path)
     else:
-        frame = formats.read_text(path, formats.sniff(path))
+        dialect = formats.sniff(path)
+        frame = formats.read_text(path, dialect)
+        if not dialect.header:
+            notes.append(f"{path} has no header: its columns are taken for {', '.join(dialect.names)}")
     names = [str(name) for name in frame.columns]
     user, item, rating = (find_column(names, role, None, str(path)) for role in ("user", "item", "rating"))
     item = item or find_column(names, "title", None, str(path))
@@ -46,9 +52,12 @@ def read_histories(path: str | Path) -> Histories:
     if user is not None:
         wanted.append(user)
     whole = frame[wanted].dropna()
-    notes = []
     if lost := len(frame) - len(whole):
-        notes.append(f"{lost} rows of {path} left out: they lack one of {', '.join(wanted)}")
+        gone = 0 if user is None else frame[user].nunique() - whole[user].nunique()
+        users_too = f"; {gone} users have no other row, and get no list" if gone else ""
+        notes.append(f"{lost} rows of {path} left out: they lack one of {', '.join(wanted)}{users_too}")
+    if not len(whole):
+        raise MetarecError(f"every row of {path} lacks one of {', '.join(wanted)}; fill them in")
     columns = {name: whole[name].astype(object).tolist() for name in wanted}
     users = ["new user"] * len(whole) if user is None else columns[user]
     if len({type(u) for u in users}) > 1:

@@ -243,7 +243,7 @@ def group_by_user(
 
 
 def _check_rows(rows: np.ndarray, low: int, num_rows: int, what: str) -> None:
-    """Raise where a row is not in ``low .. num_rows - 1``, naming the first; ``what`` has a place for its position."""
+    """Raise where a row lies outside ``low .. num_rows - 1``, naming the first; ``what`` has a ``{}`` for its place."""
     if rows.dtype.kind not in "iu":
         raise MetarecError(
             f"{what.format(0)} of type {rows.dtype}, and whole numbers are wanted; use Vocabulary.encode"

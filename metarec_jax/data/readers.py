@@ -139,7 +139,10 @@ def read(
     asked = tuple(c for c in (user_col, item_col, rating_col, timestamp_col, title_col) if c)
     dialect = None if parquet else formats.sniff(path, asked=asked)
     names = formats.parquet_columns(path) if dialect is None else list(dialect.names)
+    said: list[str] = []
     if dialect is not None and not dialect.header:
+        if form == "csv":
+            said.append(f"no header: the columns are taken for {', '.join(names)}")
         by_position = {str(k + 1): n for k, n in enumerate(names)}
         user_col, item_col, rating_col, timestamp_col = (
             None if c is None else by_position.get(c, c) for c in (user_col, item_col, rating_col, timestamp_col)
@@ -183,6 +186,7 @@ def read(
         unrated_items=unrated_items,
         duplicates=duplicates,
         name=name,
+        said=said,
     )
 
 
@@ -215,13 +219,14 @@ def _interactions(
     unrated_items: bool,
     duplicates: Duplicates,
     name: str,
+    said: Sequence[str] = (),
 ) -> Interactions:
     """The one path of every source: code, check, drop, count."""
     if duplicates not in ("last", "first", "mean", "error"):
         raise MetarecError(f"duplicates={duplicates!r} is none of 'last', 'first', 'mean', 'error'. Name one of them")
     if not len(frame):
         raise MetarecError(f"{source} holds no rows. A table with one row an interaction was wanted")
-    notes = []
+    notes = list(said)
     if roles.rating is None:
         notes.append(
             "ratings were left out, as asked (implicit)" if implicit else "no rating column: implicit feedback"
@@ -237,8 +242,8 @@ def _interactions(
         rating = numbers(frame[roles.rating], roles.rating, where)
         missing[roles.rating] = np.isnan(rating)
     if roles.timestamp is not None:
-        timestamp, missing[roles.timestamp], said = seconds(frame[roles.timestamp], roles.timestamp, where)
-        notes.extend(said)
+        timestamp, missing[roles.timestamp], changed = seconds(frame[roles.timestamp], roles.timestamp, where)
+        notes.extend(changed)
         if missing[roles.timestamp].all():
             timestamp = None
             del missing[roles.timestamp]

@@ -194,8 +194,8 @@ def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple
     ):
         if rows.size and (rows.min() < 0 or rows.max() >= there.shape[0]):
             raise MetarecError(
-                f"the tasks have {what} rows {rows.min()}..{rows.max()}, the catalogue has 0..{there.shape[0] - 1}; "
-                "make both from the same Interactions"
+                f"the tasks have {what} rows {rows.min()}..{rows.max()}, and the catalogue has "
+                f"0..{there.shape[0] - 1}; make both from the same Interactions"
             )
     slot = np.arange(1, tasks.support_mask.shape[1] + 1)
     lengths = np.max((tasks.support_mask > 0) * slot, axis=1, initial=0)

@@ -8,14 +8,14 @@ loss of MAML++ (Antoniou et al. 2019) ``per_step_losses=True``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses, rows, tree
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 from metarec_jax.learners.rules import Rule, sgd
 
 _UNROLL_UP_TO = 5
@@ -46,8 +46,23 @@ def maml(
       first_order: take the inner gradients for constants (FOMAML).
       per_step_losses: mean of the query loss after every step, in place of the last alone.
 
+    Returns:
+      A learner whose ``adapted`` is what the task moved: ``{"ids": {table: [L]}, "rows": {table: [L, size]},
+      "rest": {path: array}}``, with L = 1 + the ids of the support.
+
     Raises:
-      MetarecError: ``inner_steps`` below 0, or ``only`` names a parameter that does not exist.
+      MetarecError: ``inner_steps`` below 0, or (from ``init``) ``only`` names a parameter that does not exist.
+
+    One user row, one rating of 3, rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
+
+    >>> rows = lambda params, inputs: params["tables"]["user_id"][inputs["user_id"], 0]
+    >>> tables = {"user_id": Table(2, 1, ("user_id",))}
+    >>> learner = maml(Model(lambda key: {"tables": {"user_id": jnp.zeros((2, 1))}}, rows, tables), inner_lr=0.125)
+    >>> support = Examples({"user_id": jnp.array([1])}, jnp.array([3.0]), jnp.ones(1))
+    >>> params = learner.init(jax.random.key(0))
+    >>> adapted = learner.adapt(params, support, jax.random.key(0))
+    >>> learner.predict(params, adapted, {"user_id": jnp.array([1, 0])}).tolist()
+    [0.75, 0.0]
     """
     if inner_steps < 0:
         raise MetarecError(f"inner_steps must be 0 or more, got {inner_steps}")
@@ -97,10 +112,11 @@ def maml(
         seen = rows.view(moving_tables, support.inputs)
         local = {**params, "tables": {**params["tables"], **rows.gather(params["tables"], seen.ids)}}
         moved, _ = inner_loop(local, support._replace(inputs=seen.inputs[0]), None)
+        moving, _ = tree.partition({k: v for k, v in moved.items() if k != "rule"}, only)
         return {
             "ids": seen.ids,
             "rows": {name: moved["tables"][name] for name in moving_tables},
-            "rest": tree.partition({k: v for k, v in moved.items() if k != "tables"}, None)[0],
+            "rest": {name: leaf for name, leaf in moving.items() if not name.startswith("tables/")},
         }
 
     def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
@@ -109,11 +125,15 @@ def maml(
     return Learner(init, adapt, predict, meta_loss, adapted_tables)
 
 
-def laid_over(params: Params, adapted: dict[str, Any], inputs: Inputs, moving: dict[str, Any]) -> tuple[Params, Inputs]:
+def laid_over(
+    params: Params, adapted: dict[str, Any], inputs: Inputs, moving: Mapping[str, Table]
+) -> tuple[Params, Inputs]:
     """Meta-parameters with a task's moved rows and dense parameters over them, and ``inputs`` that index them."""
     tables, local = dict(params["tables"]), dict(inputs)
     for name, table in moving.items():
         columns = [c for c in table.columns if c in inputs]
+        if not columns:
+            continue  # the model says which column it misses
         slots = jnp.concatenate([inputs[c].reshape(-1) for c in columns])
         tables[name], where = rows.overlay(tables[name], adapted["ids"][name], adapted["rows"][name], slots)
         start = 0

@@ -6,7 +6,6 @@ Source: Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms", 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,18 @@ def reptile(
 ) -> Learner:
     """Meta-train by the surrogate ``<stop_gradient(p - adapted(p)), p>``, whose gradient is Reptile's direction.
 
-    A task adapts on support and query together, as Reptile does not split them. Arguments as for `maml`; the reported
-    ``query_loss`` is that of adapting on the support alone.
+    A task adapts on support and query together, as Reptile does not split them. The reported ``query_loss`` is that of
+    adapting on the support alone; ``loss`` is the surrogate, which says nothing of quality.
+
+    Args:
+      inner_lr, inner_steps, rule, loss, only: as for `maml`. What a rule would learn of its own (the rates of
+        `meta_sgd`) stays as it starts: the surrogate has no gradient there.
+
+    Returns:
+      A learner; ``adapt`` and ``predict`` are those of `maml`.
+
+    Raises:
+      MetarecError: as `maml`.
     """
     steps = maml(model, inner_lr=inner_lr, inner_steps=inner_steps, rule=rule, loss=loss, only=only, first_order=True)
 
@@ -53,10 +62,12 @@ def reptile(
 
 
 def _joined(task: Task) -> Examples:
-    """Support and query as one set of examples; a column that all share stays shared."""
-    n = task.support.mask.shape[0]
+    """Support and query as one set of examples; a column that all of both share stays shared."""
+    sizes = task.support.mask.shape[0], task.query.mask.shape[0]
 
-    def join(a: Array, b: Any) -> Array:
-        return a if a.shape[0] == 1 and n != 1 else jnp.concatenate([a, b])
+    def join(a: Array, b: Array) -> Array:
+        if a.shape[0] == b.shape[0] == 1 and sizes != (1, 1):
+            return a
+        return jnp.concatenate([jnp.broadcast_to(x, (n, *x.shape[1:])) for x, n in zip((a, b), sizes, strict=True)])
 
     return jax.tree.map(join, task.support, task.query)

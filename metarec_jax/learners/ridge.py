@@ -78,12 +78,20 @@ def ridge(
 
 
 def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:
-    """``(phi' M phi + diag(precision))^-1 phi' M residual`` with ``M = diag(mask)``; phi ``[n, d]`` -> ``[d]``.
+    """``(phi' M phi + diag(precision))^-1 phi' M residual`` with ``M = diag(mask)``; what has mask 0 may be nan.
+
+    Args:
+      phi: ``[n, d]``; residual, mask: ``[n]``; precision: ``[d]``, above 0.
+
+    Returns:
+      ``[d]``.
 
     >>> d = solve(jnp.array([[1.0], [1.0]]), jnp.array([3.0, 100.0]), jnp.array([1.0, 0.0]), jnp.array([2.0]))
     >>> round(float(d[0]), 4)  # 3 / (1 + 2)
     1.0
     """
+    real = mask > 0
+    phi, residual = jnp.where(real[:, None], phi, 0.0), jnp.where(real, residual, 0.0)
     weighted = phi * mask[:, None]
     normal = weighted.T @ phi + jnp.diag(precision)
     return jax.scipy.linalg.solve(normal, weighted.T @ residual, assume_a="pos")

@@ -27,7 +27,12 @@ class Rule(NamedTuple):
 
 
 def sgd(lr: float) -> Rule:
-    """``moving <- moving - lr * gradient``"""
+    """Gradient descent: ``moving <- moving - lr * gradient``.
+
+    >>> rule = sgd(0.5)
+    >>> float(rule.update({}, {"a": jnp.array(4.0)}, (), {"a": jnp.array(3.0)})[0]["a"])  # 3 - 0.5 * 4
+    1.0
+    """
 
     def update(params: Any, grads: Any, state: Any, moving: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda p, g: p - lr * g, moving, grads), state
@@ -36,7 +41,11 @@ def sgd(lr: float) -> Rule:
 
 
 def from_optax(transformation: optax.GradientTransformation) -> Rule:
-    """Any optax transformation as inner rule. Adam wants ``eps_root=1e-8``: else the second derivative is NaN."""
+    """Any optax transformation as inner rule. Adam wants ``eps_root=1e-8``: else the second derivative is NaN.
+
+    Where tables adapt, it must leave alone what has no gradient (no weight decay): a task owns the rows of its support
+    only, and those of the query, seen in meta-training too, would be moved there and not when the task is served.
+    """
 
     def update(params: Any, grads: Any, state: Any, moving: Any) -> tuple[Any, Any]:
         updates, state = transformation.update(grads, state, moving)

@@ -36,6 +36,24 @@ class History(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def spoken(rating: float) -> str:
+    """The shortest decimal that is this rating at float32, so that who repeats it is understood.
+
+    >>> spoken(5.0), spoken(np.float32(-9.95)), spoken(np.float32(8.384207))
+    ('5', '-9.95', '8.384207')
+    """
+    return np.format_float_positional(np.float32(rating), trim="-")
+
+
+def rated(value: Any, low: float, high: float) -> float | None:
+    """A rating as a number, or None where it is none, or outside the scale by more than float32 can tell."""
+    try:
+        number = float(np.float32(value))
+    except (TypeError, ValueError):
+        return None
+    return number if low <= number <= high else None
+
+
 class Names:
     """Items by name: the exact id, else the exact title, else a title in another case that only one item has."""
 
@@ -113,7 +131,7 @@ def parse_table(
     """Read many users' histories. Returns user ids, a history for each, and unknown items and notes of the whole."""
     users, given, ratings = _table(histories)
     rows = names.rows(given)
-    values, notes = _ratings(given, ratings, rows, data)
+    values, notes = _ratings(given, ratings, rows, data, users)
     every = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
     by_name = {u.name: u for u in every}
     ids, first, member = np.unique(np.asarray(users), return_index=True, return_inverse=True)
@@ -192,7 +210,11 @@ def _same_length(columns: Mapping[str, list[Any] | None]) -> None:
 
 
 def _ratings(
-    given: list[Any], ratings: list[Any] | None, rows: np.ndarray, data: Interactions
+    given: list[Any],
+    ratings: list[Any] | None,
+    rows: np.ndarray,
+    data: Interactions,
+    users: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Ratings as float32, checked where the item is known; all 1 where the data is implicit feedback."""
     if data.rating is None:
@@ -204,20 +226,19 @@ def _ratings(
         if given:
             raise MetarecError(
                 f"the history gives items without ratings, and the data has ratings; give {{item: rating}} with "
-                f"ratings from {low:g} to {high:g}"
+                f"ratings from {spoken(low)} to {spoken(high)}"
             )
         return np.zeros(0, np.float32), ()
     values = np.zeros(len(given), np.float32)
     for k, rating in enumerate(ratings):
-        try:
-            value = float(rating)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not low <= value <= high and rows[k]:
+        value = rated(rating, low, high)
+        if value is None and rows[k]:
+            by = "" if users is None else f" by user {users[k]!r}"
             raise MetarecError(
-                f"the rating of {given[k]!r} is {rating!r}, and ratings lie from {low:g} to {high:g}; correct it"
+                f"the rating of {given[k]!r}{by} is {rating!r}, and ratings lie from {spoken(low)} to {spoken(high)}; "
+                "correct it"
             )
-        values[k] = value if math.isfinite(value) else 0.0
+        values[k] = value or 0.0
     return values, ()
 
 

@@ -21,15 +21,20 @@ from metarec_jax.online.history import History, Names, Unknown, feature_columns,
 
 _USERS = 64
 """Users that one call of `recommend_many`'s compiled program serves."""
+_PATH = 16
+"""Points at which the derivative is taken where one does not tell how far the history moved a score."""
 
 
 @dataclass(frozen=True)
 class Influence:
-    """One feedback behind a recommendation: ``contribution`` is how far it moved the score, in units of the score."""
+    """One feedback behind a recommendation: ``contribution`` is how far it moved the score, in units of the score.
+
+    ``rating`` is None for a click.
+    """
 
     item_id: Any
     title: str | None
-    rating: float
+    rating: float | None
     contribution: float
 
 
@@ -98,7 +103,10 @@ class ManyRecommendations(Mapping[Any, Recommendations]):
 
 
 def _row(r: Recommendation) -> dict[str, Any]:
-    why = "; ".join(f"{i.title or i.item_id} ({i.rating:g}): {i.contribution:+.3f}" for i in r.because)
+    why = "; ".join(
+        f"{i.title or i.item_id}{'' if i.rating is None else f' ({i.rating:g})'}: {i.contribution:+.3f}"
+        for i in r.because
+    )
     return {"item_id": r.item_id, "title": r.title, "score": r.score, "because": why}
 
 
@@ -160,7 +168,9 @@ class Recommender:
 
         Each contribution is (d score / d target_j) (target_j - prior prediction of j), by differentiating through the
         adaptation. Where adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
-        contributions add up to ``score - prior``; elsewhere it is the first order. For implicit feedback, whose targets
+        contributions add up to ``score - prior``. Where they would not, the derivative is averaged along the path of
+        targets from the prior predictions to what the user gave (integrated gradients, Sundararajan et al. 2017). For
+        implicit feedback, whose targets
         are all 1, it is d score / d weight_j: the rate at which the score would fall were the feedback to fade.
 
         Args:
@@ -217,21 +227,23 @@ class Recommender:
             for row, (items, targets) in enumerate(support[first:last]):
                 item[row, : len(items)], target[row, : len(items)], mask[row, : len(items)] = items, targets, 1.0
                 given[row] = len(parsed[first + row].item)
-            best = _best(
+            program = partial(
+                _best,
                 self.method.adapt,
                 self.method.predict,
                 min(n, len(self.data.items.ids)),
                 self._chunk if users == 1 else max(1, min(self._chunk, (1 << 20) // users)),
-                explain,
                 self.data.implicit,
-                self.method.params,
-                self.known,
-                features,
-                (item, target, mask),
-                given if drop else np.zeros_like(given),
-                self._key,
+                params=self.method.params,
+                known=self.known,
+                features=features,
+                support=(item, target, mask),
+                given=given if drop else np.zeros_like(given),
+                key=self._key,
             )
-            best = jax.tree.map(np.asarray, best)
+            best = jax.tree.map(np.asarray, program(points=1 if explain else 0))
+            if explain and not self.data.implicit and _unexplained(best):
+                best = jax.tree.map(np.asarray, program(points=_PATH))
             for row in range(last - first):
                 yield jax.tree.map(lambda a, row=row: a[row], best)
             first = last
@@ -262,7 +274,13 @@ class Recommender:
                 moved = best.contribution[k][: len(history.item)]
                 strongest = np.argsort(-np.abs(moved), kind="stable")[:explain]
                 because = tuple(
-                    Influence(given[j][0], given[j][1], float(history.rating[j]), float(moved[j])) for j in strongest
+                    Influence(
+                        given[j][0],
+                        given[j][1],
+                        None if self.data.implicit else float(history.rating[j]),
+                        float(moved[j]),
+                    )
+                    for j in strongest
                 )
             items.append(Recommendation(item_id, title, float(best.score[k]), float(best.prior[k]), because))
         return Recommendations(tuple(items), history.unknown, notes)
@@ -273,14 +291,23 @@ def _slots(length: int) -> int:
     return max(8, 1 << max(0, length - 1).bit_length())
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _unexplained(best: _Best) -> bool:
+    """Whether contributions do not add up to what the history moved, by more than rounding."""
+    real = np.isfinite(best.score)
+    moved = np.where(real, best.score - best.prior, 0.0)
+    told = np.where(real, best.contribution.sum(-1), 0.0)
+    return bool((np.abs(told - moved) > 0.02 * np.abs(moved) + 1e-3).any())
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), static_argnames=("points",))
 def _best(
     adapt: Any,
     predict: Any,
     n: int,
     chunk: int,
-    explain: bool,
     implicit: bool,
+    *,
+    points: int,
     params: Any,
     known: Catalogue,
     features: dict[str, Array],
@@ -288,7 +315,10 @@ def _best(
     given: Array,
     key: Array,
 ) -> _Best:
-    """Best ``n`` of the catalogue for each of B users. The first ``given`` support items are left out."""
+    """Best ``n`` of the catalogue for each of B users. The first ``given`` support items are left out.
+
+    Derivatives are taken at ``points`` points; 0 tells no contributions.
+    """
     num_rows = known.item_row.shape[0]
 
     def columns(rows: Array) -> dict[str, Array]:
@@ -317,7 +347,7 @@ def _best(
         (score, rows), _ = jax.lax.scan(step, start, firsts)
         empty = adapt(params, examples._replace(mask=jnp.zeros_like(mask)), key)
         prior = predict(params, empty, columns(rows))
-        if not explain:
+        if not points:
             return _Best(rows, score, prior, jnp.zeros((n, 0)))
 
         def scores(target: Array, mask: Array) -> Array:
@@ -326,6 +356,11 @@ def _best(
         if implicit:
             return _Best(rows, score, prior, jax.jacrev(scores, 1)(target, mask) * mask[None])
         moved = (target - predict(params, empty, examples.inputs)) * mask
-        return _Best(rows, score, prior, jax.jacrev(scores, 0)(target, mask) * moved[None])
+        slope = jax.jacrev(scores, 0)
+        if points == 1:
+            return _Best(rows, score, prior, slope(target, mask) * moved[None])
+        left = 1.0 - (jnp.arange(points) + 0.5) / points
+        along = jax.lax.map(lambda part: slope(target - part * moved, mask), left)
+        return _Best(rows, score, prior, along.mean(0) * moved[None])
 
     return jax.vmap(one)(*support, given)

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metarec_jax import tree
 from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import TaskSource, task_source
+from metarec_jax.rows import check_ids, outside
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
-from metarec_jax.training.step import Optimizers, TrainState, init_state, make_step
+from metarec_jax.training.step import HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
 Validate = Callable[[Params], Mapping[str, float]]
 
@@ -73,6 +75,7 @@ def fit(
     save_every: int = 250,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    debug: bool = False,
 ) -> FitResult:
     """Meta-train a learner.
 
@@ -80,29 +83,48 @@ def fit(
     ``checkpoints`` changes a bit of it.
 
     Args:
-      train: interactions (then tasks are drawn by `task_source` with its defaults), or a source of tasks.
+      train: interactions (then tasks are drawn by `task_source` with its defaults; 4 negatives for each positive where
+        there are no ratings), or a source of tasks.
       steps: outer steps.
       lr: rate of both default optimisers, decayed to a tenth by a cosine.
       optimizer: of the dense parameters; default Adam.
       rows: of the table rows; default `lazy_adam`. An optax transformation here updates whole tables.
-      params: where to start; default ``learner.init``.
-      chunk: outer steps a compiled call; the host is idle inside.
+      seed: of the initial parameters, the tasks drawn and the learner's own randomness.
+      params: where to start; default ``learner.init``. They are copied, not changed.
+      chunk: outer steps a call of the compiled program, at the most; the host is idle inside. One program serves all
+        lengths.
       validate: ``validate(params) -> {metric: value}``, called every ``validate_every`` steps and at the end.
       monitor: the validation metric that selects; smaller is better.
       patience: validations without a better value before stopping early; None never stops.
       checkpoints: saves every ``save_every`` steps, at every validation and at the end, and resumes from the latest.
       progress: called after every chunk with the step and its metrics.
       stop: polled after every chunk; True saves and returns.
+      debug: check after every chunk that each id drawn lies within its table (JAX would take the nearest row, without
+        a word). What `task_source` knows of users and items is checked once, before the first step, in any case.
 
     Raises:
-      MetarecError: a loss that is not finite (the step and the last good checkpoint are named), or a monitored metric
-        that ``validate`` does not return.
+      MetarecError: a loss that is not finite (the step and the last good checkpoint are named); a monitored metric that
+        ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below 1.
+
+    >>> from metarec_jax.data.synthetic import synthetic
+    >>> from metarec_jax.learners.ridge import ridge
+    >>> from metarec_jax.models import content_model
+    >>> data = synthetic(30, 20, ratings_per_user=(5, 10), seed=0).data
+    >>> found = fit(ridge(content_model(data.columns, size=2)), data, steps=4, chunk=3)
+    >>> found.step, found.stopped, [row["step"] for row in found.history]
+    (4, 'finished', [3.0, 4.0])
     """
-    source = task_source(train) if isinstance(train, Interactions) else train
+    for name, count in (("chunk", chunk), ("validate_every", validate_every), ("save_every", save_every)):
+        if count < 1:
+            raise MetarecError(f"{name} is {count}; give 1 or more")
+    source = _source(learner, train)
     schedule = optax.cosine_decay_schedule(lr, max(steps, 1), 0.1)
     optimizers = Optimizers(optimizer or optax.adam(schedule), rows or lazy_adam(schedule))
     k_init, k_train = jax.random.split(jax.random.key(seed))
-    params = jax.jit(learner.init)(k_init) if params is None else params
+    if params is None:
+        params = jax.jit(learner.init)(k_init)
+    else:
+        _check_params(learner, params)
     # A copy: the step donates its state, and the caller's arrays must outlive it.
     start = jax.tree.map(jnp.copy, init_state(learner, optimizers, params, k_train))
     state = LoopState(start, np.float32(np.inf), np.int32(0))
@@ -110,8 +132,9 @@ def fit(
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         last_saved, state = found[0], LoopState(*found[1])
         best = checkpoints.restore(state, which="best") if math.isfinite(float(state.best)) else None
-        best_params = best[1][0].params if best is not None else state.train.params
-    run = _chunk_runner(make_step(learner, source, optimizers))
+        # A copy again: where the best is the latest, its buffers would be donated too.
+        best_params = jax.tree.map(jnp.copy, best[1][0].params if best is not None else state.train.params)
+    run = _chunk_runner(make_step(learner, source, optimizers, debug=debug), chunk)
     done, history, stopped = int(state.train.step), [], "finished"
     pause = [n for n in (validate_every if validate else 0, save_every if checkpoints else 0) if n]
     while done < steps:
@@ -121,16 +144,18 @@ def fit(
         length = min([chunk, steps - done, *(n - done % n for n in pause)])
         began = time.perf_counter()
         after, metrics = run(state.train, source.data, length)
-        means = _checked(metrics, done, last_saved)
+        taken = {name: values[:length] for name, values in jax.device_get(metrics).items()}
+        means = _checked(learner, taken, done, last_saved)
         done += length
         row = {"step": float(done), **means, "tasks_per_s": length * source.tasks / (time.perf_counter() - began)}
         state, better = state._replace(train=after), False
         if validate and (done % validate_every == 0 or done == steps):
-            row |= {f"validation_{name}": float(value) for name, value in validate(after.params).items()}
-            if f"validation_{monitor}" not in row:
+            values = {name: float(value) for name, value in validate(after.params).items()}
+            if monitor not in values:
                 raise MetarecError(
-                    f"validate() returned no {monitor!r}; it returned {sorted(row)}; set monitor= to one of them"
+                    f"validate() returned no {monitor!r}; it returned {sorted(values)}; set monitor= to one of them"
                 )
+            row |= {f"validation_{name}": value for name, value in values.items()}
             better = row[f"validation_{monitor}"] < float(state.best)
             value = np.float32(row[f"validation_{monitor}"])
             state = (
@@ -154,17 +179,64 @@ def fit(
     return FitResult(chosen, history, done, stopped, Method(chosen, learner.adapt, learner.predict))
 
 
-def _chunk_runner(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``run(state, data, length)``: one compiled scan for each length met; the state's buffers are reused."""
+def _source(learner: Learner, train: Interactions | TaskSource) -> TaskSource:
+    """The source of tasks, its catalogue within the learner's tables."""
+    if isinstance(train, Interactions):
+        train = task_source(train, negatives=4 if train.implicit else 0)
+    if not isinstance(train, TaskSource):
+        raise MetarecError(
+            f"fit() was given a {type(train).__name__} to train on; give Interactions or a task_source()"
+        )
+    if isinstance(train.data, TaskData):
+        known = train.data.known
+        columns = {"user_id": known.user_row, "item_id": known.item_row, **known.user, **known.item}
+        check_ids(learner.tables, columns, where="the training data")
+    return train
+
+
+def _check_params(learner: Learner, params: Params) -> None:
+    """Raise where ``params`` have not the names and shapes of the learner's own."""
+    want = tree.partition(jax.eval_shape(learner.init, jax.random.key(0)), None)[0]
+    have = tree.partition(params, None)[0]
+    if strange := sorted(want.keys() ^ have.keys()):
+        there = "params lack" if strange[0] in want else "params have, and the learner has not,"
+        raise MetarecError(f"{there} {strange[0]!r}; start from learner.init of the same learner")
+    for name, leaf in want.items():
+        if jnp.shape(have[name]) != leaf.shape:
+            raise MetarecError(
+                f"params have {name!r} of shape {list(jnp.shape(have[name]))}, and the learner wants "
+                f"{list(leaf.shape)}; start from learner.init of the same learner and data"
+            )
+
+
+def _chunk_runner(step: Callable[..., Any], capacity: int) -> Callable[..., Any]:
+    """``run(state, data, length) -> (state, metrics [capacity])``: one program for every length up to ``capacity``.
+
+    The state's buffers are reused; metrics beyond ``length`` are 0.
+    """
+    step = jax.jit(step)  # traced once, for the shapes of its metrics and for the loop
 
     def run(state: TrainState, data: Any, length: int) -> Any:
-        return jax.lax.scan(lambda s, _: step(s, data), state, None, length=length)
+        def body(k: Any, carry: tuple[TrainState, dict[str, Any]]) -> tuple[TrainState, dict[str, Any]]:
+            state, metrics = step(carry[0], data)
+            return state, {name: carry[1][name].at[k].set(value) for name, value in metrics.items()}
 
-    return jax.jit(run, static_argnums=2, donate_argnums=0)
+        shapes = jax.eval_shape(step, state, data)[1]
+        empty = {name: jnp.zeros((capacity, *m.shape), m.dtype) for name, m in shapes.items()}
+        return jax.lax.fori_loop(0, length, body, (state, empty))
+
+    return jax.jit(run, donate_argnums=0)
 
 
-def _checked(metrics: Mapping[str, Any], done: int, last_saved: int) -> dict[str, float]:
-    """Means of a chunk's metrics, or a clear error at the first loss that is not finite."""
+def _checked(learner: Learner, metrics: Mapping[str, Any], done: int, last_saved: int) -> dict[str, float]:
+    """Means of a chunk's metrics, or a clear error at the first step with an id out of range or a loss not finite."""
+    for name, table in learner.tables.items():
+        if HIGHEST + name in metrics:
+            low, high = metrics[LOWEST + name], metrics[HIGHEST + name]
+            bad = np.flatnonzero((low < 0) | (high >= table.num_rows))
+            if len(bad):
+                wrong = int(low[bad[0]] if low[bad[0]] < 0 else high[bad[0]])
+                raise MetarecError(outside(name, table, wrong, f"step {done + int(bad[0])}"))
     losses = np.asarray(metrics["loss"])
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
@@ -173,4 +245,4 @@ def _checked(metrics: Mapping[str, Any], done: int, last_saved: int) -> dict[str
             f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}; {kept}; "
             "lower the learning rate or the inner rate"
         )
-    return {name: float(np.mean(values)) for name, values in metrics.items()}
+    return {name: float(np.mean(m)) for name, m in metrics.items() if not name.startswith((LOWEST, HIGHEST))}

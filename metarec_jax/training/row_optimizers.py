@@ -45,12 +45,23 @@ def lazy_adam(
     """Adam on the rows of the batch alone.
 
     This is not dense Adam: there, a row that a batch does not touch goes on moving by its momentum. Here it rests, its
-    moments frozen, and bias is corrected by the row's own count of updates.
+    moments frozen, and bias is corrected by the row's own count of updates. Row 0 counts as touched in every step,
+    since padding stands there.
 
     Args:
       lr: rate, or a function of the step.
+      b1, b2, eps: as in Adam.
       weight_decay: decoupled (AdamW), applied to a row when it is touched.
       catch_up: decay the moments for the steps that a row was not touched in, as dense Adam would have.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015.
+
+    A first step is ``lr`` long, whatever the gradient:
+
+    >>> adam, table = lazy_adam(0.1), jnp.zeros((3, 1))
+    >>> moved, _ = update_rows(adam, table, init_table(adam, table), jnp.array([2]), jnp.array([[5.0]]), jnp.array(0))
+    >>> [round(float(x), 4) for x in moved[:, 0]]
+    [0.0, 0.0, -0.1]
     """
 
     def init(table: Array) -> LazyAdamState:
@@ -74,7 +85,14 @@ def lazy_adam(
 def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
     """Adagrad with one accumulator a row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
 
-    The memory of its state is 1/size of Adam's moment. Source: the row-wise sparse Adagrad of FBGEMM and TorchRec.
+    The memory of its state is 1/size of one of Adam's moments. Source: the row-wise sparse Adagrad of FBGEMM, TorchRec.
+
+    ``g = (3, 4)``: a = 12.5, so the row moves by ``-0.5 * g / 3.5355``.
+
+    >>> adagrad, table = row_adagrad(0.5), jnp.zeros((2, 2))
+    >>> state, grads = init_table(adagrad, table), jnp.array([[3.0, 4.0]])
+    >>> [round(float(x), 4) for x in update_rows(adagrad, table, state, jnp.array([1]), grads, jnp.array(0))[0][1]]
+    [-0.4243, -0.5657]
     """
 
     def update(grads: Array, total: Array, rows: Array, step: Array) -> tuple[Array, Array]:
@@ -96,6 +114,7 @@ class TableState(NamedTuple):
 
 
 def init_table(optimizer: RowOptimizer | optax.GradientTransformation, table: Array) -> TableState:
+    """The state of one table's optimiser before its first step; table ``[num_rows, size]``."""
     if isinstance(optimizer, RowOptimizer):
         return TableState(optimizer.init(table), jnp.zeros((table.shape[0],), jnp.int32))
     return TableState(optimizer.init(table), jnp.zeros((0,), jnp.int32))
@@ -112,7 +131,8 @@ def update_rows(
     """One step on the rows ``ids [m]`` given their gradients ``[m, size]``; repeated ids are summed first.
 
     Duplicates are found without a sort: every copy of an id writes its position to ``slot[id]`` and reads back the one
-    that won. Rows are written in place when the buffers are donated.
+    that won. Rows are written in place when the buffers are donated. Where copies are many, an accelerator may sum them
+    in another order each time; on a CPU the result is the same to the bit.
     """
     if not isinstance(optimizer, RowOptimizer):
         dense = jnp.zeros_like(table).at[ids].add(grads)

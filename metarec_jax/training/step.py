@@ -39,16 +39,25 @@ class Optimizers(NamedTuple):
     rows: RowOptimizer | optax.GradientTransformation
 
 
+LOWEST, HIGHEST = "lowest_id/", "highest_id/"
+"""With ``debug``, metrics of these names (and a table's after them) hold the ids that a step drew."""
+
+
 def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Array) -> TrainState:
+    """The state before the first step: ``params``, fresh optimisers, and the key of all draws."""
     dense, tables = _split(params)
     states = {name: init_table(optimizers.rows, table) for name, table in tables.items()}
     return TrainState(params, optimizers.dense.init(dense), states, key, jnp.zeros((), jnp.int32))
 
 
 def make_step(
-    learner: Learner, source: TaskSource, optimizers: Optimizers
+    learner: Learner, source: TaskSource, optimizers: Optimizers, *, debug: bool = False
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them."""
+    """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them.
+
+    Args:
+      debug: metrics also hold the lowest and highest id drawn for each table.
+    """
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, dict[str, Array]]:
         k_draw, k_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -56,6 +65,9 @@ def make_step(
         (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss)
         params, dense, tables = _apply(optimizers, state, grads, ids)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics}
+        if debug:
+            for name, (low, high) in rows.id_extent(learner.tables, batch.support.inputs, batch.query.inputs).items():
+                metrics |= {LOWEST + name: low, HIGHEST + name: high}
         return TrainState(params, dense, tables, state.key, state.step + 1), metrics
 
     return step

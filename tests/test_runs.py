@@ -1,0 +1,57 @@
+"""What a run serves: the numbers it was trained for, with derivatives that tell what moved a score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metarec_jax import config, runs
+from metarec_jax.core import Examples
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.data.tasks import catalogue
+from metarec_jax.online.recommend import Recommender
+from metarec_jax.training.checkpoint import Checkpoints
+
+DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
+
+
+@pytest.mark.parametrize("given", [{"name": "reptile"}, {"name": "maml", "first_order": True}])
+def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
+    learned = config.LearnerConfig(**given, inner_steps=2)
+    whole = config.Config(model=config.ModelConfig(size=2), learner=learned)
+    learner = config.build_learner(whole, DATA)
+    params = learner.init(jax.random.key(0))
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(1, {"params": params}, wait=True)
+    served = runs.method(runs.Run(tmp_path, whole, DATA, catalogue(DATA), learner))
+    inputs = {"user_id": jnp.zeros(1, jnp.int32), "item_id": jnp.arange(1, 4)}
+    inputs |= {name: jnp.asarray(f.values)[jnp.arange(1, 4)] for name, f in DATA.item_features.items()}
+    inputs |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
+    support = Examples(inputs, jnp.array([5.0, 1.0, 4.0]), jnp.ones(3))
+    for a, b in zip(
+        jax.tree.leaves(learner.adapt(params, support, jax.random.key(1))),
+        jax.tree.leaves(served.adapt(served.params, support, jax.random.key(1))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    ids = DATA.items.ids[:2].tolist()
+    best = Recommender(served, DATA, catalogue(DATA)).recommend({ids[0]: DATA.rating.max(), ids[1]: 2.0}, n=1)[0]
+    told = sum(i.contribution for i in best.because)
+    assert abs(told) > 0.01
+    np.testing.assert_allclose(told, best.score - best.prior, rtol=0.03, atol=2e-3)
+
+
+def test_two_parts_differ_by_their_rows():
+    part = DATA.take(np.arange(len(DATA)) > 0)
+    assert runs.rows_digest(part) == runs.rows_digest(DATA.take(np.arange(1, len(DATA))))
+    assert runs.rows_digest(part) != runs.rows_digest(DATA)
+
+
+def test_another_partition_under_the_same_name_is_another_run(tmp_path):
+    file = tmp_path / "part.csv"
+    whole = config.Config(split=config.SplitConfig(partition=str(file)))
+    file.write_text("user_id,item_id,state\n1,2,warm\n")
+    before = runs.identity(whole, DATA)
+    assert runs.identity(whole, DATA) == before
+    file.write_text("user_id,item_id,state\n1,2,user_cold\n")
+    assert runs.identity(whole, DATA) != before
