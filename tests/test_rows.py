@@ -99,7 +99,7 @@ def test_catch_up_decays_what_was_missed(float64):
         table, state = ro.update_rows(optimizer, table, state, jnp.array([row]), g, jnp.asarray(step))
     mu = 0.1  # after step 0: 0.1 * 1; two missed steps; then b1 * mu + 0.1
     mu = 0.9 * (mu * 0.9**2) + 0.1
-    assert float(state.inner.mu[0, 0]) == pytest.approx(mu, rel=1e-12)
+    assert float(state.inner.moments[0, 0]) == pytest.approx(mu, rel=1e-12)
 
 
 def test_row_adagrad_by_hand():
