@@ -106,10 +106,17 @@ class LearnerConfig(_Checked):
     name: Literal["ridge", "maml", "reptile"] = option(
         "ridge", "closed form on learned vectors, or gradient steps", flag="learner"
     )
-    inner_lr: float = option(0.1, "maml, reptile: inner rate", low=0.0)
+    inner_lr: float | None = option(
+        None, "maml, reptile: inner rate; by default 0.3 where the user's row adapts alone, else 0.1", low=0.0
+    )
     inner_steps: int = option(5, "maml, reptile: inner steps", low=0)
-    rule: Literal["sgd", "meta_sgd", "adam"] = option("sgd", "maml, reptile: inner rule; meta_sgd learns its rates")
-    only: tuple[str, ...] = option((), "maml, reptile: parameters that adapt, such as 'net'; all by default")
+    rule: Literal["auto", "sgd", "meta_sgd", "adam"] = option(
+        "auto", "maml, reptile: inner rule; meta_sgd learns its rates; auto: meta_sgd for a user's row alone, else sgd"
+    )
+    only: tuple[str, ...] = option(
+        (),
+        "maml, reptile: parameters that adapt, such as 'net', or 'all'; by default all, or a dot product's user row",
+    )
     first_order: bool = option(False, "maml: take inner gradients for constants")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
     loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
@@ -137,8 +144,8 @@ class TrainConfig(_Checked):
 class Config:
     """A run. ``Config()`` is what ``metarec fit`` does.
 
-    >>> Config(learner=LearnerConfig(name="maml", inner_steps=1)).learner.inner_lr
-    0.1
+    >>> Config(learner=LearnerConfig(name="maml", inner_steps=1)).train.steps
+    1000
     >>> from_dict(to_dict(Config())) == Config()
     True
     """
@@ -267,16 +274,21 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     model, given = build_model(config.model, data), config.learner
     if given.name == "ridge":
         return learners.ridge(model, precision=given.precision, loss=build_loss(given, data))
+    dot = (config.model.name, config.model.head) == ("content", "dot")
+    only = {(): ("tables/user_id",) if dot else None, ("all",): None}.get(given.only, given.only)
+    alone = only == ("tables/user_id",)
+    rate = given.inner_lr if given.inner_lr is not None else 0.3 if alone else 0.1
+    rule = given.rule if given.rule != "auto" else "meta_sgd" if alone else "sgd"
     rules = {
-        "sgd": lambda: learners.sgd(given.inner_lr),
-        "meta_sgd": lambda: learners.meta_sgd(given.inner_lr),
-        "adam": lambda: learners.from_optax(optax.adam(given.inner_lr, eps_root=1e-8)),
+        "sgd": lambda: learners.sgd(rate),
+        "meta_sgd": lambda: learners.meta_sgd(rate),
+        "adam": lambda: learners.from_optax(optax.adam(rate, eps_root=1e-8)),
     }
     shared: dict[str, Any] = {
         "inner_steps": given.inner_steps,
-        "rule": rules[given.rule](),
+        "rule": rules[rule](),
         "loss": build_loss(given, data),
-        "only": given.only or None,
+        "only": only,
     }
     if given.name == "reptile":
         return learners.reptile(model, **shared)

@@ -140,6 +140,7 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     data_facts: Mapping[str, Any] | None = None,
     title: str | None = None,
+    by_inner_steps: Report | None = None,
 ) -> Path:
     """Write ``report.md``, ``report.html`` (one file, plots inside) and ``plots/*.png`` into a folder, which is made.
 
@@ -148,13 +149,14 @@ def write_report(
       config: settings of the run, printed as they are.
       data_facts: facts of the data set, printed as a table.
       title: of the page; the name of the folder by default.
+      by_inner_steps: an evaluation of the same parameters after other numbers of inner steps; they name its methods.
 
     Returns:
       The path of ``report.html``.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    sections = _sections(report, folder / "plots", history or [], config or {}, data_facts or {})
+    sections = _sections(report, folder / "plots", history or [], config or {}, data_facts or {}, by_inner_steps)
     title = title or f"Report of {folder.resolve().name}"
     (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
     page = folder / "report.html"
@@ -168,6 +170,7 @@ def _sections(
     history: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     data_facts: Mapping[str, Any],
+    by_inner_steps: Report | None,
 ) -> list[Section]:
     metrics = main_metrics(report)
     sections = [Section("What was found", tuple(findings(report)))]
@@ -182,6 +185,9 @@ def _sections(
     drawn_curves = [n for m, n in zip(curves, images, strict=False) if plots.cold_start_curve(report, m, folder / n)]
     sections.append(Section("How many ratings until it is good", tuple(adaptation_findings(report))))
     sections += [Section("", (), None, f"plots/{name}") for name in drawn_curves]
+    if by_inner_steps is not None:
+        said = "The trained parameters, adapted by so many inner steps; 0 is the prior, before any rating is seen."
+        sections.append(Section("Over inner steps", (said,), metric_table(by_inner_steps, metrics[0])))
     if plots.learning_curve(history, folder / "learning_curve.png"):
         sections.append(Section("Training", (_selection(history),), None, "plots/learning_curve.png"))
     sections.append(Section("How it was measured", tuple(_method_notes(report))))

@@ -170,9 +170,24 @@ def method(run: Run) -> Method:
     params = checkpoint.load_params(run.directory, like=like)
     learner, given = run.learner, run.config.learner
     if given.name == "reptile" or given.first_order:
-        whole = dataclasses.replace(given, name="maml", first_order=False)
-        learner = configs.build_learner(dataclasses.replace(run.config, learner=whole), run.data)
+        learner = _with_steps(run, given.inner_steps)
     return Method(params, learner.adapt, learner.predict)
+
+
+def by_inner_steps(run: Run) -> dict[int, Method]:
+    """The trained parameters adapted by other numbers of inner steps, 0 to twice those of training; {} for ridge."""
+    given = run.config.learner
+    if given.name == "ridge":
+        return {}
+    params, trained = method(run).params, given.inner_steps
+    learners = {k: _with_steps(run, k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}
+    return {k: Method(params, learner.adapt, learner.predict) for k, learner in learners.items()}
+
+
+def _with_steps(run: Run, inner_steps: int) -> Learner:
+    """The run's learner with another number of inner steps, second order."""
+    given = dataclasses.replace(run.config.learner, name="maml", first_order=False, inner_steps=inner_steps)
+    return configs.build_learner(dataclasses.replace(run.config, learner=given), run.data)
 
 
 def _others(run: Path) -> str:

@@ -41,6 +41,33 @@ def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
     np.testing.assert_allclose(told, best.score - best.prior, rtol=0.03, atol=2e-3)
 
 
+def test_other_numbers_of_inner_steps(tmp_path):
+    """Trained with 2 steps: 0, 1, 2 and 4 are shown; 2 are the run's own numbers, 0 steps move nothing."""
+    whole = config.Config(
+        model=config.ModelConfig(size=2), learner=config.LearnerConfig(name="maml", inner_steps=2, only=("all",))
+    )
+    learner = config.build_learner(whole, DATA)
+    with Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(1, {"params": learner.init(jax.random.key(0))}, wait=True)
+    run = runs.Run(tmp_path, whole, DATA, catalogue(DATA), learner)
+    shown = runs.by_inner_steps(run)
+    assert list(shown) == [0, 1, 2, 4]
+    rows = {"user_id": jnp.zeros(1, jnp.int32), "item_id": jnp.arange(1, 4)}
+    rows |= {name: jnp.asarray(f.values)[jnp.arange(1, 4)] for name, f in DATA.item_features.items()}
+    rows |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
+    support = Examples(rows, jnp.array([5.0, 1.0, 4.0]), jnp.ones(3))
+    scores = {k: m.predict(m.params, m.adapt(m.params, support, jax.random.key(1)), rows) for k, m in shown.items()}
+    own = runs.method(run)
+    np.testing.assert_allclose(
+        scores[2], own.predict(own.params, own.adapt(own.params, support, None), rows), rtol=1e-6
+    )
+    prior = config.build_model(whole.model, DATA).apply({k: v for k, v in own.params.items() if k != "rule"}, rows)
+    np.testing.assert_allclose(scores[0], prior, rtol=1e-6)
+    assert float(np.abs(scores[4] - scores[2]).max()) > 1e-3
+    ridge = run._replace(config=config.Config())
+    assert runs.by_inner_steps(ridge) == {}
+
+
 def test_two_parts_differ_by_their_rows():
     part = DATA.take(np.arange(len(DATA)) > 0)
     assert runs.rows_digest(part) == runs.rows_digest(DATA.take(np.arange(1, len(DATA))))

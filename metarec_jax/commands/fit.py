@@ -234,6 +234,7 @@ def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[
             for seed in range(seeds)
         ]
         report: Report = results.merge(reports)
+        by_steps = _by_inner_steps(run, parts, max_users)
     with phases("report"):
         report.save(run.directory / "evaluation")
         write_report(
@@ -243,13 +244,36 @@ def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[
             config=configs.to_dict(config),
             data_facts=describe(run.data),
             title=f"{run.data.name}: {config.learner.name}",
+            by_inner_steps=by_steps,
         )
         found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
+        if by_steps is not None:
+            found["by_inner_steps"] = by_steps.to_json()["results"]
         runs.write_json(run.directory / "evaluation" / "summary.json", found)
     print(terminal_table(report))
     print(f"report: {run.directory / 'report.html'}")
     print(phases)
     return found
+
+
+def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | None:
+    """The trained parameters after fewer and more inner steps, on the first of the test scenarios; None for ridge."""
+    from metarec_jax.evaluation import evaluate
+
+    methods = {str(k): adapted for k, adapted in runs.by_inner_steps(run).items()}
+    if not methods:
+        return None
+    scenario = "user_cold" if "user_cold" in parts.test else next(iter(parts.test))
+    part = {scenario: parts.test[scenario]}
+    return evaluate(
+        methods,
+        _tasks(run.config, parts, part, seed=0, max_users=max_users),
+        run.known,
+        rating_range=_range(run.data),
+        relevant=_relevant(run.data),
+        catalogue_ranking=run.data.implicit,
+        ranking_only=_ranking_only(run.data, methods),
+    )
 
 
 def _tasks(
