@@ -15,7 +15,7 @@ import argparse
 import json
 
 from metarec_jax import learners, models
-from metarec_jax.core import Learner, Method
+from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.datasets import load
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import split
@@ -48,7 +48,10 @@ def main() -> None:
     test = {"user_cold": make_tasks(parts.test["user_cold"], support=(3, 64), seed=given.seed)}
 
     def error(method: Method) -> float:
-        report = evaluate({"it": method}, held, known, rating_range=span, bootstrap=10)
+        try:
+            report = evaluate({"it": method}, held, known, rating_range=span, bootstrap=10)
+        except MetarecError:  # scores that are not finite: the rate is too high
+            return float("inf")
         return report.summary()["it"]["user_cold"]["rmse_pooled"].mean
 
     plain = learners.maml(model, inner_steps=0)
@@ -64,7 +67,12 @@ def main() -> None:
             for way, method in ways.items()
             for rate in RATES
         }
-        meta = {rate: train(made[rate], parts.train, given.steps, given.seed) for rate in RATES}
+        meta = {}
+        for rate in RATES:
+            try:
+                meta[rate] = train(made[rate], parts.train, given.steps, given.seed)
+            except MetarecError as told:  # too high a rate: training says so, and the rate is out
+                print(f"{inner} inner steps, maml, rate {rate}: {told}")
         scores = {f"plain, {way}, rate {rate}": error(m) for (way, rate), m in tuned.items()}
         scores |= {f"maml, rate {rate}": error(m) for rate, m in meta.items()}
         print(f"{inner} inner steps, RMSE on validation users:")
