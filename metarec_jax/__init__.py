@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metarec_jax.core import Column, Examples, Learner, MetarecError, Method, Model, Table, Task
+    from metarec_jax.cpu import tune_cpu
     from metarec_jax.data.datasets import load
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.readers import from_pandas, read
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "core": ("Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task"),
+    "cpu": ("tune_cpu",),
     "data.datasets": ("load",),
     "data.interactions": ("Interactions",),
     "data.readers": ("from_pandas", "read"),
@@ -50,7 +52,7 @@ __all__ = [  # noqa: RUF022
     "catalogue", "make_tasks", "task_source",
     "content_model", "meta_recommender", "flax_model", "nnx_model",
     "ridge", "maml", "reptile", "warm_start", "fit",
-    "fit_baselines", "evaluate", "write_report", "Recommender",
+    "fit_baselines", "evaluate", "write_report", "Recommender", "tune_cpu",
     "Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task",
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from metarec_jax import config
+from metarec_jax.cpu import tune_cpu
 
 _INTERRUPTED = 130
 
@@ -180,6 +181,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    tune_cpu()
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,

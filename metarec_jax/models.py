@@ -8,7 +8,8 @@ examples". Any Linen module of that signature plugs in through `flax_model`, any
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -231,6 +232,28 @@ class TwoSides(nn.Module):
         return self.side(rows, inputs, "item_")[:, 1:]
 
 
+class Joint(nn.Module):
+    """A dense layer over several parts, as if they were concatenated.
+
+    Parts which all examples share (leading axis 1) meet their rows of the kernel apart from the others, once.
+    """
+
+    units: int
+
+    @nn.compact
+    def __call__(self, parts: Sequence[Array]) -> Array:
+        sizes = [part.shape[-1] for part in parts]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (sum(sizes), self.units))
+        bias = self.param("bias", nn.initializers.zeros, (self.units,))
+        terms, start = [], 0
+        for _, run in itertools.groupby(parts, key=lambda part: part.shape[0]):
+            together = list(run)
+            x = together[0] if len(together) == 1 else jnp.concatenate(together, axis=-1)
+            terms.append(x @ kernel[start : start + x.shape[-1]])
+            start += x.shape[-1]
+        return functools.reduce(jnp.add, terms) + bias[None]
+
+
 class Tower(nn.Module):
     """All rows and numeric features concatenated, dense layers with ReLU, one linear output. No layers: linear."""
 
@@ -238,16 +261,20 @@ class Tower(nn.Module):
     hidden: tuple[int, ...]
 
     def setup(self) -> None:
-        self.layers = [nn.Dense(units, name=f"dense_{k}") for k, units in enumerate(self.hidden)]
-        self.out = nn.Dense(1, name="out")
+        self.layers = [Joint(units, name=f"dense_{k}") for k, units in enumerate(self.hidden)]
+        self.out = Joint(1, name="out")
+
+    def parts(self, rows: Rows, inputs: Inputs) -> list[Array]:
+        return [rows[name] if name in rows else inputs[name] for name in self.kinds]
 
     def last_hidden(self, rows: Rows, inputs: Inputs) -> Array:
-        parts = [rows[name] if name in rows else inputs[name] for name in self.kinds]
-        n = max(part.shape[0] for part in parts)
-        x = jnp.concatenate([jnp.broadcast_to(part, (n, part.shape[-1])) for part in parts], axis=-1)
+        parts = self.parts(rows, inputs)
+        if not self.hidden:
+            n = max(part.shape[0] for part in parts)
+            return jnp.concatenate([jnp.broadcast_to(part, (n, part.shape[-1])) for part in parts], axis=-1)
         for layer in self.layers:
-            x = nn.relu(layer(x))
-        return x
+            parts = [nn.relu(layer(parts))]
+        return parts[0]
 
     def __call__(self, rows: Rows, inputs: Inputs) -> Array:
-        return self.out(self.last_hidden(rows, inputs))[:, 0]
+        return self.out([self.last_hidden(rows, inputs)] if self.hidden else self.parts(rows, inputs))[:, 0]

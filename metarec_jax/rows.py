@@ -39,7 +39,8 @@ def first_occurrence(ids: Array) -> Array:
     """
     n = ids.shape[0]
     if n <= _PAIRWISE_LIMIT:
-        return jnp.argmax(ids[:, None] == ids[None, :], axis=1).astype(jnp.int32)
+        same = ids[:, None] == ids[None, :]
+        return jnp.min(jnp.where(same, jnp.arange(n, dtype=jnp.int32), n), axis=1)
     order = jnp.argsort(ids, stable=True).astype(jnp.int32)
     ranked = ids[order]
     starts = jnp.concatenate([jnp.ones((1,), bool), ranked[1:] != ranked[:-1]])
@@ -87,8 +88,9 @@ def overlay(table: Array, ids: Array, moved: Array, slots: Array) -> tuple[Array
     [1.0, 9.0, 0.0]
     """
     flat = slots.reshape(-1)
-    hits = flat[:, None] == ids[None, :]
-    rows = jnp.where(hits.any(1, keepdims=True), moved[jnp.argmax(hits, axis=1)], table[flat])
+    n = ids.shape[0]
+    at = jnp.min(jnp.where(flat[:, None] == ids[None, :], jnp.arange(n, dtype=jnp.int32), n), axis=1)
+    rows = jnp.where((at < n)[:, None], moved[jnp.minimum(at, n - 1)], table[flat])
     zero = jnp.where((ids == 0).any(), moved[jnp.argmax(ids == 0)], table[0])[None]
     local = jnp.where(flat == 0, 0, 1 + jnp.arange(flat.shape[0], dtype=jnp.int32)).reshape(slots.shape)
     return jnp.concatenate([zero, rows]), local

@@ -10,10 +10,10 @@ import optax
 import pytest
 from worlds import double, every_learner, largest_difference, one, seed_model, tasks
 
-from metarec_jax.core import Task
+from metarec_jax.core import MetarecError, Task
 from metarec_jax.data.tasks import TaskSource
 from metarec_jax.training.row_optimizers import lazy_adam
-from metarec_jax.training.step import Optimizers, init_state, loss_and_grads, make_step
+from metarec_jax.training.step import Optimizers, _groups, init_state, loss_and_grads, make_step
 
 LEARNERS = every_learner()
 KEY = jax.random.key(0)
@@ -166,3 +166,21 @@ def test_the_seed_model_is_one_linear_layer():
     params["tables"]["item_id"] = params["tables"]["item_id"].at[2].set(jnp.array([0, 1.0, 0]))
     params["net"]["params"]["out"] = {"kernel": jnp.arange(1.0, 7.0)[:, None], "bias": jnp.array([7.0])}
     assert model.apply(params, {"user_id": jnp.array([1]), "item_id": jnp.array([2])}).tolist() == [13.0]
+
+
+@pytest.mark.parametrize("name", ["maml_seed", "melu", "ridge"])
+def test_groups_change_only_the_order_of_sums(name, float64):
+    """6 tasks at once, in 2 groups and in 6: the same loss, metrics and gradients of everything."""
+    learner, params, batch = world(name, 6)
+    params, batch = double(params), double(batch)
+    at_once, *others = (loss_and_grads(learner, params, batch, jax.random.key(2), groups) for groups in (1, 2, 6))
+    for other in others:
+        assert largest_difference(at_once, other) < 1e-12
+
+
+def test_groups_are_of_at_most_64_tasks_on_a_cpu():
+    assert [_groups(n, "cpu") for n in (8, 64, 65, 67, 128, 500, 512)] == [1, 1, 5, 1, 2, 10, 8]  # 67 is prime
+    assert _groups(512, "gpu") == 1
+    optimizers, source = Optimizers(optax.adam(1e-3), lazy_adam()), TaskSource(None, lambda d, k: None, 6)
+    with pytest.raises(MetarecError, match="groups is 4, and a batch has 6 tasks; give a divisor"):
+        make_step(LEARNERS["ridge"], source, optimizers, groups=4)

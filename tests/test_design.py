@@ -11,7 +11,7 @@ import metarec_jax
 
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
-    {"core", "tree", "rows"},
+    {"core", "tree", "rows", "cpu"},
     {"losses", "metrics", "models", "factorization", "intervals", "data"},
     {"learners", "baselines", "tuning", "training", "evaluation", "results", "online"},
     {"report", "plots"},

@@ -72,8 +72,8 @@ def dense_adam_by_hand(table, ids, grads, state, lr=0.1, b1=0.9, b2=0.999, eps=1
 def test_lazy_adam_by_hand(float64):
     """Three steps with repeated and absent rows, against a loop over rows; the whole-table form gives the same."""
     rng = np.random.default_rng(0)
-    table = want = rng.normal(size=(8, 2))
-    state = (np.zeros((8, 2)), np.zeros((8, 2)), np.zeros(8, int))
+    table = want = rng.normal(size=(12, 2))
+    state = (np.zeros((12, 2)), np.zeros((12, 2)), np.zeros(12, int))
     optimizer = ro.lazy_adam(0.1)
     by_rows = whole = (jnp.asarray(table), ro.init_table(optimizer, jnp.asarray(table)))
     for step, ids in enumerate([[1, 3, 1, 5], [3, 3, 3, 0], [7, 1, 2, 3]]):
@@ -81,12 +81,32 @@ def test_lazy_adam_by_hand(float64):
         want, state = dense_adam_by_hand(want, ids, grads, state)
         a = jnp.asarray(ids)
         by_rows = ro.update_rows(optimizer, *by_rows, a, jnp.asarray(grads), jnp.asarray(step))
-        dense = jnp.zeros((8, 2)).at[a].add(grads)
+        dense = jnp.zeros((12, 2)).at[a].add(grads)
         whole = ro.update_whole(optimizer, *whole, a, dense, jnp.asarray(step))
         np.testing.assert_allclose(by_rows[0], want, rtol=1e-9)
         np.testing.assert_allclose(whole[0], want, rtol=1e-9)
-    assert by_rows[1].inner.updates.tolist() == state[2].tolist() == [1, 2, 1, 3, 0, 1, 0, 1]
+    assert by_rows[1].inner.updates.tolist() == state[2].tolist() == [1, 2, 1, 3, 0, 1, 0, 1, 0, 0, 0, 0]
     assert largest_difference(by_rows[1].inner, whole[1].inner) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "optimizer", [ro.lazy_adam(0.1, weight_decay=0.1), ro.lazy_adam(0.1, catch_up=True), ro.row_adagrad(0.1)]
+)
+def test_a_crowded_batch_goes_through_the_whole_table(optimizer, float64):
+    """4 ids in 8 rows and the same in 100: the rows of either are the same after three steps, and none but theirs move."""
+    rng = np.random.default_rng(1)
+    few, many = (jnp.asarray(np.concatenate([np.arange(16.0).reshape(8, 2), np.ones((n, 2))])) for n in (0, 92))
+    states = [ro.init_table(optimizer, t) for t in (few, many)]
+    for step, ids in enumerate([[1, 3, 1, 5], [3, 3, 3, 0], [7, 1, 2, 3]]):
+        grads = jnp.asarray(rng.normal(size=(4, 2)))
+        few, states[0] = ro.update_rows(optimizer, few, states[0], jnp.asarray(ids), grads, jnp.asarray(step))
+        many, states[1] = ro.update_rows(optimizer, many, states[1], jnp.asarray(ids), grads, jnp.asarray(step))
+    np.testing.assert_allclose(few, many[:8], rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(states[0].inner), jax.tree.leaves(states[1].inner), strict=True):
+        np.testing.assert_allclose(a, b[:8], rtol=1e-12)
+    assert (many[8:] == 1.0).all()
+    assert few[4].tolist() == [8.0, 9.0]
+    assert few[6].tolist() == [12.0, 13.0]
 
 
 def test_catch_up_decays_what_was_missed(float64):
@@ -99,7 +119,7 @@ def test_catch_up_decays_what_was_missed(float64):
         table, state = ro.update_rows(optimizer, table, state, jnp.array([row]), g, jnp.asarray(step))
     mu = 0.1  # after step 0: 0.1 * 1; two missed steps; then b1 * mu + 0.1
     mu = 0.9 * (mu * 0.9**2) + 0.1
-    assert float(state.inner.moments[0, 0]) == pytest.approx(mu, rel=1e-12)
+    assert float(state.inner.moments[0, 0, 0]) == pytest.approx(mu, rel=1e-12)
 
 
 def test_row_adagrad_by_hand():

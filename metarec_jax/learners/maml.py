@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from metarec_jax import losses, rows, tree
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
+from metarec_jax.learners import low_rank as thin
 from metarec_jax.learners.rules import Rule, sgd
 
 _UNROLL_UP_TO = 5
@@ -31,6 +32,7 @@ def maml(
     only: Sequence[str] | None = None,
     first_order: bool = False,
     per_step_losses: bool = False,
+    low_rank: bool = True,
 ) -> Learner:
     """Meta-train ``model`` so that a few gradient steps on the support predict the query.
 
@@ -45,6 +47,8 @@ def maml(
         ``("net/params/out", "tables/user_id")``; None adapts all.
       first_order: take the inner gradients for constants (FOMAML).
       per_step_losses: mean of the query loss after every step, in place of the last alone.
+      low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
+        (`learners.low_rank`); the result is the same to rounding.
 
     Returns:
       A learner whose ``adapted`` is what the task moved: ``{"ids": {table: [L]}, "rows": {table: [L, size]},
@@ -102,11 +106,36 @@ def maml(
         def query_loss(body: Params) -> Array:
             return loss(model.apply(body, task.query.inputs), task.query.target, where=task.query.mask)
 
+        if low_rank and inner.lr is not None and (after := thin_steps(params, task)):
+            losses = jnp.stack([loss(scores, task.query.target, where=task.query.mask) for scores in after])
+            return losses.mean(), {"query_loss": losses[-1]}
         if per_step_losses and inner_steps > 0:
             _, seen = inner_loop(params, task.support, query_loss)
             return seen.mean(), {"query_loss": seen[-1]}
         value = query_loss(inner_loop(params, task.support, None)[0])
         return value, {"query_loss": value}
+
+    def thin_steps(params: Params, task: Task) -> list[Array]:
+        """Query scores after the last step (after each, with ``per_step_losses``); none where this form is dearer."""
+        body = {name: part for name, part in params.items() if name != "rule"}
+        moving, _ = tree.partition(body, only)
+        apply = lambda moving, body, inputs: model.apply(tree.merge(body, moving), inputs)  # noqa: E731
+        programs = [thin.trace(apply, moving, body, part.inputs) for part in task]
+        low = thin.worth(programs[0], inner_steps) & {site.leaf for site in programs[1].sites}
+        if not low:
+            return []
+        support, query = (
+            thin.fix(program, low, moving, body, part.inputs) for program, part in zip(programs, task, strict=True)
+        )
+        after = thin.steps(
+            support,
+            {name: leaf for name, leaf in moving.items() if name not in low},
+            lambda scores: loss(scores, task.support.target, where=task.support.mask),
+            lr=inner.lr or 0.0,
+            count=inner_steps,
+            first_order=first_order,
+        )
+        return [thin.run(query, *adapted)[0] for adapted in (after if per_step_losses else after[-1:])]
 
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Any]:
         seen = rows.view(moving_tables, support.inputs)

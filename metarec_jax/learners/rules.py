@@ -19,11 +19,13 @@ class Rule(NamedTuple):
       init: ``init(moving) -> params``, given the parameters that adapt (a dict of arrays); {} where nothing is learned.
       start: ``start(params, moving) -> state`` at the beginning of a task.
       update: ``update(params, grads, state, moving) -> (moving, state)``.
+      lr: where an update is exactly ``moving - lr * grads``, that rate: it lets `maml` keep changes of low rank.
     """
 
     init: Callable[[dict[str, Array]], Any]
     start: Callable[[Any, dict[str, Array]], Any]
     update: Callable[[Any, dict[str, Array], Any, dict[str, Array]], tuple[dict[str, Array], Any]]
+    lr: float | None = None
 
 
 def sgd(lr: float) -> Rule:
@@ -37,7 +39,7 @@ def sgd(lr: float) -> Rule:
     def update(params: Any, grads: Any, state: Any, moving: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda p, g: p - lr * g, moving, grads), state
 
-    return Rule(lambda moving: {}, lambda params, moving: (), update)
+    return Rule(lambda moving: {}, lambda params, moving: (), update, lr)
 
 
 def from_optax(transformation: optax.GradientTransformation) -> Rule:

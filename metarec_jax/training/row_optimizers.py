@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,18 +20,19 @@ class RowOptimizer(NamedTuple):
 
     Attributes:
       init: ``init(table [num_rows, size]) -> state``.
-      update: ``update(grads [m, size], state of those rows, rows [m, size], step []) -> (rows, state)``.
+      update: ``update(grads [m, size], state of those rows, rows [m, size], step [], where=None) -> (rows, state)``;
+        ``where`` is bool ``[m]``: rows for which it is False stay as they are, and so does their state.
     """
 
     init: Callable[[Array], Any]
-    update: Callable[[Array, Any, Array, Array], tuple[Array, Any]]
+    update: Callable[..., tuple[Array, Any]]
 
 
 class LazyAdamState(NamedTuple):
     """What lazy Adam keeps.
 
     Attributes:
-      moments: ``[num_rows, 2 * size]``, the first moment and the second side by side: a touched row of a large table
+      moments: ``[num_rows, 2, size]``, the first moment and the second side by side: a touched row of a large table
         then costs one miss of the memory's caches, not two.
       updates: int32 ``[num_rows]``, updates of the row (or, with catch_up, its last step).
     """
@@ -70,20 +72,30 @@ def lazy_adam(
     """
 
     def init(table: Array) -> LazyAdamState:
-        moments = jnp.zeros((table.shape[0], 2 * table.shape[1]), table.dtype)
+        moments = jnp.zeros((table.shape[0], 2, table.shape[1]), table.dtype)
         return LazyAdamState(moments, jnp.zeros(table.shape[0], jnp.int32))
 
-    def update(grads: Array, state: LazyAdamState, rows: Array, step: Array) -> tuple[Array, LazyAdamState]:
-        mu, nu = jnp.split(state.moments, 2, axis=1)
-        updates = jnp.full_like(state.updates, step + 1) if catch_up else state.updates + 1
+    def update(
+        grads: Array, state: LazyAdamState, rows: Array, step: Array, where: Array | None = None
+    ) -> tuple[Array, LazyAdamState]:
+        dtype = grads.dtype
+        on = jnp.ones((1,), dtype) if where is None else where.astype(dtype)
+        moments, updates = state.moments, state.updates + on.astype(jnp.int32)
         if catch_up:
-            missed = jnp.maximum(updates - state.updates - 1, 0).astype(grads.dtype)[:, None]
-            mu, nu = mu * b1**missed, nu * b2**missed
-        mu = b1 * mu + (1 - b1) * grads
-        nu = b2 * nu + (1 - b2) * grads**2
-        t = updates.astype(grads.dtype)[:, None]
-        move = (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps) + weight_decay * rows
-        return rows - _rate(lr, step) * move, LazyAdamState(jnp.concatenate([mu, nu], axis=1), updates)
+            updates = jnp.where(on > 0, step + 1, state.updates).astype(jnp.int32)
+            missed = jnp.maximum(updates - state.updates - 1, 0).astype(dtype)
+            moments = moments * jnp.stack([b1**missed, b2**missed], axis=1)[:, :, None]
+        # Both moments in one formula: concatenating the halves would cost as much again.
+        first = (jnp.arange(2) == 0)[None, :, None]
+        share = jnp.where(first, 1 - b1, 1 - b2).astype(dtype) * on[:, None, None]
+        moments = (1 - share) * moments + share * grads[:, None] * jnp.where(first, 1.0, grads[:, None])
+        # 1 / (1 - b**t) once a row: without the barrier the compiler raises a power for every element.
+        t = jnp.maximum(updates, 1).astype(dtype)
+        unbiased = [-1.0 / jnp.expm1(t * math.log(b)) for b in (b1, b2)]
+        moments, mu_scale, nu_scale = jax.lax.optimization_barrier((moments, unbiased[0], unbiased[1]))
+        mu, nu = moments[:, 0] * mu_scale[:, None], moments[:, 1] * nu_scale[:, None]
+        rate = (_rate(lr, step) * on)[:, None]
+        return rows - rate * (mu / (jnp.sqrt(nu) + eps) + weight_decay * rows), LazyAdamState(moments, updates)
 
     return RowOptimizer(init, update)
 
@@ -101,9 +113,12 @@ def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
     [-0.4243, -0.5657]
     """
 
-    def update(grads: Array, total: Array, rows: Array, step: Array) -> tuple[Array, Array]:
-        total = total + jnp.mean(grads**2, axis=1)
-        return rows - _rate(lr, step) * grads / (jnp.sqrt(total)[:, None] + eps), total
+    def update(grads: Array, total: Array, rows: Array, step: Array, where: Array | None = None) -> tuple[Array, Array]:
+        new = total + jnp.mean(grads**2, axis=1)
+        moved = rows - _rate(lr, step) * grads / (jnp.sqrt(new)[:, None] + eps)
+        if where is None:
+            return moved, new
+        return jnp.where(where[:, None], moved, rows), jnp.where(where, new, total)
 
     return RowOptimizer(lambda table: jnp.zeros(table.shape[0], table.dtype), update)
 
@@ -136,14 +151,15 @@ def update_rows(
 ) -> tuple[Array, TableState]:
     """One step on the rows ``ids [m]`` given their gradients ``[m, size]``; repeated ids are summed first.
 
+    Where the ids are half as many as the rows, the whole table is gone through: streaming is cheaper than picking.
     Duplicates are found without a sort: every copy of an id writes its position to ``slot[id]`` and reads back the one
     that won. Rows are written in place when the buffers are donated. Where copies are many, an accelerator may sum them
     in another order each time; on a CPU the result is the same to the bit.
     """
     if not isinstance(optimizer, RowOptimizer):
-        dense = jnp.zeros_like(table).at[ids].add(grads)
-        updates, inner = optimizer.update(dense, state.inner, table)
-        return table + updates, TableState(inner, state.slot)
+        return update_whole(optimizer, table, state, ids, jnp.zeros_like(table).at[ids].add(grads), step)
+    if 2 * ids.shape[0] >= table.shape[0]:
+        return update_whole(optimizer, table, state, ids, jnp.zeros_like(table).at[ids].add(grads), step)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
     slot = state.slot.at[ids].set(position)
     owner = slot[ids]
@@ -168,12 +184,8 @@ def update_whole(
         updates, inner = optimizer.update(grads, state.inner, table)
         return table + updates, TableState(inner, state.slot)
     touched = jnp.zeros((table.shape[0],), bool).at[ids].set(True)
-    rows, inner = optimizer.update(grads, state.inner, table, step)
-
-    def keep(old: Array, new: Array) -> Array:
-        return jnp.where(touched.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-
-    return keep(table, rows), TableState(jax.tree.map(keep, state.inner, inner), state.slot)
+    rows, inner = optimizer.update(grads, state.inner, table, step, where=touched)
+    return rows, TableState(inner, state.slot)
 
 
 def shared_whole(table: Table, slots: int, tasks: int) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax import rows
-from metarec_jax.core import Array, Learner, Params, Table, Task
+from metarec_jax.core import Array, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.tasks import TaskSource
 from metarec_jax.training.row_optimizers import (
     RowOptimizer,
@@ -51,18 +51,26 @@ def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Ar
 
 
 def make_step(
-    learner: Learner, source: TaskSource, optimizers: Optimizers, *, debug: bool = False
+    learner: Learner, source: TaskSource, optimizers: Optimizers, *, debug: bool = False, groups: int | None = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them.
 
     Args:
       debug: metrics also hold the lowest and highest id drawn for each table.
+      groups: the tasks of a batch adapt in so many equal groups, one after the other: the temporaries of one group at a
+        time, the same result to rounding. None: on a CPU groups of at most 64 tasks, which its caches hold; else one.
+
+    Raises:
+      MetarecError: ``groups`` does not divide the tasks of a batch.
     """
+    groups = _groups(source.tasks, jax.default_backend()) if groups is None else groups
+    if groups < 1 or source.tasks % groups:
+        raise MetarecError(f"groups is {groups}, and a batch has {source.tasks} tasks; give a divisor of them")
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, dict[str, Array]]:
         k_draw, k_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = source.draw(data, k_draw)
-        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss)
+        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss, groups)
         params, dense, tables = _apply(optimizers, state, grads, ids)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics}
         if debug:
@@ -74,7 +82,7 @@ def make_step(
 
 
 def loss_and_grads(
-    learner: Learner, params: Params, batch: Task, key: Array
+    learner: Learner, params: Params, batch: Task, key: Array, groups: int = 1
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
     """Mean loss of a batch of tasks, and its gradient by row view.
 
@@ -93,17 +101,52 @@ def loss_and_grads(
     )
     gathered = rows.gather({name: tables[name] for name in viewed}, seen.ids)
 
-    def mean_loss(leaves: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+    def mean_loss(leaves: dict[str, Any], local: Task, keys: Array) -> tuple[Array, dict[str, Array]]:
         def one(own: dict[str, Array], task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
             return learner.loss({**leaves["dense"], "tables": {**leaves["whole"], **own}}, task, key)
 
-        losses, metrics = jax.vmap(one)(leaves["rows"], local, jax.random.split(key, tasks))
+        losses, metrics = jax.vmap(one)(leaves["rows"], local, keys)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    leaves = {"dense": dense, "rows": gathered, "whole": {name: tables[name] for name in whole}}
-    value, grads = jax.value_and_grad(mean_loss, has_aux=True)(leaves)
+    shared = {"dense": dense, "whole": {name: tables[name] for name in whole}}
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def group(part: tuple[Any, Task, Array]) -> Any:
+        own, local, keys = part
+        return value_and_grad({**shared, "rows": own}, local, keys)
+
+    value, grads = _in_groups(group, (gathered, local, jax.random.split(key, tasks)), groups)
     touched = {name: _touched(table, batch) for name, table in whole.items()}
     return value, grads, {**seen.ids, **touched}
+
+
+def _in_groups(
+    group: Callable[[Any], tuple[Any, dict[str, Any]]], parts: Any, groups: int
+) -> tuple[Any, dict[str, Any]]:
+    """``group`` over ``groups`` equal slices of the leading axis of ``parts``, one after the other; the mean of all."""
+    if groups == 1:
+        return group(parts)
+    sliced = jax.tree.map(lambda a: a.reshape((groups, a.shape[0] // groups) + a.shape[1:]), parts)
+
+    def step(total: Any, part: Any) -> tuple[Any, Any]:
+        value, grads = group(part)
+        own = grads.pop("rows")
+        return jax.tree.map(lambda a, b: a + b / groups, total, (value, grads)), own
+
+    value, grads = jax.eval_shape(group, jax.tree.map(lambda a: a[0], sliced))
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), (value, {k: v for k, v in grads.items() if k != "rows"})
+    )
+    (value, grads), own = jax.lax.scan(step, zeros, sliced)
+    whole = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]) / groups, own)
+    return value, {**grads, "rows": whole}
+
+
+def _groups(tasks: int, backend: str) -> int:
+    """The fewest equal groups of at most 64 tasks on a CPU; one on an accelerator, or where there are none such."""
+    if backend != "cpu":
+        return 1
+    return next((n for n in range(-(-tasks // 64), tasks // 8 + 1) if tasks % n == 0), 1)
 
 
 def _plan(tables: Mapping[str, Table], batch: Task, tasks: int) -> tuple[dict[str, Table], dict[str, Table]]:

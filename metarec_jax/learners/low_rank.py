@@ -1,0 +1,285 @@
+"""Gradient steps on dense layers without a copy of the layer for each task.
+
+A gradient step on a kernel ``W [in, out]`` from n examples changes it by a matrix of rank n, ``-lr X' G``, with the
+layer's inputs ``X [n, in]`` and the gradients of its outputs ``G [n, out]``. So the adapted layer is
+
+``x W_k = x W + sum_j (x A_j') B_j``,  ``A_j = X_j``, ``B_j = -lr G_j``
+
+where ``W`` is shared by all tasks (one large product for the whole batch) and the sum is small. Where the layer's
+inputs do not change while the task adapts, ``A`` is the same in every step and the rank stays n. The result is that of
+the plain inner loop, to rounding; so is its derivative, which passes through ``A`` and ``B``.
+
+It works on the jaxpr of a model's ``apply``, whatever library the layers come from. A matrix that is used in any way
+but as the right side of a product ``[n, in] @ [in, out]`` (or rows of it are) adapts in the plain way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from metarec_jax.core import Array, Inputs
+
+Apply = Callable[[dict[str, Array], Any, Inputs], Array]
+"""``apply(moving, fixed, inputs) -> scores [n]``; ``moving`` holds the parameters that adapt, by path."""
+
+
+class Op(NamedTuple):
+    """One primitive; inputs and outputs are names of values, or constants."""
+
+    eqn: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[int, ...]
+
+
+class Constant(NamedTuple):
+    value: Any
+
+
+class Site(NamedTuple):
+    """A product ``x @ leaf[start:stop]``: where a low-rank change is added.
+
+    Attributes:
+      op: index of the product among the program's ops; x: name of its left side ``[n, in]``.
+      rows: n; fixed: whether x does not depend on what adapts.
+    """
+
+    op: int
+    x: int
+    leaf: str
+    start: int
+    stop: int
+    units: int
+    rows: int
+    fixed: bool
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.leaf, self.start, self.stop
+
+
+class Program(NamedTuple):
+    """A model on inputs of one shape: a list of primitives without nested jits."""
+
+    ops: tuple[Op, ...]
+    given: tuple[int, ...]
+    moving: dict[str, int]
+    output: Any
+    sites: tuple[Site, ...]
+    depends: frozenset[int]
+
+
+Change = tuple[Array, Array]
+"""``A [r, in]`` and ``B [r, out]``: the matrix is ``A' B`` away from its start."""
+
+
+def trace(apply: Apply, moving: Mapping[str, Array], fixed: Any, inputs: Inputs) -> Program:
+    """The program of ``apply``, and every product in which a matrix of ``moving`` is the right side."""
+    closed = jax.make_jaxpr(apply)(dict(moving), fixed, dict(inputs))
+    names = itertools.count()
+    given = tuple(next(names) for _ in closed.jaxpr.invars)
+    ops: list[Op] = []
+    (output,) = _inline(closed, given, names, ops)
+    leaves = dict(zip(sorted(moving), given[: len(moving)], strict=True))
+    depends = set(leaves.values())
+    for op in ops:
+        if any(name in depends for name in op.inputs if isinstance(name, int)):
+            depends.update(op.outputs)
+    sites = _sites(ops, {name: (leaf, moving[leaf].shape) for leaf, name in leaves.items()}, depends)
+    return Program(tuple(ops), given, leaves, output, tuple(sites), frozenset(depends))
+
+
+def _inline(closed: Any, given: Sequence[Any], names: Any, ops: list[Op]) -> list[Any]:
+    """Append the ops of a jaxpr, nested jits opened; returns the names of its outputs."""
+    known: dict[Any, Any] = dict(zip(closed.jaxpr.invars, given, strict=True))
+    known |= dict(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
+
+    def name(atom: Any) -> Any:
+        return Constant(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        inputs = tuple(name(atom) for atom in eqn.invars)
+        if eqn.primitive.name in ("jit", "pjit"):
+            outputs = _inline(eqn.params["jaxpr"], inputs, names, ops)
+        else:
+            outputs = [next(names) for _ in eqn.outvars]
+            ops.append(Op(eqn, inputs, tuple(outputs)))
+        known |= dict(zip(eqn.outvars, outputs, strict=True))
+    return [name(atom) for atom in closed.jaxpr.outvars]
+
+
+def _sites(ops: Sequence[Op], leaves: dict[int, tuple[str, tuple[int, ...]]], depends: set[int]) -> list[Site]:
+    """Products with a matrix that adapts; none of a matrix that is used in any other way too."""
+    parts = {name: (leaf, 0, shape[0]) for name, (leaf, shape) in leaves.items() if len(shape) == 2}
+    found: list[Site] = []
+    spoiled: set[str] = set()
+    for k, op in enumerate(ops):
+        for place, name in enumerate(op.inputs):
+            if not isinstance(name, int) or name not in parts:
+                continue
+            leaf, start, stop = parts[name]
+            x = op.inputs[0]
+            if op.eqn.primitive.name == "slice" and _of_rows(op.eqn):
+                low, high = op.eqn.params["start_indices"][0], op.eqn.params["limit_indices"][0]
+                parts[op.outputs[0]] = leaf, start + low, start + high
+            elif place == 1 and isinstance(x, int) and x not in parts and _is_product(op.eqn):
+                rows, units = op.eqn.outvars[0].aval.shape
+                found.append(Site(k, x, leaf, start, stop, units, rows, x not in depends))
+            else:
+                spoiled.add(leaf)
+    spans = {site.key for site in found}
+    for a, b in itertools.combinations(spans, 2):
+        if a[0] == b[0] and a[1] < b[2] and b[1] < a[2]:
+            spoiled.add(a[0])
+    return [site for site in found if site.leaf not in spoiled]
+
+
+def _of_rows(eqn: Any) -> bool:
+    (shape,) = (atom.aval.shape for atom in eqn.invars)
+    low, high = eqn.params["start_indices"], eqn.params["limit_indices"]
+    return eqn.params["strides"] is None and low[1] == 0 and high[1] == shape[1]
+
+
+def _is_product(eqn: Any) -> bool:
+    return (
+        eqn.primitive.name == "dot_general"
+        and eqn.params["dimension_numbers"] == (((1,), (0,)), ((), ()))
+        and eqn.invars[0].aval.ndim == 2
+    )
+
+
+def worth(program: Program, steps: int) -> frozenset[str]:
+    """The matrices for which the low-rank form is the cheaper: ``r (in + out) < 2 in out`` in the mean over the steps.
+
+    2, since a product with a task's own matrix took about twice the time of as large a share of one common product.
+    """
+    cost: dict[str, list[int]] = {}
+    for site in program.sites:
+        rank = site.rows * (1 if site.fixed else (steps + 1) // 2)
+        entry = cost.setdefault(site.leaf, [0, 0])
+        entry[0] += site.rows * rank * (site.stop - site.start + site.units)
+        entry[1] += site.rows * (site.stop - site.start) * site.units
+    return frozenset(leaf for leaf, (low, dense) in cost.items() if low < 2 * dense)
+
+
+class View(NamedTuple):
+    """A program with what does not change while the task adapts worked out: values and products by name and site."""
+
+    program: Program
+    sites: dict[int, Site]
+    values: dict[int, Any]
+
+
+def fix(program: Program, low: frozenset[str], moving: Mapping[str, Array], fixed: Any, inputs: Inputs) -> View:
+    """Evaluate all that does not depend on what adapts; of a low-rank matrix, what its start alone gives."""
+    values = dict(zip(program.given, jax.tree.leaves((dict(moving), fixed, dict(inputs))), strict=True))
+    sites = {site.op: site for site in program.sites if site.leaf in low}
+    start = {program.moving[leaf] for leaf in low}  # their value never changes: only what is added to it does
+    known = {name for name in values if name not in program.depends} | start
+    for k, op in enumerate(program.ops):
+        if all(not isinstance(name, int) or name in known for name in op.inputs):
+            _evaluate(op, values)
+            if k not in sites:
+                known.update(op.outputs)
+            else:
+                values[op.outputs[0]] = jax.lax.optimization_barrier(values[op.outputs[0]])
+    for name in set(values) - known - {site_output for k in sites for site_output in program.ops[k].outputs}:
+        del values[name]
+    return View(program, sites, values)
+
+
+def run(
+    view: View,
+    dense: Mapping[str, Array],
+    changes: Mapping[tuple[str, int, int], Sequence[Change]],
+    probes: Mapping[int, Array] | None = None,
+) -> tuple[Array, dict[int, Array]]:
+    """Scores under changed parameters, and the input of each site.
+
+    Args:
+      dense: the parameters that adapt in the plain way.
+      changes: of each low-rank matrix (or rows of it).
+      probes: added to the outputs of the sites: the gradient with respect to one is that of the layer's outputs.
+    """
+    program, values = view.program, dict(view.values)
+    values |= {program.moving[leaf]: value for leaf, value in dense.items()}
+    inputs: dict[int, Array] = {}
+    for k, op in enumerate(program.ops):
+        site = view.sites.get(k)
+        if op.outputs[0] not in values:
+            _evaluate(op, values)
+            if site is not None:
+                values[op.outputs[0]] = jax.lax.optimization_barrier(values[op.outputs[0]])
+        if site is None:
+            continue
+        (out,) = op.outputs
+        x = inputs[k] = values[site.x]
+        for a, b in changes.get(site.key, ()):
+            values[out] = values[out] + (x @ a.T) @ b
+        if probes is not None:
+            values[out] = values[out] + probes[k]
+    output = program.output
+    return (output.value if isinstance(output, Constant) else values[output]), inputs
+
+
+def _evaluate(op: Op, values: dict[int, Any]) -> None:
+    arguments = [name.value if isinstance(name, Constant) else values[name] for name in op.inputs]
+    result = op.eqn.primitive.bind(*arguments, **op.eqn.primitive.get_bind_params(op.eqn.params))
+    for name, value in zip(op.outputs, result if op.eqn.primitive.multiple_results else [result], strict=True):
+        values[name] = value
+
+
+class Adapted(NamedTuple):
+    """Parameters after some steps: ``dense`` in full, ``changes`` of the others."""
+
+    dense: dict[str, Array]
+    changes: dict[tuple[str, int, int], list[Change]]
+
+
+def steps(
+    view: View,
+    dense: dict[str, Array],
+    support_loss: Callable[[Array], Array],
+    *,
+    lr: float,
+    count: int,
+    first_order: bool = False,
+) -> list[Adapted]:
+    """The parameters after each of ``count`` gradient steps on ``support_loss(scores)``."""
+    program = view.program
+    shapes = {k: program.ops[k].eqn.outvars[0].aval for k in view.sites}
+    probes = {k: jnp.zeros(a.shape, a.dtype) for k, a in shapes.items()}
+    grown: dict[int, Change] = {}
+    seen: list[Adapted] = []
+
+    def changes() -> dict[tuple[str, int, int], list[Change]]:
+        found: dict[tuple[str, int, int], list[Change]] = {}
+        for k, change in grown.items():
+            found.setdefault(view.sites[k].key, []).append(change)
+        return found
+
+    for _ in range(count):
+        now = changes()
+
+        def objective(dense: dict[str, Array], probes: dict[int, Array], now: Any = now) -> Any:
+            scores, inputs = run(view, dense, now, probes)
+            return support_loss(scores), inputs
+
+        grads, inputs = jax.grad(objective, (0, 1), has_aux=True)(dense, probes)
+        if first_order:
+            grads, inputs = jax.lax.stop_gradient((grads, inputs))
+        dense = jax.tree.map(lambda p, g: p - lr * g, dense, grads[0])
+        for k, site in view.sites.items():
+            a, b = inputs[k], -lr * grads[1][k]
+            if k in grown:
+                a_before, b_before = grown[k]
+                a = a_before if site.fixed else jnp.concatenate([a_before, a])
+                b = b_before + b if site.fixed else jnp.concatenate([b_before, b])
+            grown[k] = a, b
+        seen.append(Adapted(dense, changes()))
+    return seen
