@@ -160,10 +160,7 @@ def _model(
 
     def init(key: Array) -> Params:
         k_net, *keys = jax.random.split(key, 1 + len(tables))
-        drawn = {
-            n: table_scale * jax.random.normal(k, (t.num_rows, size))
-            for k, (n, t) in zip(keys, tables.items(), strict=True)
-        }
+        drawn = {n: table_scale * _normal(k, t.num_rows, size) for k, (n, t) in zip(keys, tables.items(), strict=True)}
         return {"tables": {n: rows.at[0].set(0.0) for n, rows in drawn.items()}, "net": init_net(k_net)}
 
     def lookup(params: Params, inputs: Inputs) -> Rows:
@@ -184,6 +181,23 @@ def _model(
         1
     ]
     return Model(init, apply, tables, vectors, num_features)
+
+
+_BLOCK = 1 << 16
+
+
+def _normal(key: Array, num_rows: int, size: int) -> Array:
+    """Standard normal rows, drawn a block at a time: the random bits of a whole table would take its memory twice."""
+    if num_rows <= _BLOCK:
+        return jax.random.normal(key, (num_rows, size))
+
+    def block(table: Array, k: Array) -> tuple[Array, None]:
+        start = jnp.minimum(k * _BLOCK, num_rows - _BLOCK)  # the last block lies over the end of the one before
+        return jax.lax.dynamic_update_slice(
+            table, jax.random.normal(jax.random.fold_in(key, k), (_BLOCK, size)), (start, 0)
+        ), None
+
+    return jax.lax.scan(block, jnp.zeros((num_rows, size)), jnp.arange(-(-num_rows // _BLOCK)))[0]
 
 
 def _pooled(table: Array, ids: Array) -> Array:
