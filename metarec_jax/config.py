@@ -119,6 +119,7 @@ class LearnerConfig(_Checked):
     )
     first_order: bool = option(False, "maml: take inner gradients for constants")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
+    remat: bool = option(False, "maml: memory for sqrt(inner steps) steps alone, up to a third more time")
     loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
         "auto", "of the query (and of inner steps); auto: ratings mse (ridge mae), clicks bce (ridge mse)"
     )
@@ -292,7 +293,8 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     }
     if given.name == "reptile":
         return learners.reptile(model, **shared)
-    return learners.maml(model, first_order=given.first_order, per_step_losses=given.per_step_losses, **shared)
+    shared |= {name: getattr(given, name) for name in ("first_order", "per_step_losses", "remat")}
+    return learners.maml(model, **shared)
 
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 _WEIGHTS_AT_ONCE = 1 << 23
 
@@ -75,6 +74,8 @@ def p_values(gap: np.ndarray, users: np.ndarray, mean: float, se: float) -> tupl
     if len(by_user) < 2:
         return float("nan"), 1.0
     t = abs(mean) / se if se > 0 else np.inf
+    from scipy import stats  # half a second, for these two lines
+
     wilcoxon = float(stats.wilcoxon(by_user).pvalue) if by_user.any() else 1.0
     return float(2 * stats.t.sf(t, len(by_user) - 1)), wilcoxon
 

@@ -49,6 +49,18 @@ def test_rate_is_tasks_over_time(tmp_path):
     assert progress.history[-1]["tasks_per_s"] == 68.0
 
 
+def test_compiling_is_not_in_the_rate():
+    """Told at 7 s that all is compiled; 10 steps x 8 tasks in the 2 s after that."""
+    clock, out = ticking(0.0), io.StringIO()
+    progress = Progress(100, tasks=8, stream=out, clock=lambda: clock())
+    clock = ticking(7.0)
+    progress.start("compiled in 7.0 s")
+    clock = ticking(9.0)
+    progress.update(10, {"loss": 1.0})
+    assert progress.history[-1]["tasks_per_s"] == 40.0
+    assert out.getvalue().startswith("compiled in 7.0 s\n")
+
+
 def test_resume_drops_what_came_after_the_step_and_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Progress(40, path=path, quiet=True) as progress:

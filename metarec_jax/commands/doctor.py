@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from metarec_jax.commands.compiled import compile_cache
+
 _PARTS = (
     "metarec_jax",
     "jax",
@@ -27,33 +29,6 @@ _EXTRAS = {
 }
 
 
-def compile_cache() -> Path | None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache; None where it cannot be.
-
-    Settings that the environment makes (JAX_PERSISTENT_CACHE_...) are left as they are.
-    """
-    import jax
-
-    from metarec_jax.data.datasets import cache_directory
-
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if given == "":
-        return None
-    folder = Path(given) if given else cache_directory() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return folder
-
-
 def doctor(data_dir: Path | None = None) -> int:
     """Print the facts, one a line. Returns 0."""
     import jax
@@ -68,9 +43,7 @@ def doctor(data_dir: Path | None = None) -> int:
         "threads", f"{_cores()} usable cores of {os.cpu_count()}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '(not set)')}"
     )
     line("memory", _memory())
-    cache = compile_cache()
-    kept = 0 if cache is None else sum(1 for _ in cache.iterdir())
-    line("compiled", "not kept: every run compiles anew" if cache is None else f"{cache}, {kept} entries")
+    line("compiled", str(compile_cache()))
     folder = cache_directory(data_dir)
     line("data", f"{folder}, {_free(folder)}")
     for name, dataset in DATASETS.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from metarec_jax import config as configs
 from metarec_jax import runs
-from metarec_jax.commands.doctor import compile_cache
+from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
@@ -162,6 +162,7 @@ def _train(
             checkpoints=_Resuming(checkpoints, progress),
             save_every=settings.save_every,
             progress=progress.update,
+            say=progress.start,
             stop=lambda: bool(stop),
         )
     ended = {"step": found.step, "stopped": found.stopped}

@@ -11,7 +11,7 @@ from typing import Any
 
 from metarec_jax import config as configs
 from metarec_jax import runs
-from metarec_jax.commands.doctor import compile_cache
+from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.core import MetarecError
 from metarec_jax.data.histories import read_histories
 from metarec_jax.data.interactions import Interactions

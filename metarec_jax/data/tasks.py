@@ -179,7 +179,9 @@ def _with_negatives(
 
 
 def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:
-    """Device batches of a few shapes: tasks of like support length together, padded to 8, 16, 32, ... support slots.
+    """Device batches of few shapes: tasks sorted by support length, a batch padded to 8, 32, 128, ... support slots.
+
+    What is compiled for a batch costs more than the padding does: few widths, and no batch left half full for each.
 
     Yields ``(index, task)``: ``index`` [t] says which tasks these are (t <= size), and every leaf of ``task`` has
     leading axis ``size``: the rest is padding with mask 0.
@@ -199,13 +201,25 @@ def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple
             )
     slot = np.arange(1, tasks.support_mask.shape[1] + 1)
     lengths = np.max((tasks.support_mask > 0) * slot, axis=1, initial=0)
-    widths = np.maximum(8, 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
-    for width in np.unique(widths):
-        members = np.flatnonzero(widths == width)
-        for start in range(0, len(members), size):
-            index = members[start : start + size]
-            rows = np.concatenate([index, np.full(size - len(index), -1)])
-            yield index, _device_task(tasks, known, rows, int(width))
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        rows = np.concatenate([index, np.full(size - len(index), -1)])
+        yield index, _device_task(tasks, known, rows, _width(int(lengths[index[-1]])))
+
+
+def _width(length: int) -> int:
+    """
+    >>> [_width(length) for length in (0, 8, 9, 32, 33, 200)]
+    [8, 8, 32, 32, 128, 512]
+    """
+    width = 8
+    while width < length:
+        width *= 4
+    return width
+
+
+_columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
 
 
 def _device_task(tasks: TaskSet, known: Catalogue, rows: np.ndarray, width: int) -> Task:
@@ -217,7 +231,7 @@ def _device_task(tasks: TaskSet, known: Catalogue, rows: np.ndarray, width: int)
             return np.pad(a, ((0, 0), (0, n - a.shape[1])))
 
         user = jnp.asarray(np.where(rows >= 0, tasks.user[rows], 0))
-        columns = jax.vmap(inputs, (None, 0, 0))(known, user, jnp.asarray(fit(item)))
+        columns = _columns(known, user, jnp.asarray(fit(item)))
         return Examples(columns, jnp.asarray(fit(target)), jnp.asarray(fit(mask)))
 
     return Task(

@@ -33,6 +33,7 @@ def maml(
     first_order: bool = False,
     per_step_losses: bool = False,
     low_rank: bool = True,
+    remat: bool = False,
 ) -> Learner:
     """Meta-train ``model`` so that a few gradient steps on the support predict the query.
 
@@ -49,6 +50,9 @@ def maml(
       per_step_losses: mean of the query loss after every step, in place of the last alone.
       low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
         (`learners.low_rank`); the result is the same to rounding.
+      remat: keep what the derivative needs at every sqrt(k)-th step alone and go through the steps between a second
+        time (Chen et al. 2016): memory grows with sqrt(k), time by up to a third. Dense layers are then not kept
+        low-rank.
 
     Returns:
       A learner whose ``adapted`` is what the task moved: ``{"ids": {table: [L]}, "rows": {table: [L, size]},
@@ -98,15 +102,14 @@ def maml(
             return (moving, state), jnp.zeros(()) if visit is None else visit(tree.merge(body, moving))
 
         start = (moving, inner.start(params["rule"], moving))
-        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
-        (moving, _), seen = jax.lax.scan(step, start, None, length=inner_steps, unroll=unroll)
+        (moving, _), seen = _scan_in_segments(step, start, inner_steps) if remat else _scan(step, start, inner_steps)
         return tree.merge(body, moving), seen
 
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         def query_loss(body: Params) -> Array:
             return loss(model.apply(body, task.query.inputs), task.query.target, where=task.query.mask)
 
-        if low_rank and inner.lr is not None and (after := thin_steps(params, task)):
+        if low_rank and not remat and inner.lr is not None and (after := thin_steps(params, task)):
             losses = jnp.stack([loss(scores, task.query.target, where=task.query.mask) for scores in after])
             return losses.mean(), {"query_loss": losses[-1]}
         if per_step_losses and inner_steps > 0:
@@ -152,6 +155,19 @@ def maml(
         return model.apply(*laid_over(params, adapted, inputs, moving_tables))
 
     return Learner(init, adapt, predict, meta_loss, adapted_tables)
+
+
+def _scan(step: Callable[[Any, None], tuple[Any, Array]], start: Any, length: int) -> tuple[Any, Array]:
+    return jax.lax.scan(step, start, None, length=length, unroll=max(length, 1) if length <= _UNROLL_UP_TO else 1)
+
+
+def _scan_in_segments(step: Callable[[Any, None], tuple[Any, Array]], start: Any, length: int) -> tuple[Any, Array]:
+    """`_scan`, of which only every sqrt(length)-th carry is kept for the derivative."""
+    size = max(1, round(length**0.5))
+    segment = jax.checkpoint(lambda carry, _: _scan(step, carry, size), prevent_cse=False)
+    carry, seen = jax.lax.scan(segment, start, None, length=length // size)
+    carry, rest = _scan(step, carry, length % size)
+    return carry, jnp.concatenate([seen.reshape(-1), rest])
 
 
 def laid_over(

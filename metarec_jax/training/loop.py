@@ -14,9 +14,11 @@ import optax
 
 from metarec_jax import tree
 from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.cpu import huge_pages
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.rows import check_ids, outside
+from metarec_jax.training import memory
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
 from metarec_jax.training.step import HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
@@ -32,6 +34,7 @@ class FitResult(NamedTuple):
       step: outer steps done.
       stopped: "finished", "early stop" or "interrupted".
       method: the learner with these parameters, for `evaluate` and `Recommender`.
+      compile_seconds: of the one program of the outer steps; 0 where there was no step to do.
     """
 
     params: Params
@@ -39,6 +42,7 @@ class FitResult(NamedTuple):
     step: int
     stopped: str
     method: Method
+    compile_seconds: float = 0.0
 
 
 class Saver(Protocol):
@@ -74,6 +78,7 @@ def fit(
     checkpoints: Saver | None = None,
     save_every: int = 250,
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    say: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     debug: bool = False,
 ) -> FitResult:
@@ -98,13 +103,15 @@ def fit(
       patience: validations without a better value before stopping early; None never stops.
       checkpoints: saves every ``save_every`` steps, at every validation and at the end, and resumes from the latest.
       progress: called after every chunk with the step and its metrics.
+      say: called once, before the first step, with a line on how long compiling took and how much memory the run takes.
       stop: polled after every chunk; True saves and returns.
       debug: check after every chunk that each id drawn lies within its table (JAX would take the nearest row, without
         a word). What `task_source` knows of users and items is checked once, before the first step, in any case.
 
     Raises:
       MetarecError: a loss that is not finite (the step and the last good checkpoint are named); a monitored metric that
-        ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below 1.
+        ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below 1; tables, or
+        a batch, for which there is not the memory (before they are made; how much each takes is told).
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> from metarec_jax.learners.ridge import ridge
@@ -121,12 +128,9 @@ def fit(
     schedule = optax.cosine_decay_schedule(lr, max(steps, 1), 0.1)
     optimizers = Optimizers(optimizer or optax.adam(schedule), rows or lazy_adam(schedule))
     k_init, k_train = jax.random.split(jax.random.key(seed))
-    if params is None:
-        params = jax.jit(learner.init)(k_init)
-    else:
+    if params is not None:
         _check_params(learner, params)
-    # A copy: the step donates its state, and the caller's arrays must outlive it.
-    start = jax.tree.map(jnp.copy, init_state(learner, optimizers, params, k_train))
+    start = _start(learner, optimizers, params, k_init, k_train, keeps_best=validate is not None)
     state = LoopState(start, np.float32(np.inf), np.int32(0))
     last_saved, best_params = -1, start.params
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
@@ -134,14 +138,24 @@ def fit(
         best = checkpoints.restore(state, which="best") if math.isfinite(float(state.best)) else None
         # A copy again: where the best is the latest, its buffers would be donated too.
         best_params = jax.tree.map(jnp.copy, best[1][0].params if best is not None else state.train.params)
-    run = _chunk_runner(make_step(learner, source, optimizers, debug=debug), chunk)
+    huge_pages(state.train)
     done, history, stopped = int(state.train.step), [], "finished"
+    run: jax.stages.Compiled | None = None
+    compile_seconds = 0.0
     pause = [n for n in (validate_every if validate else 0, save_every if checkpoints else 0) if n]
     while done < steps:
         if patience is not None and int(state.stale) >= patience:
             stopped = "early stop"
             break
         length = min([chunk, steps - done, *(n - done % n for n in pause)])
+        if run is None:
+            began = time.perf_counter()
+            step = make_step(learner, source, optimizers, debug=debug)
+            run = _chunk_runner(step, chunk).lower(state.train, source.data, length).compile()
+            compile_seconds = time.perf_counter() - began
+            told = _fits(run, state.train, keeps_best=validate is not None)
+            if say is not None:
+                say(f"compiled in {compile_seconds:.1f} s{told}")
         began = time.perf_counter()
         after, metrics = run(state.train, source.data, length)
         taken = {name: values[:length] for name, values in jax.device_get(metrics).items()}
@@ -176,7 +190,55 @@ def fit(
             stopped = "interrupted"
             break
     chosen = best_params if validate and math.isfinite(float(state.best)) else state.train.params
-    return FitResult(chosen, history, done, stopped, Method(chosen, learner.adapt, learner.predict))
+    method = Method(chosen, learner.adapt, learner.predict)
+    return FitResult(chosen, history, done, stopped, method, compile_seconds)
+
+
+def _start(
+    learner: Learner, optimizers: Optimizers, params: Params | None, k_init: Any, k_train: Any, *, keeps_best: bool
+) -> TrainState:
+    """The state before the first step, in buffers of its own: the step donates them, and the caller keeps theirs."""
+
+    def begin() -> TrainState:
+        return init_state(learner, optimizers, learner.init(k_init) if params is None else params, k_train)
+
+    shapes = jax.eval_shape(begin)
+    best = memory.size_of(shapes.params) * keeps_best
+    memory.refuse_what_does_not_fit(
+        memory.size_of(shapes) + best,
+        memory.free(jax.local_devices()[0]),
+        f"the parameters ({memory.spoken(memory.size_of(shapes.params))}) and their optimisers' state"
+        + ", and a copy of the best parameters," * keeps_best,
+        "give the tables fewer rows or a smaller size, or take another optimizer for rows",
+    )
+    taken = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def own(leaf: Any) -> Any:
+        """The leaf itself, or a copy where it is the caller's or stands in the state a second time."""
+        if id(leaf) in taken or not isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)
+        taken.add(id(leaf))
+        return leaf
+
+    params = jax.jit(learner.init)(k_init) if params is None else params
+    return jax.tree.map(own, init_state(learner, optimizers, params, k_train))
+
+
+def _fits(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bool) -> str:
+    """What the compiled run takes, in words; raises where that is not to be had."""
+    estimate = memory.estimate(run)
+    if estimate is None:
+        return ""
+    there = memory.free(min(state.step.devices(), key=lambda device: device.id))
+    made, held = memory.spoken(estimate.working), memory.spoken(estimate.held)
+    memory.refuse_what_does_not_fit(
+        estimate.working + memory.size_of(state.params) * keeps_best,
+        there,
+        f"the outer step, beside {held} of parameters, optimisers' state and data,",
+        "draw fewer tasks a step, take fewer inner steps, or set remat=True in maml()",
+    )
+    free = "" if there is None else f", of {memory.spoken(there)} that are free"
+    return f"; a step works in {made} beside {held} of parameters and data{free}"
 
 
 def _source(learner: Learner, train: Interactions | TaskSource) -> TaskSource:
@@ -209,7 +271,7 @@ def _check_params(learner: Learner, params: Params) -> None:
             )
 
 
-def _chunk_runner(step: Callable[..., Any], capacity: int) -> Callable[..., Any]:
+def _chunk_runner(step: Callable[..., Any], capacity: int) -> jax.stages.Wrapped:
     """``run(state, data, length) -> (state, metrics [capacity])``: one program for every length up to ``capacity``.
 
     The state's buffers are reused; metrics beyond ``length`` are 0.

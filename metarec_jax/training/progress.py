@@ -103,7 +103,7 @@ class Progress:
         done, seconds = step - self._last[0], now - self._last[1]
         if done > 0 and seconds > 0:
             rate = done / seconds
-            # The first chunk compiles; its rate counts only until there is another.
+            # The first chunk may hold more than steps; its rate counts only until there is another.
             self._rate = rate if self._chunks < 2 else 0.7 * self._rate + 0.3 * rate
             self._last, self._chunks = (step, now), self._chunks + 1
         numbers = {name: float(value) for name, value in metrics.items() if name not in ("step", "tasks_per_s")}
@@ -117,6 +117,11 @@ class Progress:
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, step)
         self._show(step, numbers, now)
+
+    def start(self, text: str) -> None:
+        """Say one line, and count time from now: compiling is over."""
+        self._last = (self._last[0], self._clock())
+        self.note(text)
 
     def note(self, text: str) -> None:
         """Say one line without spoiling the bar."""

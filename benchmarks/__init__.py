@@ -1,0 +1,1 @@
+"""Speed and quality beside PyTorch: ``python -m benchmarks --help``."""
