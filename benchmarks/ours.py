@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.cells import EXAMPLES, HIDDEN, SIZE, USERS, VOCAB, batches
 from benchmarks.protocol import Cell, resident_mib, serve
 from metarec_jax import learners, models
 from metarec_jax.core import Array, Column, Examples, Learner, Task
-from metarec_jax.cpu import tune_cpu
+from metarec_jax.cpu import huge_pages, tune_cpu
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.training.row_optimizers import lazy_adam
@@ -89,7 +90,15 @@ def setup(cell: dict[str, Any]) -> Cell:
     source = drawn(cell) if cell.get("tasks_from") == "device" else prepared(cell)
     optimizers = make_optimizers(cell)
     state = jax.block_until_ready(make_state(cell, learner, optimizers))
-    step = make_step(learner, source, optimizers)
+    huge_pages(state)
+    groups = None
+    if cell.get("devices", 1) > 1:  # tables on every device, tasks over them
+        mesh = jax.make_mesh((cell["devices"],), ("data",), axis_types=(AxisType.Auto,))
+        state, data = jax.device_put((state, source.data), NamedSharding(mesh, PartitionSpec()))
+        draw, over = source.draw, NamedSharding(mesh, PartitionSpec("data"))
+        source = TaskSource(data, lambda d, k: jax.lax.with_sharding_constraint(draw(d, k), over), source.tasks)
+        groups = 1
+    step = make_step(learner, source, optimizers, groups=groups)
 
     def scan(state: TrainState, data: Any) -> TrainState:
         return jax.lax.scan(lambda s, _: (step(s, data)[0], None), state, None, length=BLOCK)[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness import Contender, Options, Side
+from benchmarks.harness import Contender, Options, Side, cores
 
 LIBRARIES = ("learn2learn", "higher", "torchopt")
 LEARNS_NOTHING = (
@@ -28,16 +29,32 @@ NOTES = {
 
 
 def ours(options: Options, cell: Mapping[str, Any], variants: Sequence[str] = ("lazy",)) -> list[Contender]:
-    """Our rows: "lazy" (lazy Adam on rows), "drawn" (and tasks drawn on the device), "dense" (Adam on whole tables)."""
+    """Our rows: "lazy" (lazy Adam on rows), "drawn" (and tasks drawn on the device), "dense" (Adam on whole tables).
+
+    "two": as "lazy", with the tasks over two CPU devices; left out where there is one core, or an accelerator.
+    """
     made = {
         "lazy": ("prepared tasks, lazy rows", {}, None),
         "drawn": ("tasks drawn on the device, lazy rows", {"tasks_from": "device"}, None),
         "dense": ("prepared tasks, dense Adam", {"optimizer": "dense"}, "another training run than lazy rows"),
+        "two": (
+            "prepared tasks, lazy rows, two cores",
+            {"devices": 2},
+            "tasks over two CPU devices; unfair to one core",
+        ),
     }
-    return [
-        Contender(name, "ours", "benchmarks.ours", {**cell, **told}, cores=pinned(options), note=note)
-        for name, told, note in (made[v] for v in variants)
-    ]
+    found = []
+    for name in variants:
+        variant, told, note = made[name]
+        on, env = pinned(options), {}
+        if name == "two":
+            if options.core is None or len(cores()) < 2:
+                continue
+            on = [options.core, next(core for core in cores() if core != options.core)]
+            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+            env = {"XLA_FLAGS": flags.strip()}
+        found.append(Contender(variant, "ours", "benchmarks.ours", {**cell, **told}, cores=on, env=env, note=note))
+    return found
 
 
 def torch(options: Options, cell: Mapping[str, Any], variants: Iterable[str]) -> list[Contender]:
@@ -45,6 +62,7 @@ def torch(options: Options, cell: Mapping[str, Any], variants: Iterable[str]) ->
     if options.torch_python is None:
         return []
     cold = {} if options.quick else {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    cold["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages, which our tables get too
     made = []
     for name in variants:
         side: Side = "library" if name in LIBRARIES else "torch"

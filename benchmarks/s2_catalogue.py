@@ -22,8 +22,8 @@ def run(options: Options) -> list[Row]:
         cell = seed_cell(32, 1, items, batches=256)
         contenders += rivals.ours(options, cell)
         names = ["whole_lazy_dots"]
-        if not options.quick and items <= 1_000_000:
-            names += ["whole_lazy", "smart_sparse_compile", "smart_compile_all"]
+        if not options.quick and items in (ITEMS, 1_000_000):
+            names += ["whole_lazy", "smart_sparse_compile"]
         contenders += rivals.torch(options, cell, names)
     rows = compare(options, "s2", _that_fit(options, contenders))
     for row in rows:
