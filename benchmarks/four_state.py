@@ -55,7 +55,7 @@ def train(learner: Learner, data: Interactions, known: Catalogue, seed: int, lr:
     rows = lazy_adam(optax.cosine_decay_schedule(lr, STEPS, 0.1), weight_decay=0.1)
     dense = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS, 0.1))
     found = fit(learner, source, steps=STEPS, params=params, optimizer=dense, rows=rows, seed=seed)
-    return Method(found.params, learner.adapt, learner.predict)
+    return Method(found.params, learner.adapt, learner.predict, learner.tables)
 
 
 def entrants(columns: dict) -> dict[str, Learner]:

@@ -7,6 +7,7 @@ Everything here is a pure function of arrays or a tuple of such functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -101,11 +102,13 @@ class Method(NamedTuple):
     Attributes:
       params: the (meta-)parameters.
       adapt, predict: as in `Learner`.
+      tables: as in `Learner`, for a method that can be run on row views; none where it cannot, or nobody told.
     """
 
     params: Params
     adapt: Callable[[Params, Examples, Array], Any]
     predict: Callable[[Params, Any, Inputs], Array]
+    tables: Mapping[str, Table] = MappingProxyType({})
 
 
 class MetarecError(Exception):

@@ -171,7 +171,7 @@ def method(run: Run) -> Method:
     learner, given = run.learner, run.config.learner
     if given.name == "reptile" or given.first_order:
         learner = _with_steps(run, given.inner_steps)
-    return Method(params, learner.adapt, learner.predict)
+    return Method(params, learner.adapt, learner.predict, learner.tables)
 
 
 def by_inner_steps(run: Run) -> dict[int, Method]:
@@ -181,7 +181,7 @@ def by_inner_steps(run: Run) -> dict[int, Method]:
         return {}
     params, trained = method(run).params, given.inner_steps
     learners = {k: _with_steps(run, k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}
-    return {k: Method(params, learner.adapt, learner.predict) for k, learner in learners.items()}
+    return {k: Method(params, learner.adapt, learner.predict, learner.tables) for k, learner in learners.items()}
 
 
 def _with_steps(run: Run, inner_steps: int) -> Learner:

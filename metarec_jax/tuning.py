@@ -152,7 +152,7 @@ def _search(
 
 def _quality(method: Method, held: _Held, known: Catalogue, train: Interactions) -> float:
     """Mean over tasks of MAE, or of -nDCG@10 where the feedback is implicit."""
-    params, adapt, predict = method
+    params, adapt, predict, _ = method
     key, each = jax.random.key(0), []
     pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
     for count, task in held:

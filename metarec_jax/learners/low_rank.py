@@ -74,6 +74,9 @@ class Program(NamedTuple):
     depends: frozenset[int]
 
 
+LONGEST = 8
+"""Inner steps that are kept low-rank, at the most."""
+
 Change = tuple[Array, Array]
 """``A [r, in]`` and ``B [r, out]``: the matrix is ``A' B`` away from its start."""
 
@@ -157,7 +160,10 @@ def worth(program: Program, steps: int) -> frozenset[str]:
     """The matrices for which the low-rank form is the cheaper: ``r (in + out) < 2 in out`` in the mean over the steps.
 
     2, since a product with a task's own matrix took about twice the time of as large a share of one common product.
+    None beyond `LONGEST` steps: they are traced one by one, and compiling 50 of them took minutes.
     """
+    if steps > LONGEST:
+        return frozenset()
     cost: dict[str, list[int]] = {}
     for site in program.sites:
         rank = site.rows * (1 if site.fixed else (steps + 1) // 2)

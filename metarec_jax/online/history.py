@@ -55,9 +55,14 @@ def rated(value: Any, low: float, high: float) -> float | None:
 
 
 class Names:
-    """Items by name: the exact id, else the exact title, else a title in another case that only one item has."""
+    """Items by name: the exact id, else the exact title, else a title in another case that only one item has.
+
+    Attributes:
+      scale: the lowest and the highest rating of the data; None for clicks.
+    """
 
     def __init__(self, data: Interactions) -> None:
+        self.scale = None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
         self._items = data.items
         self._labels = data.items.ids if data.titles is None else data.titles
         self._numeric = np.issubdtype(np.asarray(self._labels).dtype, np.number)
@@ -119,7 +124,7 @@ def parse_history(history: Any, data: Interactions, names: Names) -> History:
     """
     given, ratings = _columns(history)
     rows = names.rows(given)
-    values, notes = _ratings(given, ratings, rows, data)
+    values, notes = _ratings(given, ratings, rows, names.scale)
     unknown = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
     one, repeated = _last_of_each(rows, values)
     return one._replace(unknown=unknown, notes=(*notes, *_repeats(repeated)))
@@ -131,7 +136,7 @@ def parse_table(
     """Read many users' histories. Returns user ids, a history for each, and unknown items and notes of the whole."""
     users, given, ratings = _table(histories)
     rows = names.rows(given)
-    values, notes = _ratings(given, ratings, rows, data, users)
+    values, notes = _ratings(given, ratings, rows, names.scale, users)
     every = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
     by_name = {u.name: u for u in every}
     ids, first, member = np.unique(np.asarray(users), return_index=True, return_inverse=True)
@@ -156,10 +161,15 @@ def _repeats(count: int) -> tuple[str, ...]:
 
 def _last_of_each(rows: np.ndarray, values: np.ndarray) -> tuple[History, int]:
     """Known items, each once, in order of their last feedback; and how many feedbacks that left out."""
-    at = np.flatnonzero(rows > 0)
-    _, back = np.unique(rows[at][::-1], return_index=True)
-    last = at[np.sort(len(at) - 1 - back)]
-    return History(rows[last].astype(np.int32), values[last].astype(np.float32)), len(at) - len(last)
+    last: dict[int, int] = {}
+    known = 0
+    for k, row in enumerate(rows.tolist()):
+        if row > 0:
+            known += 1
+            last.pop(row, None)  # so that it stands where it was given last
+            last[row] = k
+    at = np.fromiter(last.values(), np.intp, len(last))
+    return History(rows[at].astype(np.int32), values[at].astype(np.float32)), known - len(at)
 
 
 def _is_column(value: Any) -> bool:
@@ -213,15 +223,15 @@ def _ratings(
     given: list[Any],
     ratings: list[Any] | None,
     rows: np.ndarray,
-    data: Interactions,
+    scale: tuple[float, float] | None,
     users: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Ratings as float32, checked where the item is known; all 1 where the data is implicit feedback."""
-    if data.rating is None:
+    if scale is None:
         told = ratings is not None and any(r not in (1, None, True) for r in ratings)
         note = ("ratings in the history are not used: the data is implicit feedback, and each item counts as liked",)
         return np.ones(len(given), np.float32), note if told else ()
-    low, high = float(data.rating.min()), float(data.rating.max())
+    low, high = scale
     if ratings is None:
         if given:
             raise MetarecError(

@@ -1,26 +1,25 @@
-"""Recommendations for users never seen: adapt on what they gave, score the whole catalogue in chunks, say why.
-
-Nothing the size of the catalogue is made for a user: a chunk of items is scored, and merged into the running best.
-"""
+"""Recommendations for users never seen: adapt on what they gave, score the whole catalogue, say why."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core import Array, Examples, MetarecError, Method
+from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, inputs
+from metarec_jax.data.tasks import Catalogue
+from metarec_jax.online.catalogue_scores import Best, Plan, Users, best, contributions
 from metarec_jax.online.history import History, Names, Unknown, feature_columns, parse_history, parse_table
+from metarec_jax.online.linear import item_tables
 
 _USERS = 64
-"""Users that one call of `recommend_many`'s compiled program serves."""
+"""Users that one call of `recommend_many`'s compiled program serves, at the most."""
+_CANDIDATES = 1 << 20
+"""Items that one call scores a second time, for all its users, at the most."""
 _PATH = 16
 """Points at which the derivative is taken where one does not tell how far the history moved a score."""
 
@@ -113,10 +112,10 @@ def _row(r: Recommendation) -> dict[str, Any]:
 class _Best(NamedTuple):
     """Best items of one user: vocabulary rows, scores, scores before adaptation ``[n]``, contributions ``[n, S]``."""
 
-    item: Array
-    score: Array
-    prior: Array
-    contribution: Array
+    item: np.ndarray
+    score: np.ndarray
+    prior: np.ndarray
+    contribution: np.ndarray
 
 
 class Recommender:
@@ -127,7 +126,8 @@ class Recommender:
       data: names items, titles, features and the range of ratings.
       known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that training
         never saw are scored too, by their content.
-      chunk: items scored at a time.
+      chunk: items scored at a time; None chooses by the device. The whole catalogue in one product for one user of a
+        method whose ``tables`` are known and whose scores are linear in an item's row.
       negatives: implicit feedback: items that the user did not give, drawn as support with target 0 for each one given;
         as many as the method met in training. The same history draws the same ones.
       seed: of the key that `adapt` gets.
@@ -142,7 +142,7 @@ class Recommender:
         data: Interactions,
         known: Catalogue,
         *,
-        chunk: int = 65536,
+        chunk: int | None = None,
         negatives: int = 0,
         seed: int = 0,
     ) -> None:
@@ -153,7 +153,12 @@ class Recommender:
         self._negatives = negatives if data.implicit else 0
         self._pool = np.unique(data.item) if self._negatives else np.zeros(0, np.int32)
         self._key = jax.random.key(seed)
-        self._chunk = max(1, min(chunk, len(data.items.ids)))
+        self._chunk = chunk
+        trained = np.asarray(known.item_row)
+        own_row = bool(((trained == 0) | (trained == np.arange(len(trained)))).all())
+        self._unseen = bool((trained[1:] == 0).any())
+        tables = method.tables if own_row and not known.item else {}
+        self._tables = item_tables(tables, method.params, len(trained))
 
     def recommend(
         self,
@@ -170,8 +175,8 @@ class Recommender:
         adaptation. Where adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
         contributions add up to ``score - prior``. Where they would not, the derivative is averaged along the path of
         targets from the prior predictions to what the user gave (integrated gradients, Sundararajan et al. 2017). For
-        implicit feedback, whose targets
-        are all 1, it is d score / d weight_j: the rate at which the score would fall were the feedback to fade.
+        implicit feedback, whose targets are all 1, it is d score / d weight_j: the rate at which the score would fall
+        were the feedback to fade.
 
         Args:
           history: ``{item: rating}``, or columns ``{"item_id": [...], "rating": [...]}`` (a DataFrame is fine), or, for
@@ -215,8 +220,10 @@ class Recommender:
         """The best items of each history, in order; neighbours in the list that need like many slots share a call."""
         if n < 1:
             raise MetarecError(f"n must be 1 or more, and is {n}; ask for at least one item")
+        n = min(n, len(self.data.items.ids))
         support = [self._with_negatives(h) for h in parsed]
         widths = [_slots(len(item)) for item, _ in support]
+        users = max(1, min(users, _CANDIDATES // ((n + max(widths, default=0)) * 8)))
         first = 0
         while first < len(parsed):
             last = first + 1
@@ -226,27 +233,28 @@ class Recommender:
             given = np.zeros(users, np.int32)
             for row, (items, targets) in enumerate(support[first:last]):
                 item[row, : len(items)], target[row, : len(items)], mask[row, : len(items)] = items, targets, 1.0
-                given[row] = len(parsed[first + row].item)
-            program = partial(
-                _best,
-                self.method.adapt,
-                self.method.predict,
-                min(n, len(self.data.items.ids)),
-                self._chunk if users == 1 else max(1, min(self._chunk, (1 << 20) // users)),
-                self.data.implicit,
-                params=self.method.params,
-                known=self.known,
-                features=features,
-                support=(item, target, mask),
-                given=given if drop else np.zeros_like(given),
-                key=self._key,
-            )
-            best = jax.tree.map(np.asarray, program(points=1 if explain else 0))
-            if explain and not self.data.implicit and _unexplained(best):
-                best = jax.tree.map(np.asarray, program(points=_PATH))
+                given[row] = len(parsed[first + row].item) if drop else 0
+            batch = Users(item, target, mask, given)
+            found = self._best(n, features, batch)
+            moved = self._contributions(features, batch, found) if explain else np.zeros((users, n, 0), np.float32)
             for row in range(last - first):
-                yield jax.tree.map(lambda a, row=row: a[row], best)
+                yield _Best(*(a[row] for a in (*found, moved)))
             first = last
+
+    def _best(self, n: int, features: dict[str, np.ndarray], users: Users) -> Best:
+        chunk = self._chunk or _chunk_size(len(users.item))
+        plan = Plan(self.method.adapt, self.method.predict, n, chunk, self._tables, self._unseen)
+        return Best(*map(np.asarray, best(plan, self.method.params, self.known, features, users, self._key)))
+
+    def _contributions(self, features: dict[str, np.ndarray], users: Users, found: Best) -> np.ndarray:
+        method, implicit = self.method, self.data.implicit
+
+        def at(points: int) -> np.ndarray:
+            static = (method.adapt, method.predict, implicit, points)
+            return np.asarray(contributions(*static, method.params, self.known, features, users, found.item, self._key))
+
+        moved = at(1)
+        return moved if implicit or not _unexplained(found, moved) else at(_PATH)
 
     def _with_negatives(self, history: History) -> tuple[np.ndarray, np.ndarray]:
         if not self._negatives or not len(history.item):
@@ -266,7 +274,7 @@ class Recommender:
             ids = decode(rows).tolist()
             return [(i, None if titles is None else str(titles[r - 1])) for i, r in zip(ids, rows, strict=True)]
 
-        given = named(history.item)
+        given = named(history.item) if explain else []
         items = []
         for k, (item_id, title) in zip(np.flatnonzero(real), named(best.item[real]), strict=True):
             because: tuple[Influence, ...] = ()
@@ -286,81 +294,20 @@ class Recommender:
         return Recommendations(tuple(items), history.unknown, notes)
 
 
+def _chunk_size(users: int) -> int:
+    """Items that one step scores for so many users: on a CPU, what stays in its cache."""
+    rows, scores = (1 << 11, 1 << 16) if jax.default_backend() == "cpu" else (1 << 16, 1 << 20)
+    return max(1, min(rows, scores // users))
+
+
 def _slots(length: int) -> int:
     """8, 16, 32, ...: as many as hold ``length``."""
     return max(8, 1 << max(0, length - 1).bit_length())
 
 
-def _unexplained(best: _Best) -> bool:
+def _unexplained(found: Best, contribution: np.ndarray) -> bool:
     """Whether contributions do not add up to what the history moved, by more than rounding."""
-    real = np.isfinite(best.score)
-    moved = np.where(real, best.score - best.prior, 0.0)
-    told = np.where(real, best.contribution.sum(-1), 0.0)
+    real = np.isfinite(found.score)
+    moved = np.where(real, found.score - found.prior, 0.0)
+    told = np.where(real, contribution.sum(-1), 0.0)
     return bool((np.abs(told - moved) > 0.02 * np.abs(moved) + 1e-3).any())
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), static_argnames=("points",))
-def _best(
-    adapt: Any,
-    predict: Any,
-    n: int,
-    chunk: int,
-    implicit: bool,
-    *,
-    points: int,
-    params: Any,
-    known: Catalogue,
-    features: dict[str, Array],
-    support: tuple[Array, Array, Array],
-    given: Array,
-    key: Array,
-) -> _Best:
-    """Best ``n`` of the catalogue for each of B users. The first ``given`` support items are left out.
-
-    Derivatives are taken at ``points`` points; 0 tells no contributions.
-    """
-    num_rows = known.item_row.shape[0]
-
-    def columns(rows: Array) -> dict[str, Array]:
-        return {**inputs(known, jnp.int32(0), rows), **features}
-
-    def one(item: Array, target: Array, mask: Array, given: Array) -> _Best:
-        examples = Examples(columns(item), target, mask)
-        adapted = adapt(params, examples, key)
-        dropped = jnp.where(jnp.arange(item.shape[0]) < given, item, num_rows)
-
-        def step(best: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], None]:
-            rows = first + jnp.arange(chunk, dtype=jnp.int32)
-            inside = rows < num_rows
-            rows = jnp.where(inside, rows, 0)
-            score = predict(params, adapted, columns(rows))
-            score = jnp.where(inside & ~jnp.isnan(score), score, -jnp.inf)
-            place = jnp.where((dropped >= first) & (dropped < first + chunk), dropped - first, chunk)
-            score = score.at[place].set(-jnp.inf, mode="drop")
-            top, at = jax.lax.top_k(score, min(n, chunk))
-            both = jnp.concatenate([best[0], top]), jnp.concatenate([best[1], rows[at]])
-            top, at = jax.lax.top_k(both[0], n)
-            return (top, both[1][at]), None
-
-        start = jnp.full((n,), -jnp.inf), jnp.zeros((n,), jnp.int32)
-        firsts = jnp.arange(1, num_rows, chunk, dtype=jnp.int32)
-        (score, rows), _ = jax.lax.scan(step, start, firsts)
-        empty = adapt(params, examples._replace(mask=jnp.zeros_like(mask)), key)
-        prior = predict(params, empty, columns(rows))
-        if not points:
-            return _Best(rows, score, prior, jnp.zeros((n, 0)))
-
-        def scores(target: Array, mask: Array) -> Array:
-            return predict(params, adapt(params, Examples(examples.inputs, target, mask), key), columns(rows))
-
-        if implicit:
-            return _Best(rows, score, prior, jax.jacrev(scores, 1)(target, mask) * mask[None])
-        moved = (target - predict(params, empty, examples.inputs)) * mask
-        slope = jax.jacrev(scores, 0)
-        if points == 1:
-            return _Best(rows, score, prior, slope(target, mask) * moved[None])
-        left = 1.0 - (jnp.arange(points) + 0.5) / points
-        along = jax.lax.map(lambda part: slope(target - part * moved, mask), left)
-        return _Best(rows, score, prior, along.mean(0) * moved[None])
-
-    return jax.vmap(one)(*support, given)

@@ -190,7 +190,7 @@ def fit(
             stopped = "interrupted"
             break
     chosen = best_params if validate and math.isfinite(float(state.best)) else state.train.params
-    method = Method(chosen, learner.adapt, learner.predict)
+    method = Method(chosen, learner.adapt, learner.predict, learner.tables)
     return FitResult(chosen, history, done, stopped, method, compile_seconds)
 
 
