@@ -79,11 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
     if python is None:
         options.note(HOW_TO_TORCH)
     began = datetime.datetime.now(datetime.UTC)
+    asked_all = True
     for name in questions:
-        options.done += ask(name, options)
+        try:
+            options.done += ask(name, options)
+        except KeyboardInterrupt:
+            options.note(f"interrupted in {name}; the questions before it are kept")
+            asked_all = False
+            break
     about = output.header(options, questions, began)
     asked = {name: _first_line(QUESTIONS[name]) for name in questions}
-    full = not given.quick and set(questions) == set(QUESTIONS)
+    full = not given.quick and asked_all and set(questions) == set(QUESTIONS)
     folder = given.out or ROOT / "benchmarks" / "results" / ("" if full else "partial")
     files = output.write(folder, about, options.done, asked)
     if given.json:
@@ -91,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(output.markdown(about, options.done, asked))
     print("wrote " + ", ".join(str(file) for file in files), file=sys.stderr)
-    return 0
+    return 0 if asked_all else 130
 
 
 def ask(name: str, options: Options) -> list[Row]:
