@@ -1,4 +1,4 @@
-"""Tasks: disjoint, in time order where asked, uniform, and never a wrong row."""
+"""Tasks: disjoint, in time order where asked, and never a wrong row. How evenly they are drawn: test_draw."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from metarec_jax.core import MetarecError
@@ -38,28 +36,6 @@ def history(rated: bool = True) -> Interactions:
         {"user_age": age},
         {"item_genre": genre},
     )
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 2000), st.integers(0, 10**6))
-def test_permuted_is_a_permutation(n, seed):
-    x = t.permuted(jnp.arange(n), jnp.int32(n), jax.random.key(seed))
-    assert np.sort(np.asarray(x)).tolist() == list(range(n))
-
-
-@pytest.mark.parametrize("n", [5, 13, 200])
-def test_permuted_pairs_are_uniform(n):
-    """Images of (0, 1) over 40,000 keys: chi-square of the pairs (folded to at most 25 cells) passes at p > 1e-4."""
-    keys = jax.random.split(jax.random.key(1), 40_000)
-    pairs = np.asarray(jax.jit(jax.vmap(lambda k: t.permuted(jnp.arange(2), jnp.int32(n), k)))(keys))
-    cells = np.minimum(pairs * 5 // n, 4)
-    counts = np.bincount(cells[:, 0] * 5 + cells[:, 1], minlength=25)
-    size = np.bincount(np.minimum(np.arange(n) * 5 // n, 4), minlength=5)
-    both = np.outer(size, size) - np.diag(size)
-    expected = both.ravel() / (n * (n - 1)) * len(keys)
-    keep = expected > 0
-    assert counts[~keep].sum() == 0
-    assert stats.chisquare(counts[keep], expected[keep]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("order", ["random", "time"])
@@ -268,7 +244,7 @@ def test_batches_hold_every_task_once():
     seen = []
     for index, task in t.batches(fixed, known, size=2):
         assert task.support.mask.shape[0] == 2
-        assert task.support.mask.shape[1] in (8, 16, 32)
+        assert task.support.mask.shape[1] in (8, 32)
         for row, k in enumerate(index):
             seen.append(int(k))
             n = int(fixed.support_mask[k].sum())

@@ -2,6 +2,10 @@
 
 Drawing needs no table of a user's history and no sort: a keyed permutation of ``0..n-1`` is evaluated only at the
 positions wanted (swap-or-not, Hoang, Morris and Rogaway 2012), so that a draw costs the same for any history length.
+
+JAX's own generator is asked once a batch, for two words a purpose; they key a counter hash (`_words`) that makes the
+rest. A random word w becomes a number below n as ``floor(w n / 2^32)``: no number is likelier than another by more than
+n / 2^32 of its chance. Chances are rounded to 2^-24.
 """
 
 from __future__ import annotations
@@ -13,36 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core import Array, Examples, MetarecError, Task
-from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
+from metarec_jax.core import Array, Examples, Inputs, MetarecError, Task
+from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.interactions import Interactions, group_by_user
 
-_ROUNDS = 12
+_ROUNDS, _ROUNDS_AT_ONCE = 12, 3
 
 
 class TaskData(NamedTuple):
     """Histories on the device, as CSR arrays in time order (or file order, without timestamps).
 
     Attributes:
-      user: int32 ``[U]`` vocabulary rows of the users with enough interactions.
-      start, length: int32 ``[U]``: user k's interactions are ``start[k] .. start[k] + length[k]``.
-      item, target: ``[N]``; item_sorted: ``[N]``, each user's items in ascending order, to test membership.
-      pool: int32 ``[M]`` the items that negatives are drawn from.
+      users: int32 ``[U, 4]``, the users with enough interactions: vocabulary row, start, length, and the number of
+        distinct items. A user's interactions are ``events[start : start + length]``.
+      events: int32 ``[N, 2]``: the item's vocabulary row, and the target, a float32 by its bits.
+      free_before: int32 ``[N]``: entry ``start + i`` counts the items of the pool that the user never had and that come
+        before the user's i-th distinct item. Empty where no negatives are drawn.
+      pool: int32 ``[M]``: the items that negatives are drawn from, ascending.
       known: the catalogue.
     """
 
-    user: Array
-    start: Array
-    length: Array
-    item: Array
-    target: Array
-    item_sorted: Array
+    users: Array
+    events: Array
+    free_before: Array
     pool: Array
     known: Catalogue
 
 
 class TaskSource(NamedTuple):
-    """Where meta-training gets its tasks: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once."""
+    """Where meta-training gets its tasks: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once.
+
+    ``draw`` is made for its ``data``: sizes that hold there may be constants in it.
+    """
 
     data: Any
     draw: Callable[[Any, Array], Task]
@@ -91,6 +97,57 @@ def task_source(
             raise MetarecError(f"{name} is {chance}; it is a chance, from 0 to 1")
     if order not in ("random", "time") or (order == "time" and train.timestamp is None):
         group_by_user(train, order)  # says what is wrong
+    data, lengths = _on_device(train, support, user_rows, negatives)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    # Slots beyond the last support, so that their number is a multiple of 8: as many as a CPU handles at once.
+    slot_q, slot_s = (np.arange(size, dtype=np.int32)[None] for size in (query, high + -(query + high) % 8))
+
+    def draw(data: TaskData, key: Array) -> Task:
+        for_user, for_size, for_place, for_cold, for_user_drop, for_drop, for_negatives = _streams(key, 7)
+        who = data.users[_below(_words(for_user, (tasks,)), data.users.shape[0])]
+        user, (start, n, distinct) = who[:, 0], (who[:, k : k + 1] for k in (1, 2, 3))
+        # What no history of this data shortens stays a constant, and so do the masks that are made of it.
+        q: Any = query if shortest >= low + query else jnp.minimum(query, n - low)
+        s: Any = high
+        if low < high:
+            s = low + _below(_words(for_size, (tasks, 1)), jnp.minimum(high, n - q) - low + 1)
+        if order == "random":
+            place = _permuted(_side_by_side(tasks, slot_q, q + slot_s), n[:, 0], for_place)
+        else:
+            cut = s + _below(_words(for_place, (tasks, 1)), n - q - s + 1)
+            place = jnp.minimum(_side_by_side(tasks, cut + slot_q, cut - s + slot_s), n - 1)
+        events = data.events.at[(start + place).astype(jnp.uint32)].get(mode="promise_in_bounds")
+        items, targets = events[..., 0], jax.lax.bitcast_convert_type(events[..., 1], jnp.float32)
+        if negatives:
+            words = _words(for_negatives, (tasks, (query + high) * negatives))
+            drawn, free = _free_items(data, start, distinct, words, longest)
+        keep_user = None if user_drop == 0 else ~_chance(_words(for_user_drop, (tasks,)), user_drop)
+        keep = None
+        if max(item_drop, cold_tasks) > 0:
+            keep = ~_chance(_words(for_drop, (tasks, (query + high) * (1 + negatives))), item_drop)
+            keep &= ~_chance(_words(for_cold, (tasks, 1)), cold_tasks)
+
+        def examples(first: int, last: int, real: Any) -> Examples:
+            item, target = (jnp.where(real, a[:, first:last], 0) for a in (items, targets))
+            mask = jnp.broadcast_to(real, item.shape).astype(jnp.float32)
+            if negatives:
+                mask_too = jnp.repeat(mask, negatives, axis=1) * free
+                item_too = jnp.where(mask_too > 0, drawn[:, first * negatives : last * negatives], 0)
+                item, mask = jnp.concatenate([item, item_too], 1), jnp.concatenate([mask, mask_too], 1)
+                target = jnp.concatenate([target, jnp.zeros_like(mask_too)], 1)
+            kept = None if keep is None else keep[:, first * (1 + negatives) : last * (1 + negatives)]
+            return Examples(_columns(data.known, user, item, keep_user, kept), target, mask)
+
+        return Task(support=examples(query, query + high, slot_s[:, :high] < s), query=examples(0, query, slot_q < q))
+
+    return TaskSource(data, draw, tasks)
+
+
+def _on_device(
+    train: Interactions, support: tuple[int, int], user_rows: Literal["prior", "own"], negatives: int
+) -> tuple[TaskData, np.ndarray]:
+    """The arrays that tasks are drawn from, and the lengths of the histories that are long enough."""
+    low = support[0]
     by, users, starts = group_by_user(train, "file" if train.timestamp is None else "time")
     counts = np.diff(starts)
     enough = counts >= low + 1
@@ -100,56 +157,25 @@ def task_source(
             f"lower the support range {support}"
         )
     target = np.ones(len(train), np.float32) if train.rating is None else train.rating[by].astype(np.float32)
-    by_item = train.item[np.lexsort((train.item, train.user))] if negatives else np.zeros(1)
+    pool = np.unique(train.item)
+    distinct, free_before = counts, np.zeros(0, np.int32)
+    if negatives:
+        free_before = np.zeros(len(train), np.int32)
+        by_item = np.lexsort((train.item, train.user))
+        user, item = train.user[by_item], train.item[by_item]
+        first = np.append(True, (user[1:] != user[:-1]) | (item[1:] != item[:-1]))
+        owner = np.searchsorted(users, user[first])
+        distinct = np.bincount(owner, minlength=len(users))
+        number = np.arange(len(owner)) - (np.cumsum(distinct) - distinct)[owner]
+        free_before[starts[owner] + number] = np.searchsorted(pool, item[first]) - number
     data = TaskData(
-        user=jnp.asarray(users[enough], jnp.int32),
-        start=jnp.asarray(starts[:-1][enough], jnp.int32),
-        length=jnp.asarray(counts[enough], jnp.int32),
-        item=jnp.asarray(train.item[by], jnp.int32),
-        target=jnp.asarray(target),
-        item_sorted=jnp.asarray(by_item, jnp.int32),
-        pool=jnp.asarray(np.unique(train.item), jnp.int32),
+        users=jnp.asarray(np.stack([users, starts[:-1], counts, distinct], 1)[enough], jnp.int32),
+        events=jnp.asarray(np.stack([train.item[by].astype(np.int32), target.view(np.int32)], 1)),
+        free_before=jnp.asarray(free_before),
+        pool=jnp.asarray(pool, jnp.int32),
         known=catalogue(train, train, user_rows),
     )
-
-    def one(data: TaskData, key: Array) -> Task:
-        k_user, k_size, k_place, k_drop, k_negative = jax.random.split(key, 5)
-        who = jax.random.randint(k_user, (), 0, data.user.shape[0])
-        start, n = data.start[who], data.length[who]
-        q = jnp.minimum(query, n - low)
-        s = jax.random.randint(k_size, (), low, jnp.minimum(high, n - q) + 1)
-        slot_q, slot_s = jnp.arange(query, dtype=jnp.int32), jnp.arange(high, dtype=jnp.int32)
-        if order == "random":
-            place = permuted(jnp.concatenate([slot_q, q + slot_s]), n, k_place)
-            place_q, place_s = place[:query], place[query:]
-        else:
-            cut = jax.random.randint(k_place, (), s, n - q + 1)
-            place_q, place_s = cut + slot_q, cut - s + slot_s
-        mask_q, mask_s = slot_q < q, slot_s < s
-        at_q, at_s = (start + jnp.where(m, p, 0) for m, p in ((mask_q, place_q), (mask_s, place_s)))
-        user = data.user[who]
-        keys = jax.random.split(k_drop, 4)
-        drop = jnp.where(jax.random.bernoulli(keys[0], cold_tasks), 1.0, item_drop)
-        keep_user = None if user_drop == 0 else jax.random.bernoulli(keys[3], 1 - user_drop)
-
-        def examples(at: Array, mask: Array, k_drop: Array, k_negative: Array) -> Examples:
-            items, targets, mask = data.item[at], data.target[at], mask.astype(jnp.float32)
-            if negatives:
-                drawn, free = draw_negatives(data, start, n, mask.shape[0] * negatives, k_negative)
-                items = jnp.concatenate([items, drawn])
-                targets = jnp.concatenate([targets, jnp.zeros_like(drawn, jnp.float32)])
-                mask = jnp.concatenate([mask, jnp.repeat(mask, negatives) * free])
-            keep = None if max(item_drop, cold_tasks) == 0 else jax.random.bernoulli(k_drop, 1 - drop, items.shape)
-            items = jnp.where(mask > 0, items, 0)
-            return Examples(inputs(data.known, user, items, keep_user, keep), jnp.where(mask > 0, targets, 0.0), mask)
-
-        k_neg_s, k_neg_q = jax.random.split(k_negative)
-        return Task(examples(at_s, mask_s, keys[1], k_neg_s), examples(at_q, mask_q, keys[2], k_neg_q))
-
-    def draw(data: TaskData, key: Array) -> Task:
-        return jax.vmap(one, (None, 0))(data, jax.random.split(key, tasks))
-
-    return TaskSource(data, draw, tasks)
+    return data, counts[enough]
 
 
 def _check_ranges(count: int, tasks: int, support: tuple[int, int], query: int, negatives: int) -> None:
@@ -163,49 +189,127 @@ def _check_ranges(count: int, tasks: int, support: tuple[int, int], query: int, 
         raise MetarecError(f"there are {count} interactions, and positions are int32; train on fewer than 2**31")
 
 
+def _side_by_side(tasks: int, *parts: Any) -> Array:
+    """``[T, m + n]`` of ``[1 or T, m]`` and ``[1 or T, n]``."""
+    return jnp.concatenate([jnp.broadcast_to(part, (tasks, part.shape[-1])) for part in parts], axis=1)
+
+
+def _columns(known: Catalogue, user: Array, item: Array, keep_user: Array | None, keep: Array | None) -> Inputs:
+    """As `catalogue.inputs`, for T users ``[T]`` and their items ``[T, n]``, all seen in training: a row of an item's
+    table is then its row of the vocabulary."""
+    user_id = known.user_row[user]
+    user_id = user_id if keep_user is None else jnp.where(keep_user, user_id, 0)
+    columns = {"user_id": user_id[:, None], "item_id": item if keep is None else jnp.where(keep, item, 0)}
+    columns |= {name: values[user][:, None] for name, values in known.user.items()}
+    return columns | {name: values[item] for name, values in known.item.items()}
+
+
+def _streams(key: Array, count: int) -> Array:
+    """uint32 ``[count, 2]``: two words a purpose, from the key's own generator."""
+    return jax.random.bits(key, (count, 2), jnp.uint32)
+
+
+def _words(stream: Array, shape: tuple[int, ...]) -> Array:
+    """Random uint32 words: a hash of the counters 0, 1, ... under the two words of ``stream``.
+
+    The mixing is that of triple32 (Wellons, "hash-prospector", 2018), the second word added after its first product.
+    """
+    counter = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        counter = counter * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    h = counter + stream[0]
+    h = (h ^ (h >> 17)) * jnp.uint32(0xED5AD4BB) + stream[1]
+    h = (h ^ (h >> 11)) * jnp.uint32(0xAC4C1B51)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x31848BAB)
+    return h ^ (h >> 14)
+
+
+def _below(word: Array, n: Array | int) -> Array:
+    """``floor(word n / 2^32)``, int32: a number of ``0..n-1`` from a random word; 0 where n is 0."""
+    n = jnp.asarray(n).astype(jnp.uint32)
+    word_low, word_high, n_low, n_high = word & 0xFFFF, word >> 16, n & 0xFFFF, n >> 16
+    middle = word_high * n_low + (word_low * n_low >> 16)
+    other = word_low * n_high + (middle & 0xFFFF)
+    return (word_high * n_high + (middle >> 16) + (other >> 16)).astype(jnp.int32)
+
+
+def _chance(word: Array, chance: float) -> Array:
+    """True with this chance, to 2^-24."""
+    if chance == 0:
+        return jnp.zeros(word.shape, bool)
+    return (word >> 8) < jnp.uint32(round(chance * 2**24))
+
+
 def permuted(x: Array, n: Array, key: Array) -> Array:
     """A keyed random permutation of ``0..n-1``, evaluated at ``x`` (int32, any shape; x >= n gives rubbish in range).
 
-    Swap-or-not (Hoang, Morris and Rogaway, "An Enciphering Scheme Based on a Card Shuffle", 2012): each round pairs
-    x with k - x (mod n) and swaps the pair or not by one bit of a hash of the larger.
+    Swap-or-not (Hoang, Morris and Rogaway, "An Enciphering Scheme Based on a Card Shuffle", 2012): each of 12 rounds
+    pairs x with k - x (mod n), k random, and swaps the pair or not by a random bit that belongs to the pair. All rounds
+    leave a point in place, or keep two points at their distance, with chance 2^-12: so far is the result from uniform.
+    The bit is the highest of ``a max(x, k - x) + b`` mod 2^32 with a and b random, so that in a round the bits of two
+    pairs are independent (Dietzfelbinger, "Universal Hashing and k-wise Independent Random Variables via Integer
+    Arithmetic without Primes", 1996).
 
     >>> [int(i) for i in jnp.sort(permuted(jnp.arange(5), jnp.int32(5), jax.random.key(0)))]
     [0, 1, 2, 3, 4]
     """
-    words = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
-    pivots = (words[:, 0] % n.astype(jnp.uint32)).astype(jnp.int32)
-
-    def swap_or_not(x: Array, word: tuple[Array, Array]) -> tuple[Array, None]:
-        pivot, salt = word
-        y = pivot - x
-        y = jnp.where(y < 0, y + n, y)
-        h = jnp.maximum(x, y).astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + salt
-        h = (h ^ (h >> 15)) * jnp.uint32(0x85EBCA77)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE3D)
-        return jnp.where((h >> 31) == 1, y, x), None
-
-    # A scan, not a Python loop: fused into one kernel, every round would be computed anew for each of its two uses.
-    return jax.lax.scan(swap_or_not, jnp.minimum(x, n - 1).astype(jnp.int32), (pivots, words[:, 1]))[0]
+    return _permuted(x.reshape(1, -1), jnp.reshape(n, (1,)), _streams(key, 1)[0]).reshape(x.shape)
 
 
-def draw_negatives(
-    data: TaskData, start: Array, n: Array, count: int, key: Array, tries: int = 4
-) -> tuple[Array, Array]:
-    """``count`` items that the user whose interactions are ``start .. start+n`` never had, uniform over the pool.
+def _permuted(x: Array, n: Array, stream: Array) -> Array:
+    """`permuted` for T permutations at once: x ``[T, K]``, n ``[T]``."""
+    pivots, factors, terms = _words(stream, (3, _ROUNDS, n.shape[0]))
+    size = n.astype(jnp.uint32)[:, None]
 
-    Returns items int32 ``[count]`` and ``free`` float32 ``[count]``: 0 where all ``tries`` draws hit the history.
+    def swap_or_not(x: Array, rounds: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        for pivot, factor, term in zip(*(words[..., None] for words in rounds), strict=True):
+            y = pivot - x
+            y = jnp.minimum(y, y + size)  # below 0, y has wrapped round and is the larger
+            x = jnp.where((jnp.maximum(x, y) * factor + term) >> 31 == 1, y, x)
+        return x, None
+
+    # A scan, not a Python loop over all rounds: XLA would fuse the words into it, and hash them anew for each slot.
+    rounds = (_below(pivots, n[None]).astype(jnp.uint32), factors, terms)
+    some = jax.tree.map(lambda a: a.reshape(-1, _ROUNDS_AT_ONCE, n.shape[0]), rounds)
+    return jax.lax.scan(swap_or_not, jnp.minimum(x.astype(jnp.uint32), size - 1), some)[0].astype(jnp.int32)
+
+
+def draw_negatives(data: TaskData, start: Array, n: Array, count: int, key: Array) -> tuple[Array, Array]:
+    """``count`` items that each user never had, uniform over those of the pool, with replacement.
+
+    Args:
+      start, n: int32 ``[T]``: the users' first interaction and number of distinct items, as in ``data.users``.
+
+    Returns:
+      Items int32 ``[T, count]``, and ``free`` float32 ``[T, 1]``: 0 for a user who had the whole pool.
+
+    >>> from metarec_jax.data.interactions import Vocabulary
+    >>> ids = Vocabulary(np.arange(5))
+    >>> train = Interactions(np.array([1, 1, 2, 2, 2, 2]), np.array([4, 2, 1, 2, 3, 4]), None, None, ids, ids)
+    >>> data = task_source(train, support=(1, 1), negatives=1).data
+    >>> user, start, length, distinct = data.users.T
+    >>> items, free = draw_negatives(data, start, distinct, 50, jax.random.key(0))
+    >>> sorted({int(i) for i in items[0]}), free[:, 0].tolist()  # user 1 had 2 and 4 of 1..4; user 2 had all four
+    ([1, 3], [1.0, 0.0])
     """
-    drawn = data.pool[jax.random.randint(key, (tries, count), 0, data.pool.shape[0])]
+    words = _words(_streams(key, 1)[0], (start.shape[0], count))
+    return _free_items(data, start[:, None], n[:, None], words, data.free_before.shape[0])
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = low + (high - low) // 2  # not (low + high) // 2, which leaves int32 from 2**30 interactions on
-        less = (data.item_sorted[middle] < drawn) & (low < high)
-        return jnp.where(less, middle + 1, low), jnp.where(less, high, middle)
 
-    ends = jnp.full(drawn.shape, start), jnp.full(drawn.shape, start + n)
-    low, _ = jax.lax.fori_loop(0, max(1, int(data.item_sorted.shape[0]).bit_length()), halve, ends)
-    had = (low < start + n) & (data.item_sorted[jnp.minimum(low, start + n - 1)] == drawn)
-    first = jnp.argmin(had, axis=0)
-    pick = lambda a: jnp.take_along_axis(a, first[None], axis=0)[0]  # noqa: E731
-    return pick(drawn), 1.0 - pick(had).astype(jnp.float32)
+def _free_items(data: TaskData, start: Array, distinct: Array, words: Array, longest: int) -> tuple[Array, Array]:
+    """`draw_negatives` from words ``[T, count]``; start, distinct ``[T, 1]``, distinct at the most ``longest``.
+
+    Of the items that a user never had, number r stands in the pool at r + k, where k of the user's own come before it:
+    those with ``free_before <= r``. They are ascending, so that k is found by halving.
+    """
+    missing = data.pool.shape[0] - distinct
+    number = _below(words, missing)
+    steps = 2 ** np.arange(max(1, longest.bit_length()))[::-1].astype(np.int32)
+
+    def halve(k: Array, step: Array) -> tuple[Array, None]:
+        last = k + step - 1
+        before = data.free_before[start + jnp.minimum(last, distinct - 1)] <= number
+        return jnp.where((last < distinct) & before, last + 1, k), None
+
+    k, _ = jax.lax.scan(halve, jnp.zeros_like(number), jnp.asarray(steps, jnp.int32))
+    return data.pool[number + k], (missing > 0).astype(jnp.float32)
