@@ -187,10 +187,9 @@ def test_groups_are_of_at_most_64_tasks_on_a_cpu():
         make_step(LEARNERS["ridge"], source, optimizers, groups=4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 12])
-@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize(("steps", "per_step"), [(2, False), (7, True)])
 def test_remat_changes_no_derivative(steps, per_step, float64):
-    """Segments of round(sqrt(k)) steps and what is left: 12 = 4 segments of 3, 7 = 2 of 3 and 1."""
+    """Segments of round(sqrt(k)) steps and what is left: 2 = 2 of 1, 7 = 2 of 3 and 1."""
     batch = double(tasks(jax.random.key(0), 2))
     found = []
     for remat in (False, True):

@@ -60,12 +60,9 @@ def test_what_is_kept_low_rank():
 @pytest.mark.parametrize(
     "options",
     [
-        {"only": ("net",), "inner_steps": 1},
         {"only": ("net",), "inner_steps": 4},
-        {"only": ("net",), "inner_steps": 8},
         {"inner_steps": 3},
         {"only": ("net",), "inner_steps": 2, "first_order": True},
-        {"inner_steps": 2, "first_order": True},
         {"only": ("net",), "inner_steps": 3, "per_step_losses": True},
         {"only": ("net/params/dense_1",), "inner_steps": 2},
     ],
