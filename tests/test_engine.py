@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from worlds import largest_difference
 
@@ -24,8 +23,6 @@ from metarec_jax.data.tasks import TaskSource, catalogue, make_tasks, task_sourc
 from metarec_jax.training import loop
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
-from metarec_jax.training.row_optimizers import lazy_adam
-from metarec_jax.training.step import Optimizers, init_state, make_step
 from metarec_jax.training.validation import validator
 
 DATA = synthetic(200, 100, ratings_per_user=(8, 20), seed=0).data
@@ -139,37 +136,6 @@ def test_the_caller_keeps_its_parameters():
     params = learner().init(jax.random.key(0))
     fit(learner(), source(), steps=2, params=params)
     assert np.isfinite(float(params["tables"]["item_id"].sum()))
-
-
-def compiled_step(num_items: int):
-    """The compiled outer step of the seed's model at a catalogue size; shapes only, nothing is allocated."""
-    model = models.meta_recommender(100, num_items, size=8)
-    maml = learners.maml(model, inner_steps=1)
-    tasks = task_source(DATA, tasks=16, support=(4, 4), query=4, item_drop=0.0, cold_tasks=0.0)
-    optimizers = Optimizers(optax.adam(1e-3), lazy_adam(1e-3))
-    state = jax.eval_shape(lambda k: init_state(maml, optimizers, maml.init(k), k), jax.random.key(0))
-    step = jax.jit(make_step(maml, tasks, optimizers), donate_argnums=0)
-    return step.lower(state, tasks.data).compile()
-
-
-def test_the_step_does_not_depend_on_the_catalogue():
-    """At 1,000,000 items: the same floating-point operations and temporaries as at 4,000, within 1%."""
-    small, large = compiled_step(4_000), compiled_step(1_000_000)
-    flops = [c.cost_analysis()["flops"] for c in (small, large)]
-    temporary = [c.memory_analysis().temp_size_in_bytes for c in (small, large)]
-    assert flops[1] <= 1.01 * flops[0]
-    assert temporary[1] <= 1.01 * temporary[0] + 4096
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_step_lowers_for_accelerators(platform):
-    """Nothing that only a CPU can do is in the step."""
-    tasks = source()
-    ridge, optimizers = learner(), Optimizers(optax.adam(1e-3), lazy_adam(1e-3))
-    state = jax.eval_shape(lambda k: init_state(ridge, optimizers, ridge.init(k), k), jax.random.key(0))
-    step = jax.jit(make_step(ridge, tasks, optimizers))
-    traced = step.trace(state, tasks.data)
-    assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_one_program_for_chunks_of_every_length():

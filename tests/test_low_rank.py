@@ -74,6 +74,28 @@ def test_the_same_derivative(options, float64):
     assert largest_difference(thin, plain) < 1e-12
 
 
+@pytest.mark.parametrize(("support", "query"), [(3, 1), (1, 3)])
+def test_a_part_of_one_example(support, query, float64):
+    """With one example the user's part and the items' are one product, with more they are two: rows 0:24 and 0:8, 8:24."""
+    cut = lambda part, n: jax.tree.map(lambda a: a if a.shape[1] == 1 else a[:, :n], part)  # noqa: E731
+    batch = double(tasks(jax.random.key(3), 2, support=3, query=3))
+    batch = Task(cut(batch.support, support), cut(batch.query, query))
+    assert batch.support.mask.sum() > 0
+    thin, plain = both(MLP, batch, only=("net",), inner_steps=2)
+    assert largest_difference(thin, plain) < 1e-12
+
+
+def test_a_model_that_prints_still_adapts(float64, capsys):
+    """An operation without outputs is kept, and is no part of any product."""
+
+    def apply(w, x):
+        jax.debug.print("seen {}", x.shape[0])
+        return (x @ w).sum(-1)
+
+    thin, plain = both(one_matrix(apply), numbers(), inner_steps=2)
+    assert largest_difference(thin, plain) < 1e-12
+
+
 def one_matrix(apply) -> Model:
     """A model of one 6 x 6 matrix W on six numbers."""
     init = lambda key: {"tables": {}, "net": {"w": jax.random.normal(key, (6, 6)) / 3}}  # noqa: E731
@@ -110,7 +132,7 @@ def test_one_step_by_hand(float64):
     [
         (lambda w, x: (jnp.tanh(x @ w) @ w).sum(-1), True),  # one matrix in two layers
         (lambda w, x: (x[:, :2] @ w[:2] + x[:, 2:] @ w[2:]).sum(-1), True),  # by rows
-        (lambda w, x: (x[:, :4] @ w[:4] + x[:, 2:] @ w[2:]).sum(-1), False),  # rows that overlap
+        (lambda w, x: (x[:, :4] @ w[:4] + x[:, 2:] @ w[2:]).sum(-1), True),  # rows that overlap
         (lambda w, x: (x @ w @ w.T).sum(-1), False),  # transposed
         (lambda w, x: (x @ w).sum(-1) + 0.1 * (w**2).sum(), False),  # a penalty on it
     ],

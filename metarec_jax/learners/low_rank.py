@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,10 +59,6 @@ class Site(NamedTuple):
     rows: int
     fixed: bool
 
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return self.leaf, self.start, self.stop
-
 
 class Program(NamedTuple):
     """A model on inputs of one shape: a list of primitives without nested jits."""
@@ -77,8 +74,14 @@ class Program(NamedTuple):
 LONGEST = 8
 """Inner steps that are kept low-rank, at the most."""
 
-Change = tuple[Array, Array]
-"""``A [r, in]`` and ``B [r, out]``: the matrix is ``A' B`` away from its start."""
+
+class Change(NamedTuple):
+    """Rows ``start:stop`` of a matrix are ``a' b`` away from their start; a ``[r, stop - start]``, b ``[r, out]``."""
+
+    start: int
+    stop: int
+    a: Array
+    b: Array
 
 
 def trace(apply: Apply, moving: Mapping[str, Array], fixed: Any, inputs: Inputs) -> Program:
@@ -135,10 +138,6 @@ def _sites(ops: Sequence[Op], leaves: dict[int, tuple[str, tuple[int, ...]]], de
                 found.append(Site(k, x, leaf, start, stop, units, rows, x not in depends))
             else:
                 spoiled.add(leaf)
-    spans = {site.key for site in found}
-    for a, b in itertools.combinations(spans, 2):
-        if a[0] == b[0] and a[1] < b[2] and b[1] < a[2]:
-            spoiled.add(a[0])
     return [site for site in found if site.leaf not in spoiled]
 
 
@@ -188,7 +187,7 @@ def fix(program: Program, low: frozenset[str], moving: Mapping[str, Array], fixe
     start = {program.moving[leaf] for leaf in low}  # their value never changes: only what is added to it does
     known = {name for name in values if name not in program.depends} | start
     for k, op in enumerate(program.ops):
-        if all(not isinstance(name, int) or name in known for name in op.inputs):
+        if op.outputs and all(not isinstance(name, int) or name in known for name in op.inputs):
             _evaluate(op, values)
             if k not in sites:
                 known.update(op.outputs)
@@ -202,14 +201,14 @@ def fix(program: Program, low: frozenset[str], moving: Mapping[str, Array], fixe
 def run(
     view: View,
     dense: Mapping[str, Array],
-    changes: Mapping[tuple[str, int, int], Sequence[Change]],
+    changes: Mapping[str, Sequence[Change]],
     probes: Mapping[int, Array] | None = None,
 ) -> tuple[Array, dict[int, Array]]:
     """Scores under changed parameters, and the input of each site.
 
     Args:
       dense: the parameters that adapt in the plain way.
-      changes: of each low-rank matrix (or rows of it).
+      changes: of each low-rank matrix; rows of one need not be those of a product: what they share counts.
       probes: added to the outputs of the sites: the gradient with respect to one is that of the layer's outputs.
     """
     program, values = view.program, dict(view.values)
@@ -217,7 +216,7 @@ def run(
     inputs: dict[int, Array] = {}
     for k, op in enumerate(program.ops):
         site = view.sites.get(k)
-        if op.outputs[0] not in values:
+        if not op.outputs or op.outputs[0] not in values:
             _evaluate(op, values)
             if site is not None:
                 values[op.outputs[0]] = jax.lax.optimization_barrier(values[op.outputs[0]])
@@ -225,8 +224,13 @@ def run(
             continue
         (out,) = op.outputs
         x = inputs[k] = values[site.x]
-        for a, b in changes.get(site.key, ()):
-            values[out] = values[out] + (x @ a.T) @ b
+        product = partial(jnp.matmul, precision=op.eqn.params["precision"])
+        for change in changes.get(site.leaf, ()):
+            low, high = max(site.start, change.start), min(site.stop, change.stop)
+            if low < high:
+                of_x = x[:, low - site.start : high - site.start]
+                of_a = change.a[:, low - change.start : high - change.start]
+                values[out] = values[out] + product(product(of_x, of_a.T), change.b)
         if probes is not None:
             values[out] = values[out] + probes[k]
     output = program.output
@@ -244,7 +248,7 @@ class Adapted(NamedTuple):
     """Parameters after some steps: ``dense`` in full, ``changes`` of the others."""
 
     dense: dict[str, Array]
-    changes: dict[tuple[str, int, int], list[Change]]
+    changes: dict[str, list[Change]]
 
 
 def steps(
@@ -263,10 +267,10 @@ def steps(
     grown: dict[int, Change] = {}
     seen: list[Adapted] = []
 
-    def changes() -> dict[tuple[str, int, int], list[Change]]:
-        found: dict[tuple[str, int, int], list[Change]] = {}
+    def changes() -> dict[str, list[Change]]:
+        found: dict[str, list[Change]] = {}
         for k, change in grown.items():
-            found.setdefault(view.sites[k].key, []).append(change)
+            found.setdefault(view.sites[k].leaf, []).append(change)
         return found
 
     for _ in range(count):
@@ -283,9 +287,9 @@ def steps(
         for k, site in view.sites.items():
             a, b = inputs[k], -lr * grads[1][k]
             if k in grown:
-                a_before, b_before = grown[k]
-                a = a_before if site.fixed else jnp.concatenate([a_before, a])
-                b = b_before + b if site.fixed else jnp.concatenate([b_before, b])
-            grown[k] = a, b
+                before = grown[k]
+                a = before.a if site.fixed else jnp.concatenate([before.a, a])
+                b = before.b + b if site.fixed else jnp.concatenate([before.b, b])
+            grown[k] = Change(site.start, site.stop, a, b)
         seen.append(Adapted(dense, changes()))
     return seen

@@ -156,9 +156,7 @@ def update_rows(
     that won. Rows are written in place when the buffers are donated. Where copies are many, an accelerator may sum them
     in another order each time; on a CPU the result is the same to the bit.
     """
-    if not isinstance(optimizer, RowOptimizer):
-        return update_whole(optimizer, table, state, ids, jnp.zeros_like(table).at[ids].add(grads), step)
-    if 2 * ids.shape[0] >= table.shape[0]:
+    if not isinstance(optimizer, RowOptimizer) or 2 * ids.shape[0] >= table.shape[0]:
         return update_whole(optimizer, table, state, ids, jnp.zeros_like(table).at[ids].add(grads), step)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
     slot = state.slot.at[ids].set(position)
