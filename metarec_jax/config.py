@@ -7,14 +7,13 @@ from them). Nothing heavy is imported until something is built.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal
+
+from metarec_jax.options import Checked, error, known, meant, option
 
 if TYPE_CHECKING:
     from metarec_jax.core import Array, Learner, Model, Params
@@ -24,23 +23,8 @@ if TYPE_CHECKING:
     from metarec_jax.training.step import Optimizers
 
 
-def option(
-    default: Any, help: str, *, flag: str | None = None, low: float | None = None, high: float | None = None
-) -> Any:
-    """A field: its default, its help, its name on the command line, and bounds for each number in it."""
-    return field(default=default, metadata={"help": help, "flag": flag, "low": low, "high": high})
-
-
-class _Checked:
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            if "help" in f.metadata:
-                _check(f"{_section(type(self))}.{f.name}", getattr(self, f.name), hints[f.name], f.metadata)
-
-
 @dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
     """What to learn from: a named data set, or a file or folder and the columns in it."""
 
     name: str = option("ml-1m", "a data set (ml-1m, ml-100k, synthetic) or the path of a file or folder", flag="data")
@@ -57,7 +41,7 @@ class DataConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class SplitConfig(_Checked):
+class SplitConfig(Checked):
     """Which users and items are held out."""
 
     scenarios: tuple[str, ...] = option(
@@ -71,7 +55,7 @@ class SplitConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class TaskConfig(_Checked):
+class TaskConfig(Checked):
     """How a user becomes a task."""
 
     tasks: int = option(64, "tasks (users) a step", low=1)
@@ -88,7 +72,7 @@ class TaskConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """The scoring function."""
 
     name: Literal["content", "meta_recommender"] = option(
@@ -100,7 +84,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class LearnerConfig(_Checked):
+class LearnerConfig(Checked):
     """The meta-learner."""
 
     name: Literal["ridge", "maml", "reptile"] = option(
@@ -127,7 +111,7 @@ class LearnerConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """Meta-training."""
 
     steps: int = option(1000, "outer steps", low=1)
@@ -159,15 +143,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        known = ("warm", "user_cold", "item_cold", "both_cold")
+        scenarios = ("warm", "user_cold", "item_cold", "both_cold")
         for name in self.split.scenarios:
-            if name not in known:
-                raise _error(f"split.scenarios: {name!r} is not known; {_meant(name, known)}")
+            if name not in scenarios:
+                raise error(f"split.scenarios: {name!r} is not known; {meant(name, scenarios)}")
         low, high = self.tasks.support
         if low > high:
-            raise _error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
+            raise error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
         if self.learner.name == "ridge" and (self.model.name, self.model.head) == ("meta_recommender", "dot"):
-            raise _error("learner 'ridge' wants model 'content'; give --model content, or --learner maml")
+            raise error("learner 'ridge' wants model 'content'; give --model content, or --learner maml")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -187,10 +171,10 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     sections = typing.get_type_hints(Config)
     parts = {}
     for name, given in values.items():
-        _known(name, sections, "the configuration")
+        known(name, sections, "the configuration")
         names = [f.name for f in dataclasses.fields(sections[name])]
         for key in given:
-            _known(key, names, f"section {name!r}")
+            known(key, names, f"section {name!r}")
         parts[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     return Config(**parts)
 
@@ -208,7 +192,7 @@ def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Int
     given = [f.name for f in dataclasses.fields(config) if f.name in columns and columns[f.name] != f.default]
     data = datasets.load(config.name, data_dir=data_dir)
     if given:
-        raise _error(f"{given[0]} is for files, and {config.name!r} is a named data set; leave it out")
+        raise error(f"{given[0]} is for files, and {config.name!r} is a named data set; leave it out")
     return dataclasses.replace(data, rating=None) if config.implicit else data
 
 
@@ -331,68 +315,3 @@ def build_optimizers(config: Config, train: Interactions) -> Optimizers:
     lr = given if given is not None else 5e-4 if warm else 3e-3
     dense = 20 * lr if warm and config.learner.name == "ridge" else lr
     return Optimizers(optax.adam(decayed(dense)), lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))
-
-
-def _error(message: str) -> Exception:
-    from metarec_jax.core import MetarecError  # imports jax, which --help must not
-
-    return MetarecError(message)
-
-
-def _section(kind: type) -> str:
-    return {"TaskConfig": "tasks"}.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
-
-
-def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise _error(f"{name}: {value!r} is not known; {_meant(str(value), typing.get_args(hint))}")
-        return
-    if not _fits(value, hint):
-        raise _error(f"{name} wants {_spoken(hint)}, got {value!r}; correct it")
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        low, high = metadata["low"], metadata["high"]
-        if isinstance(number, bool | str | NoneType):
-            continue
-        if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
-            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
-            raise _error(f"{name} must be {bounds}, got {number}; correct it")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        many = parts[-1] is Ellipsis
-        return (
-            isinstance(value, tuple) and (many or len(value) == len(parts)) and all(_fits(v, parts[0]) for v in value)
-        )
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _spoken(hint: Any) -> str:
-    """
-    >>> _spoken(tuple[int, int]), _spoken(str | None)
-    ('a list of 2 whole numbers', 'text or nothing')
-    """
-    if isinstance(hint, UnionType):
-        return " or ".join(_spoken(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        plural = {int: "whole numbers", float: "numbers", str: "texts"}[parts[0]]
-        return f"a list of {plural}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {plural}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}[hint]
-
-
-def _known(name: str, names: Any, where: str) -> None:
-    if name not in names:
-        raise _error(f"{where} has no {name!r}; {_meant(name, names)}")
-
-
-def _meant(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name.lower(), [str(n) for n in names], n=1, cutoff=0.5)
-    return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"

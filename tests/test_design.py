@@ -16,7 +16,7 @@ FLOORS = [
     {"losses", "metrics", "models", "factorization", "intervals", "data"},
     {"learners", "baselines", "tuning", "training", "evaluation", "results", "online"},
     {"report", "plots"},
-    {"config", "runs"},
+    {"config", "options", "runs"},
     {"commands", "doctor"},
     {"cli"},
 ]

@@ -10,7 +10,7 @@ n / 2^32 of its chance. Chances are rounded to 2^-24.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,11 +48,17 @@ class TaskSource(NamedTuple):
     """Where meta-training gets its tasks: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once.
 
     ``draw`` is made for its ``data``: sizes that hold there may be constants in it.
+
+    Attributes:
+      stream: of data that does not lie on the device: ``stream(step)`` yields one host batch an outer step, beginning
+        with that of ``step``; pytrees of NumPy arrays, all of the same shapes, and functions of the step alone, so that
+        a run resumes exactly. ``draw`` is then called with ``(data, batch)`` in the place of ``data``.
     """
 
     data: Any
     draw: Callable[[Any, Array], Task]
     tasks: int
+    stream: Callable[[int], Iterator[Any]] | None = None
 
 
 def task_source(

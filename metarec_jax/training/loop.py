@@ -19,6 +19,7 @@ from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.rows import check_ids, outside
 from metarec_jax.training import memory
+from metarec_jax.training.feed import Feed
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
 from metarec_jax.training.step import HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
@@ -143,21 +144,28 @@ def fit(
     run: jax.stages.Compiled | None = None
     compile_seconds = 0.0
     pause = [n for n in (validate_every if validate else 0, save_every if checkpoints else 0) if n]
+    feed = Feed(source, done, chunk)
+
+    def length_from(step: int) -> int:
+        return min([chunk, steps - step, *(n - step % n for n in pause)])
+
     while done < steps:
         if patience is not None and int(state.stale) >= patience:
             stopped = "early stop"
             break
-        length = min([chunk, steps - done, *(n - done % n for n in pause)])
+        length = length_from(done)
+        data = feed.take(length)
         if run is None:
             began = time.perf_counter()
             step = make_step(learner, source, optimizers, debug=debug)
-            run = _chunk_runner(step, chunk).lower(state.train, source.data, length).compile()
+            run = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length).compile()
             compile_seconds = time.perf_counter() - began
             told = _fits(run, state.train, keeps_best=validate is not None)
             if say is not None:
                 say(f"compiled in {compile_seconds:.1f} s{told}")
         began = time.perf_counter()
-        after, metrics = run(state.train, source.data, length)
+        after, metrics = run(state.train, data, length)
+        feed.ready(length_from(done + length))
         taken = {name: values[:length] for name, values in jax.device_get(metrics).items()}
         means = _checked(learner, taken, done, last_saved)
         done += length
@@ -271,7 +279,7 @@ def _check_params(learner: Learner, params: Params) -> None:
             )
 
 
-def _chunk_runner(step: Callable[..., Any], capacity: int) -> jax.stages.Wrapped:
+def _chunk_runner(step: Callable[..., Any], capacity: int, streamed: bool = False) -> jax.stages.Wrapped:
     """``run(state, data, length) -> (state, metrics [capacity])``: one program for every length up to ``capacity``.
 
     The state's buffers are reused; metrics beyond ``length`` are 0.
@@ -280,10 +288,10 @@ def _chunk_runner(step: Callable[..., Any], capacity: int) -> jax.stages.Wrapped
 
     def run(state: TrainState, data: Any, length: int) -> Any:
         def body(k: Any, carry: tuple[TrainState, dict[str, Any]]) -> tuple[TrainState, dict[str, Any]]:
-            state, metrics = step(carry[0], data)
+            state, metrics = step(carry[0], Feed.one(data, k, streamed))
             return state, {name: carry[1][name].at[k].set(value) for name, value in metrics.items()}
 
-        shapes = jax.eval_shape(step, state, data)[1]
+        shapes = jax.eval_shape(step, state, Feed.one(data, 0, streamed))[1]
         empty = {name: jnp.zeros((capacity, *m.shape), m.dtype) for name, m in shapes.items()}
         return jax.lax.fori_loop(0, length, body, (state, empty))
 

@@ -1,0 +1,92 @@
+"""Options of a run as fields of plain dataclasses: default, help and bounds; a bad value is refused, with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import field
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+
+def option(
+    default: Any, help: str, *, flag: str | None = None, low: float | None = None, high: float | None = None
+) -> Any:
+    """A field: its default, its help, its name on the command line, and bounds for each number in it."""
+    return field(default=default, metadata={"help": help, "flag": flag, "low": low, "high": high})
+
+
+class Checked:
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if "help" in f.metadata:
+                _check(f"{_section(type(self))}.{f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+
+
+def error(message: str) -> Exception:
+    from metarec_jax.core import MetarecError  # imports jax, which --help must not
+
+    return MetarecError(message)
+
+
+def _section(kind: type) -> str:
+    return {"TaskConfig": "tasks"}.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
+
+
+def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise error(f"{name}: {value!r} is not known; {meant(str(value), typing.get_args(hint))}")
+        return
+    if not _fits(value, hint):
+        raise error(f"{name} wants {_spoken(hint)}, got {value!r}; correct it")
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        low, high = metadata["low"], metadata["high"]
+        if isinstance(number, bool | str | NoneType):
+            continue
+        if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
+            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
+            raise error(f"{name} must be {bounds}, got {number}; correct it")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        many = parts[-1] is Ellipsis
+        return (
+            isinstance(value, tuple) and (many or len(value) == len(parts)) and all(_fits(v, parts[0]) for v in value)
+        )
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _spoken(hint: Any) -> str:
+    """
+    >>> _spoken(tuple[int, int]), _spoken(str | None)
+    ('a list of 2 whole numbers', 'text or nothing')
+    """
+    if isinstance(hint, UnionType):
+        return " or ".join(_spoken(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}[parts[0]]
+        return f"a list of {plural}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {plural}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}[hint]
+
+
+def known(name: str, names: Any, where: str) -> None:
+    if name not in names:
+        raise error(f"{where} has no {name!r}; {meant(name, names)}")
+
+
+def meant(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name.lower(), [str(n) for n in names], n=1, cutoff=0.5)
+    return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"
