@@ -72,6 +72,30 @@ def fit(
         bool, tyro.conf.arg(help="only train: no comparison with the baselines, no report", help_behavior_hint="")
     ] = True,
     data_dir: DataDir = None,
+    mesh: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="SIZES",
+            help_behavior_hint="",
+            help="devices to use, as data=4,model=2: rows of large tables are cut in 2, and 4 groups of 2 devices hold "
+            "them and share the tasks; default: all devices, tables cut over all. Where there are only CPUs, so many "
+            "devices are made of them",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="HOST:PORT",
+            help_behavior_hint="",
+            help="several processes: where process 0 can be reached, or auto; under srun and mpirun not needed",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="several processes: how many")
+    ] = None,
+    process_id: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="several processes: which one, from 0")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Meta-train a recommender, compare it with plain baselines, write a report. The same command again resumes.
@@ -81,10 +105,20 @@ def fit(
       metarec fit ml-1m
       metarec fit ratings.csv --user-col uid --item-features movies.csv
       metarec fit ml-1m --learner maml --inner-steps 5 --out runs/maml
+      metarec fit ml-1m --mesh data=2
+      srun -N 4 --ntasks-per-node 1 metarec fit ratings.parquet
     """
     from metarec_jax.commands import fit
 
-    return fit.fit(configured(options), out=out, fresh=fresh, evaluate=evaluate, data_dir=data_dir, as_json=json)
+    return fit.fit(
+        configured(options),
+        out=out,
+        fresh=fresh,
+        evaluate=evaluate,
+        data_dir=data_dir,
+        as_json=json,
+        devices=fit.Devices(mesh, coordinator, num_processes, process_id),
+    )
 
 
 def evaluate(
@@ -100,9 +134,9 @@ def evaluate(
       metarec evaluate runs/ml-1m
       metarec evaluate runs/ml-1m --seeds 5 --json
     """
-    from metarec_jax.commands import fit
+    from metarec_jax.commands import evaluate
 
-    return fit.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
+    return evaluate.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
 
 
 def recommend(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from metarec_jax.options import Checked, error, known, meant, option
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from metarec_jax.core import Array, Learner, Model, Params
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.splits import Split
@@ -123,6 +125,12 @@ class TrainConfig(Checked):
     validate_every: int = option(250, "steps between validations", low=1)
     patience: int = option(8, "validations without a better one before stopping early", low=1)
     save_every: int = option(250, "steps between checkpoints", low=1)
+    micro_batches: int | None = option(
+        None, "parts of a step's tasks that adapt one after the other, for less memory; by default what is fast", low=1
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "precision of the computation; parameters and optimisers stay float32"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,33 @@ def build_split(config: SplitConfig, data: Interactions) -> Split:
     return splits.split(
         data, config.scenarios, by=config.by, test=config.test, validation=config.validation, seed=config.seed
     )
+
+
+def mesh_sizes(text: str | None) -> dict[str, int]:
+    """Sizes by axis.
+
+    Raises:
+      MetarecError: text that is not like ``data=4,model=2``.
+
+    >>> mesh_sizes("data=4,model=2"), mesh_sizes("model=8"), mesh_sizes(None)
+    ({'data': 4, 'model': 2}, {'model': 8}, {})
+    """
+    sizes: dict[str, int] = {}
+    for part in (text or "").split(",") if text is not None else []:
+        name, _, number = part.strip().partition("=")
+        if name not in ("data", "model") or name in sizes or not number.isdecimal() or not 1 <= int(number) < 2**31:
+            raise error(f"mesh: {text!r} is not understood at {part.strip()!r}; write --mesh data=4,model=2")
+        sizes[name] = int(number)
+    return sizes
+
+
+def build_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+    """The mesh of these sizes; by default all devices that there are, and none for a single one."""
+    import jax
+
+    from metarec_jax.training import sharding
+
+    return sharding.make_mesh(**sizes) if sizes or jax.device_count() > 1 else None
 
 
 def negatives(config: TaskConfig, data: Interactions) -> int:

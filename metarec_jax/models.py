@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.core import Array, Column, Inputs, MetarecError, Model, Params, Table
+from metarec_jax.rows import rounded
 
 Rows = Mapping[str, Array]
 
@@ -187,17 +188,22 @@ _BLOCK = 1 << 16
 
 
 def _normal(key: Array, num_rows: int, size: int) -> Array:
-    """Standard normal rows, drawn a block at a time: the random bits of a whole table would take its memory twice."""
-    if num_rows <= _BLOCK:
-        return jax.random.normal(key, (num_rows, size))
+    """Standard normal rows, as many as `rows.rounded` says.
 
-    def block(table: Array, k: Array) -> tuple[Array, None]:
-        start = jnp.minimum(k * _BLOCK, num_rows - _BLOCK)  # the last block lies over the end of the one before
-        return jax.lax.dynamic_update_slice(
-            table, jax.random.normal(jax.random.fold_in(key, k), (_BLOCK, size)), (start, 0)
-        ), None
+    Many are drawn some at a time: the random bits of a whole table would take its memory twice. Rows drawn together lie
+    apart, so that the partitioner can give each device its part of every draw, and its part of the table alone.
+    """
+    there = rounded(num_rows)
+    if there <= _BLOCK:
+        return jnp.pad(jax.random.normal(key, (num_rows, size)), ((0, there - num_rows), (0, 0)))
+    count = min(_BLOCK, there & -there)  # the largest power of two that divides the rows
 
-    return jax.lax.scan(block, jnp.zeros((num_rows, size)), jnp.arange(-(-num_rows // _BLOCK)))[0]
+    def draw(k: Array, table: Array) -> Array:
+        rows = jax.random.normal(jax.random.fold_in(key, k), (count, 1, size))
+        return jax.lax.dynamic_update_slice(table, rows, (0, k, 0))
+
+    parts = jnp.zeros((count, there // count, size))
+    return jax.lax.fori_loop(0, there // count, draw, parts).reshape(there, size)
 
 
 def _pooled(table: Array, ids: Array) -> Array:

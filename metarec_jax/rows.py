@@ -16,6 +16,22 @@ import jax.numpy as jnp
 from metarec_jax.core import Array, Inputs, MetarecError, Table
 
 _PAIRWISE_LIMIT = 192
+LARGE = 4096
+"""Rows from which on a table is rounded up, and may be cut over devices."""
+
+
+def rounded(num_rows: int) -> int:
+    """Rows to allocate for a table of ``num_rows``: at most a 64th more, so that a power of two of devices can share them.
+
+    A table below `LARGE` stays as it is. No id points at the rows beyond ``num_rows``.
+
+    >>> rounded(3707), rounded(6041), rounded(1_000_001)
+    (3707, 6080, 1007616)
+    """
+    if num_rows < LARGE:
+        return num_rows
+    step = 1 << (num_rows.bit_length() - 7)
+    return -(-num_rows // step) * step
 
 
 class View(NamedTuple):

@@ -9,7 +9,8 @@ from pathlib import Path
 # Tests compile many small programs and run each once: compile fast, run slow. Before jax is imported.
 _FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_force_host_platform_device_count=8"  # for meshes; all else runs on the first of them
 )
 if version("jaxlib").startswith("0.10."):  # later ones abort on the flag
     _FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"

@@ -1,63 +1,82 @@
-"""``metarec fit`` and ``metarec evaluate``: train or resume, measure beside the baselines, report."""
+"""``metarec fit``: train or resume, on one device or many, then measure and report."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
-from metarec_jax.core import Learner, MetarecError, Method
-from metarec_jax.data.describe import describe
+from metarec_jax.commands.evaluate import VALIDATION_USERS, Phases, fixed_tasks, measure, measured, rating_range
+from metarec_jax.core import Learner, MetarecError
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import TaskSet, TaskSource, catalogue, make_tasks
+from metarec_jax.data.tasks import TaskSource, catalogue
 from metarec_jax.online.history import spoken
-from metarec_jax.results import Report
+from metarec_jax.training import launch, processes
 from metarec_jax.training.checkpoint import Checkpoints
-from metarec_jax.training.progress import Progress, StopSignal, read_history
+from metarec_jax.training.progress import Progress, StopSignal
 
-_VALIDATION_USERS = 1000
-_CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
-class Phases:
-    """Wall-clock seconds of the parts of a command."""
+class Devices(NamedTuple):
+    """Who works on a run: the mesh as text, and how this process finds the others. See ``metarec fit --help``."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
+    mesh: str | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def fit(
-    config: configs.Config, *, out: Path | None, fresh: bool, evaluate: bool, data_dir: Path | None, as_json: bool
+    config: configs.Config,
+    *,
+    out: Path | None,
+    fresh: bool,
+    evaluate: bool,
+    data_dir: Path | None,
+    as_json: bool,
+    devices: Devices,
 ) -> int:
-    """``metarec fit``: train (or resume), then measure and report."""
+    """``metarec fit``: train (or resume), then measure and report. Of several processes the first one speaks."""
+    sizes = configs.mesh_sizes(devices.mesh)
+    wanted, several = sizes.get("data", 1) * sizes.get("model", 1), devices.num_processes or launch.launched()
+    launch.cpu_devices(wanted // max(several, 1))
+    launch.join(devices.coordinator, devices.num_processes, devices.process_id)
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(launch.or_exit("start all of them again with the same command to resume"))
+        return _fit(config, out, fresh, evaluate, data_dir, as_json, configs.build_mesh(sizes))
+
+
+def _fit(
+    config: configs.Config,
+    out: Path | None,
+    fresh: bool,
+    evaluate: bool,
+    data_dir: Path | None,
+    as_json: bool,
+    mesh: Mesh | None,
+) -> int:
     compile_cache()
-    phases = Phases()
+    phases, first = Phases(), processes.is_first()
     with phases("load"):
         data = configs.build_data(config.data, data_dir=data_dir)
     _tell_data(data)
     directory = out or Path("runs") / runs.name_of(data)
     prepared = None
-    if fresh or runs.result(directory) is None:  # what cannot be trained is refused before anything is made or cleared
+    # What cannot be trained is refused before anything is made or cleared.
+    if processes.decide(lambda: fresh or runs.result(directory) is None):
         with phases("prepare"):
             prepared = _prepare(config, data)
     try:
@@ -65,35 +84,24 @@ def fit(
     except OSError as error:
         raise MetarecError(f"{directory} cannot be a run directory ({error.strerror}); give --out another") from error
     with Checkpoints(directory, identity=runs.identity(config, data), fresh=fresh, say=print) as checkpoints:
-        if fresh:
+        if fresh and first:
             _clear(directory)
         if prepared is not None:
-            ended = _train(config, data, prepared, directory, checkpoints, phases)
+            ended = _train(config, data, prepared, directory, checkpoints, phases, mesh)
         else:
             ended = runs.result(directory) or {}
             print(f"{directory} is finished already (--fresh starts over)")
         found = {"run": str(directory), **ended, "phases": phases.seconds}
+        checkpoints.wait()
+        launch.leave()
+        if not first:
+            return 0
         if evaluate and ended.get("stopped") != "interrupted":
-            found = _measured(directory) or _measure(runs.open_run(directory), 1, 1000, phases)
+            found = measured(directory) or measure(runs.open_run(directory), 1, 1000, phases)
             _tell_next(directory, data)
         elif ended.get("stopped") != "interrupted":
             print(f"trained: {directory}; {phases}")
             print(f"next: metarec evaluate {directory}")
-    if as_json:
-        print(json.dumps(found))
-    return 0
-
-
-def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> int:
-    """``metarec evaluate``: measure a trained run beside the baselines."""
-    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
-        if number < 1:
-            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
-    compile_cache()
-    phases = Phases()
-    with phases("open"):
-        run = runs.open_run(directory)
-    found = _measure(run, seeds, max_users, phases)
     if as_json:
         print(json.dumps(found))
     return 0
@@ -123,19 +131,24 @@ def _train(
     directory: Path,
     checkpoints: Checkpoints,
     phases: Phases,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
     """Train to the end, or until a signal, and say how it ended: ``{"step": ..., "stopped": ...}``."""
+    import jax.numpy as jnp
+
     from metarec_jax.training.loop import fit
     from metarec_jax.training.validation import validator
 
     parts, learner, source = prepared
+    first = processes.is_first()
     with phases("warm start"):
-        runs.write(directory, config, data, parts.train)
+        if first:
+            runs.write(directory, config, data, parts.train)
         params = configs.build_params(config, learner, parts.train)
         optimizers = configs.build_optimizers(config, parts.train)
-        held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
+        held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
         known = catalogue(data, parts.train, config.tasks.user_rows)
-        validate = validator(learner, held, known, rating_range=_range(data)) if held else None
+        validate = validator(learner, held, known, rating_range=rating_range(data)) if held else None
     settings = config.train
     with (
         phases("train"),
@@ -143,8 +156,9 @@ def _train(
         Progress(
             settings.steps,
             tasks=config.tasks.tasks,
-            path=directory / "metrics.jsonl",
-            tensorboard=directory / "tensorboard",
+            path=directory / "metrics.jsonl" if first else None,
+            tensorboard=directory / "tensorboard" if first else None,
+            quiet=not first,
         ) as progress,
     ):
         found = fit(
@@ -163,15 +177,19 @@ def _train(
             save_every=settings.save_every,
             progress=progress.update,
             say=progress.start,
-            stop=lambda: bool(stop),
+            stop=launch.agreed(lambda: bool(stop)),
+            mesh=mesh,
+            micro_batches=settings.micro_batches,
+            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
         )
     ended = {"step": found.step, "stopped": found.stopped}
     if found.stopped == "interrupted":
-        print(f"{stop.name}: saved at step {found.step} of {settings.steps} in {directory}")
+        print(f"{stop.name or 'stopped'}: saved at step {found.step} of {settings.steps} in {directory}")
         print("resume: run the same command again")
         return ended
     print(f"trained {found.step} steps ({found.stopped})")
-    runs.write_json(directory / "result.json", ended)
+    if first:
+        runs.write_json(directory / "result.json", ended)
     return ended
 
 
@@ -188,131 +206,6 @@ class _Resuming:
             self._progress.resume(found[0])
             self._progress.note(f"resuming at step {found[0]}")
         return found
-
-
-def _measured(directory: Path) -> dict[str, Any] | None:
-    """What the last measurement found; None where there is none, or its file is damaged."""
-    try:
-        return json.loads((directory / "evaluation" / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
-    """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
-    from metarec_jax import results
-    from metarec_jax.evaluation import evaluate
-    from metarec_jax.report import terminal_table, write_report
-    from metarec_jax.tuning import fit_baselines
-
-    config = run.config
-    own = runs.method(run)
-    with phases("baselines"):
-        parts = configs.build_split(config.split, run.data)
-        if run.trained not in (None, runs.rows_digest(parts.train)):
-            raise MetarecError(
-                f"{run.directory} was trained on other rows than its split gives now, so it may have learned what is "
-                f"held out; {f'put {config.split.partition} back, or ' if config.split.partition else ''}train again "
-                "with --fresh"
-            )
-        held = _tasks(config, parts, parts.validation, seed=0, max_users=_VALIDATION_USERS)
-        baselines = fit_baselines(parts.train, run.known, held, say=print)
-    methods: dict[str, Method] = {config.learner.name: own} | baselines
-    with phases("evaluate"):
-        reports = [
-            evaluate(
-                methods,
-                _tasks(config, parts, parts.test, seed=seed, max_users=max_users),
-                run.known,
-                rating_range=_range(run.data),
-                relevant=_relevant(run.data),
-                catalogue_ranking=True,
-                curve=_CURVE,
-                baselines=tuple(baselines),
-                ranking_only=_ranking_only(run.data, methods),
-                seed=seed,
-            )
-            for seed in range(seeds)
-        ]
-        report: Report = results.merge(reports)
-        by_steps = _by_inner_steps(run, parts, max_users)
-    with phases("report"):
-        report.save(run.directory / "evaluation")
-        write_report(
-            report,
-            run.directory,
-            history=read_history(run.directory / "metrics.jsonl"),
-            config=configs.to_dict(config),
-            data_facts=describe(run.data),
-            title=f"{run.data.name}: {config.learner.name}",
-            by_inner_steps=by_steps,
-        )
-        found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
-        if by_steps is not None:
-            found["by_inner_steps"] = by_steps.to_json()["results"]
-        runs.write_json(run.directory / "evaluation" / "summary.json", found)
-    print(terminal_table(report))
-    print(f"report: {run.directory / 'report.html'}")
-    print(phases)
-    return found
-
-
-def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | None:
-    """The trained parameters after fewer and more inner steps, on the first of the test scenarios; None for ridge."""
-    from metarec_jax.evaluation import evaluate
-
-    methods = {str(k): adapted for k, adapted in runs.by_inner_steps(run).items()}
-    if not methods:
-        return None
-    scenario = "user_cold" if "user_cold" in parts.test else next(iter(parts.test))
-    part = {scenario: parts.test[scenario]}
-    return evaluate(
-        methods,
-        _tasks(run.config, parts, part, seed=0, max_users=max_users),
-        run.known,
-        rating_range=_range(run.data),
-        relevant=_relevant(run.data),
-        catalogue_ranking=run.data.implicit,
-        ranking_only=_ranking_only(run.data, methods),
-    )
-
-
-def _tasks(
-    config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
-) -> dict[str, TaskSet]:
-    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed."""
-    found = {}
-    for name, part in scenarios.items():
-        if not len(part):
-            continue
-        tasks = make_tasks(
-            part,
-            history=parts.history.get(name),
-            query=config.tasks.query,
-            order=config.tasks.order,
-            negatives=configs.negatives(config.tasks, part),
-            seed=seed,
-        )
-        if len(tasks) > max_users:
-            chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
-            tasks = tasks.take(chosen)
-        if len(tasks):
-            found[name] = tasks
-    return found
-
-
-def _range(data: Interactions) -> tuple[float, float] | None:
-    return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
-
-
-def _relevant(data: Interactions) -> float:
-    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
-    span = _range(data)
-    return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
-
-
-def _ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
-    return tuple(methods) if data.implicit else ("popularity",)
 
 
 def _tell_data(data: Interactions) -> None:

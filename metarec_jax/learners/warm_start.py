@@ -61,6 +61,7 @@ def warm_start(
     new |= {"item_id": own, **dict(zip(names, content, strict=True))}
     if "user_id" in tables:  # row 0 stays 0: the mean user, with whom the factorisation is centred
         new["user_id"] = np.column_stack([factors.user_bias, factors.user_factors])
+    new = {name: np.pad(value, ((0, len(tables[name]) - len(value)), (0, 0))) for name, value in new.items()}
     mean = jnp.asarray(factors.mu, jnp.float32)
     net = {**params["net"], "params": {**params["net"]["params"], "mean": mean}}
     return {**params, "tables": {**tables, **{k: jnp.asarray(v, jnp.float32) for k, v in new.items()}}, "net": net}

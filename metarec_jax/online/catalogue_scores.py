@@ -142,7 +142,7 @@ def _screen(
             return table if count == num_rows else jax.lax.dynamic_slice_in_dim(table, first, count)
 
         values = sum(
-            jnp.dot(cut(world.params["tables"][name]), weights, precision=jax.lax.Precision.HIGHEST)
+            jnp.dot(cut(world.params["tables"][name]), weights, precision=jax.lax.Precision.HIGHEST)[:count]
             for name, weights in form.weights.items()
         )
         if plan.unseen:

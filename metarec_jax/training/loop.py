@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from metarec_jax import tree
 from metarec_jax.core import Learner, MetarecError, Method, Params
@@ -18,10 +19,10 @@ from metarec_jax.cpu import huge_pages
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.rows import check_ids, outside
-from metarec_jax.training import memory
+from metarec_jax.training import memory, processes, sharding
 from metarec_jax.training.feed import Feed
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
-from metarec_jax.training.step import HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
+from metarec_jax.training.step import BAD_TASK, HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
 Validate = Callable[[Params], Mapping[str, float]]
 
@@ -82,6 +83,9 @@ def fit(
     say: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     debug: bool = False,
+    mesh: Mesh | None = None,
+    micro_batches: int | None = None,
+    dtype: Any = None,
 ) -> FitResult:
     """Meta-train a learner.
 
@@ -108,11 +112,18 @@ def fit(
       stop: polled after every chunk; True saves and returns.
       debug: check after every chunk that each id drawn lies within its table (JAX would take the nearest row, without
         a word). What `task_source` knows of users and items is checked once, before the first step, in any case.
+      mesh: devices to share the work, of one process or of several (`sharding.make_mesh`): each takes its part of the
+        tasks, and rows of large tables are cut over its axis ``model``. The same result to rounding. Every process of
+        a run makes this same call.
+      micro_batches: the tasks of a device adapt in so many equal groups, one after the other, and their gradients are
+        summed: less memory, the same result to rounding. By default one; on a CPU as many as its caches like.
+      dtype: what the learner computes in, such as ``jnp.bfloat16``; parameters and optimisers keep their own.
 
     Raises:
-      MetarecError: a loss that is not finite (the step and the last good checkpoint are named); a monitored metric that
-        ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below 1; tables, or
-        a batch, for which there is not the memory (before they are made; how much each takes is told).
+      MetarecError: a loss that is not finite (the step, the task and the last good checkpoint are named); a monitored
+        metric that ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below
+        1; a mesh that cannot share the tasks; tables, or a batch, for which there is not the memory (before they are
+        made; how much each takes is told).
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> from metarec_jax.learners.ridge import ridge
@@ -131,7 +142,9 @@ def fit(
     k_init, k_train = jax.random.split(jax.random.key(seed))
     if params is not None:
         _check_params(learner, params)
-    start = _start(learner, optimizers, params, k_init, k_train, keeps_best=validate is not None)
+    start = _start(learner, optimizers, params, k_init, k_train, keeps_best=validate is not None, mesh=mesh)
+    if mesh is not None:
+        source = source._replace(data=sharding.replicate(mesh, source.data))
     state = LoopState(start, np.float32(np.inf), np.int32(0))
     last_saved, best_params = -1, start.params
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
@@ -144,7 +157,7 @@ def fit(
     run: jax.stages.Compiled | None = None
     compile_seconds = 0.0
     pause = [n for n in (validate_every if validate else 0, save_every if checkpoints else 0) if n]
-    feed = Feed(source, done, chunk)
+    feed = Feed(source, done, chunk, jax.device_put if mesh is None else lambda batch: sharding.spread(mesh, batch, 1))
 
     def length_from(step: int) -> int:
         return min([chunk, steps - step, *(n - step % n for n in pause)])
@@ -157,12 +170,13 @@ def fit(
         data = feed.take(length)
         if run is None:
             began = time.perf_counter()
-            step = make_step(learner, source, optimizers, debug=debug)
+            step = make_step(learner, source, optimizers, debug=debug, groups=micro_batches, mesh=mesh, dtype=dtype)
             run = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length).compile()
             compile_seconds = time.perf_counter() - began
             told = _fits(run, state.train, keeps_best=validate is not None)
             if say is not None:
-                say(f"compiled in {compile_seconds:.1f} s{told}")
+                over = "" if mesh is None else f"{sharding.told(mesh, start.params['tables'])}; "
+                say(f"{over}compiled in {compile_seconds:.1f} s{told}")
         began = time.perf_counter()
         after, metrics = run(state.train, data, length)
         feed.ready(length_from(done + length))
@@ -172,7 +186,7 @@ def fit(
         row = {"step": float(done), **means, "tasks_per_s": length * source.tasks / (time.perf_counter() - began)}
         state, better = state._replace(train=after), False
         if validate and (done % validate_every == 0 or done == steps):
-            values = {name: float(value) for name, value in validate(after.params).items()}
+            values = _validated(validate, after.params)
             if monitor not in values:
                 raise MetarecError(
                     f"validate() returned no {monitor!r}; it returned {sorted(values)}; set monitor= to one of them"
@@ -202,23 +216,59 @@ def fit(
     return FitResult(chosen, history, done, stopped, method, compile_seconds)
 
 
+def _validated(validate: Validate, params: Params) -> dict[str, float]:
+    """The validation metrics. Parameters of which every device has the whole need one device, and one process."""
+
+    def values(params: Params) -> dict[str, float]:
+        return {name: float(value) for name, value in validate(params).items()}
+
+    if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+        return processes.decide(lambda: values(jax.tree.map(lambda leaf: leaf.addressable_data(0), params)))
+    return values(params)
+
+
 def _start(
-    learner: Learner, optimizers: Optimizers, params: Params | None, k_init: Any, k_train: Any, *, keeps_best: bool
+    learner: Learner,
+    optimizers: Optimizers,
+    params: Params | None,
+    k_init: Any,
+    k_train: Any,
+    *,
+    keeps_best: bool,
+    mesh: Mesh | None,
 ) -> TrainState:
-    """The state before the first step, in buffers of its own: the step donates them, and the caller keeps theirs."""
+    """The state before the first step, in buffers of its own: the step donates them, and the caller keeps theirs.
+
+    On a mesh it is born where it lies: no device, and no host, holds a table that is cut.
+    """
 
     def begin() -> TrainState:
         return init_state(learner, optimizers, learner.init(k_init) if params is None else params, k_train)
 
     shapes = jax.eval_shape(begin)
-    best = memory.size_of(shapes.params) * keeps_best
+    shardings = None if mesh is None else sharding.state_shardings(mesh, shapes)
+
+    def size(part: Any, where: Any) -> int:
+        """Bytes of it on a device; of all CPU devices of this process, which share the machine's memory."""
+        return memory.size_of(part) if mesh is None else sharding.size_on_device(part, where) * _sharing(mesh)
+
+    held, of_params = size(shapes, shardings), size(shapes.params, None if shardings is None else shardings.params)
     memory.refuse_what_does_not_fit(
-        memory.size_of(shapes) + best,
+        held + of_params * keeps_best,
         memory.free(jax.local_devices()[0]),
-        f"the parameters ({memory.spoken(memory.size_of(shapes.params))}) and their optimisers' state"
+        f"the parameters ({memory.spoken(of_params)}) and their optimisers' state"
         + ", and a copy of the best parameters," * keeps_best,
         "give the tables fewer rows or a smaller size, or take another optimizer for rows",
     )
+    if shardings is not None:
+        if params is None:
+            return jax.jit(begin, out_shardings=shardings)()
+        placed = jax.tree.map(sharding.put, params, shardings.params)
+
+        def fresh(given: Params) -> TrainState:
+            return jax.tree.map(jnp.copy, init_state(learner, optimizers, given, k_train))
+
+        return jax.jit(fresh, out_shardings=shardings)(placed)
     taken = {id(leaf) for leaf in jax.tree.leaves(params)}
 
     def own(leaf: Any) -> Any:
@@ -237,13 +287,16 @@ def _fits(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bool) -> s
     estimate = memory.estimate(run)
     if estimate is None:
         return ""
-    there = memory.free(min(state.step.devices(), key=lambda device: device.id))
-    made, held = memory.spoken(estimate.working), memory.spoken(estimate.held)
+    here = [shard.device for shard in state.step.addressable_shards]
+    there, sharing = memory.free(here[0]), len(here) if here[0].platform == "cpu" else 1
+    made, held = memory.spoken(estimate.working * sharing), memory.spoken(estimate.held * sharing)
+    shards = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+    best = sharding.size_on_device(state.params, shards) * sharing * keeps_best
     memory.refuse_what_does_not_fit(
-        estimate.working + memory.size_of(state.params) * keeps_best,
+        estimate.working * sharing + best,
         there,
         f"the outer step, beside {held} of parameters, optimisers' state and data,",
-        "draw fewer tasks a step, take fewer inner steps, or set remat=True in maml()",
+        "draw fewer tasks a step, take fewer inner steps, give more micro_batches, or set remat=True in maml()",
     )
     free = "" if there is None else f", of {memory.spoken(there)} that are free"
     return f"; a step works in {made} beside {held} of parameters and data{free}"
@@ -311,8 +364,16 @@ def _checked(learner: Learner, metrics: Mapping[str, Any], done: int, last_saved
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
         kept = f"the checkpoint of step {last_saved} is good" if last_saved >= 0 else "no checkpoint was saved yet"
+        task = int(metrics[BAD_TASK][bad[0]])
         raise MetarecError(
-            f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}; {kept}; "
+            f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}, first in task {task} of its batch; {kept}; "
             "lower the learning rate or the inner rate"
         )
-    return {name: float(np.mean(m)) for name, m in metrics.items() if not name.startswith((LOWEST, HIGHEST))}
+    untold = (LOWEST, HIGHEST, BAD_TASK)
+    return {name: float(np.mean(m)) for name, m in metrics.items() if not name.startswith(untold)}
+
+
+def _sharing(mesh: Mesh) -> int:
+    """How many devices of the mesh share the memory of this process: CPU devices do."""
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return len(here) if here and here[0].platform == "cpu" else 1

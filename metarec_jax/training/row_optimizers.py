@@ -152,6 +152,8 @@ def update_rows(
     """One step on the rows ``ids [m]`` given their gradients ``[m, size]``; repeated ids are summed first.
 
     Where the ids are half as many as the rows, the whole table is gone through: streaming is cheaper than picking.
+    An id beyond the last row, with a gradient of 0, changes nothing: so a device is told of rows that it has not.
+
     Duplicates are found without a sort: every copy of an id writes its position to ``slot[id]`` and reads back the one
     that won. Rows are written in place when the buffers are donated. Where copies are many, an accelerator may sum them
     in another order each time; on a CPU the result is the same to the bit.

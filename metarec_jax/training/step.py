@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from metarec_jax import rows
 from metarec_jax.core import Array, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.tasks import TaskSource
+from metarec_jax.training import sharding
 from metarec_jax.training.row_optimizers import (
     RowOptimizer,
     TableState,
@@ -41,6 +44,10 @@ class Optimizers(NamedTuple):
 
 LOWEST, HIGHEST = "lowest_id/", "highest_id/"
 """With ``debug``, metrics of these names (and a table's after them) hold the ids that a step drew."""
+TASK_LOSSES = "task_losses"
+"""The metric of `loss_and_grads` that is no scalar: the loss of each task of the batch, ``[T]``."""
+BAD_TASK = "bad_task"
+"""The metric of a step that says which task of the batch is the first whose loss is not finite."""
 
 
 def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Array) -> TrainState:
@@ -51,28 +58,44 @@ def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Ar
 
 
 def make_step(
-    learner: Learner, source: TaskSource, optimizers: Optimizers, *, debug: bool = False, groups: int | None = None
+    learner: Learner,
+    source: TaskSource,
+    optimizers: Optimizers,
+    *,
+    debug: bool = False,
+    groups: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them.
 
     Args:
       debug: metrics also hold the lowest and highest id drawn for each table.
-      groups: the tasks of a batch adapt in so many equal groups, one after the other: the temporaries of one group at a
-        time, the same result to rounding. None: on a CPU groups of at most 64 tasks, which its caches hold; else one.
+      groups: a device's tasks of a batch adapt in so many equal groups, one after the other: the temporaries of one
+        group at a time, the same result to rounding. None: on a CPU groups of at most 64 tasks, which its caches hold;
+        else one.
+      mesh: of `sharding.make_mesh`; the tasks are cut over its devices. The same result to rounding.
+      dtype: the parameters as the learner sees them, such as bfloat16; they are kept, and stepped, as they are.
 
     Raises:
-      MetarecError: ``groups`` does not divide the tasks of a batch.
+      MetarecError: ``groups`` does not divide the tasks of a device, or the devices do not divide those of a batch.
     """
-    groups = _groups(source.tasks, jax.default_backend()) if groups is None else groups
-    if groups < 1 or source.tasks % groups:
-        raise MetarecError(f"groups is {groups}, and a batch has {source.tasks} tasks; give a divisor of them")
+    if mesh is not None:
+        sharding.check_tasks(mesh, source.tasks)
+    tasks = source.tasks // (1 if mesh is None else mesh.size)
+    groups = _groups(tasks, jax.default_backend()) if groups is None else groups
+    if groups < 1 or tasks % groups:
+        raise MetarecError(f"groups is {groups}, and a device has {tasks} tasks of a batch; give a divisor of them")
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, dict[str, Array]]:
         k_draw, k_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = source.draw(data, k_draw)
-        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss, groups)
-        params, dense, tables = _apply(optimizers, state, grads, ids)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics}
+        if mesh is not None:
+            batch = sharding.spread_inside(mesh, batch)
+        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss, groups, mesh, dtype)
+        params, dense, tables = _apply(optimizers, state, grads, ids, mesh)
+        bad = jnp.argmax(~jnp.isfinite(metrics.pop(TASK_LOSSES))).astype(jnp.int32)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics, BAD_TASK: bad}
         if debug:
             for name, (low, high) in rows.id_extent(learner.tables, batch.support.inputs, batch.query.inputs).items():
                 metrics |= {LOWEST + name: low, HIGHEST + name: high}
@@ -82,64 +105,94 @@ def make_step(
 
 
 def loss_and_grads(
-    learner: Learner, params: Params, batch: Task, key: Array, groups: int = 1
+    learner: Learner,
+    params: Params,
+    batch: Task,
+    key: Array,
+    groups: int = 1,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
-    """Mean loss of a batch of tasks, and its gradient by row view.
+    """Mean loss of a batch of tasks, and its gradient by row view; on a mesh each device has its share of the tasks.
 
     Returns:
-      ``(loss, metrics)``; gradients ``{"dense": ..., "rows": {table: [T, L, size]},
-      "whole": {table: [num_rows, size]}}``; ids ``{table: [T, L]}``, the global row of each gradient row
-      (of a whole table: the ids that were touched).
+      ``(loss, metrics)``, the loss of each task among the metrics (`TASK_LOSSES`); gradients
+      ``{"dense": ..., "rows": {table: [T, L, size]}, "whole": {table: [num_rows, size]}}``; ids ``{table: [T, L]}``,
+      the global row of each gradient row (of a whole table: the ids that were touched).
     """
+    keys = jax.random.split(key, batch.query.mask.shape[0])
+    if mesh is None:
+        return _device_grads(learner, params, batch, keys, groups, (), dtype)
+    cut = tuple(name for name, table in params["tables"].items() if sharding.is_cut(mesh, table.shape[0]))
+    where = {name: P(sharding.MODEL) if name in cut else P() for name in params["tables"]}
+    held = {name: P() for name in params if name != "tables"} | {"tables": where}
+
+    def work(params: Params, batch: Task, keys: Array) -> Any:
+        (loss, metrics), grads, ids = _device_grads(learner, params, batch, keys, groups, cut, dtype)
+        losses, own = metrics.pop(TASK_LOSSES), jax.tree.map(lambda grad: grad / mesh.size, grads.pop("rows"))
+        return sharding.mean_over_devices((loss, metrics, grads)), losses, own, ids
+
+    tasks = sharding.TASKS
+    spread = sharding.each_device(mesh, work, (held, tasks, tasks), ((P(), P(), P()), tasks, tasks, tasks))
+    (loss, metrics, grads), losses, own, ids = spread(params, batch, keys)
+    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, ids
+
+
+def _device_grads(
+    learner: Learner, params: Params, batch: Task, keys: Array, groups: int, cut: tuple[str, ...], dtype: Any
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
+    """`loss_and_grads` of the tasks of one device; of the tables named in ``cut`` it has some of the rows."""
     dense, tables = _split(params)
     tasks = batch.query.mask.shape[0]
-    viewed, whole = _plan(learner.tables, batch, tasks)
+    viewed, whole = _plan(learner.tables, batch, tasks, cut)
     seen = jax.vmap(lambda s, q: rows.view(viewed, s, q))(batch.support.inputs, batch.query.inputs)
     local = Task(
         batch.support._replace(inputs=seen.inputs[0]),
         batch.query._replace(inputs=seen.inputs[1]),
     )
-    gathered = rows.gather({name: tables[name] for name in viewed}, seen.ids)
+    gathered = rows.gather(tables, {name: ids for name, ids in seen.ids.items() if name not in cut})
+    gathered |= {name: sharding.take_rows(tables[name], ids) for name, ids in seen.ids.items() if name in cut}
 
-    def mean_loss(leaves: dict[str, Any], local: Task, keys: Array) -> tuple[Array, dict[str, Array]]:
+    def mean_loss(leaves: dict[str, Any], local: Task, keys: Array) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        if dtype is not None:
+            leaves = _cast(leaves, dtype)
+
         def one(own: dict[str, Array], task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
             return learner.loss({**leaves["dense"], "tables": {**leaves["whole"], **own}}, task, key)
 
         losses, metrics = jax.vmap(one)(leaves["rows"], local, keys)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        return losses.mean(), ({name: value.mean() for name, value in metrics.items()}, losses)
 
     shared = {"dense": dense, "whole": {name: tables[name] for name in whole}}
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
 
     def group(part: tuple[Any, Task, Array]) -> Any:
         own, local, keys = part
-        return value_and_grad({**shared, "rows": own}, local, keys)
+        (loss, (metrics, losses)), grads = value_and_grad({**shared, "rows": own}, local, keys)
+        own = jax.tree.map(lambda grad: grad / groups, grads.pop("rows"))
+        return (loss, metrics, grads), (own, losses)
 
-    value, grads = _in_groups(group, (gathered, local, jax.random.split(key, tasks)), groups)
+    (loss, metrics, grads), (own, losses) = _in_groups(group, (gathered, local, keys), groups)
     touched = {name: _touched(table, batch) for name, table in whole.items()}
-    return value, grads, {**seen.ids, **touched}
+    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, {**seen.ids, **touched}
 
 
-def _in_groups(
-    group: Callable[[Any], tuple[Any, dict[str, Any]]], parts: Any, groups: int
-) -> tuple[Any, dict[str, Any]]:
-    """``group`` over ``groups`` equal slices of the leading axis of ``parts``, one after the other; the mean of all."""
+def _in_groups(group: Callable[[Any], tuple[Any, Any]], parts: Any, groups: int) -> tuple[Any, Any]:
+    """``group`` over ``groups`` equal slices of the leading axis of ``parts``, one after the other.
+
+    Returns the mean of the first things it returns, and the second ones joined along their leading axis.
+    """
     if groups == 1:
         return group(parts)
     sliced = jax.tree.map(lambda a: a.reshape((groups, a.shape[0] // groups) + a.shape[1:]), parts)
 
     def step(total: Any, part: Any) -> tuple[Any, Any]:
-        value, grads = group(part)
-        own = grads.pop("rows")
-        return jax.tree.map(lambda a, b: a + b / groups, total, (value, grads)), own
+        shared, own = group(part)
+        return jax.tree.map(lambda a, b: a + b / groups, total, shared), own
 
-    value, grads = jax.eval_shape(group, jax.tree.map(lambda a: a[0], sliced))
-    zeros = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), (value, {k: v for k, v in grads.items() if k != "rows"})
-    )
-    (value, grads), own = jax.lax.scan(step, zeros, sliced)
-    whole = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]) / groups, own)
-    return value, {**grads, "rows": whole}
+    shapes, _ = jax.eval_shape(group, jax.tree.map(lambda a: a[0], sliced))
+    shared, own = jax.lax.scan(step, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), sliced)
+    return shared, jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), own)
 
 
 def _groups(tasks: int, backend: str) -> int:
@@ -149,14 +202,21 @@ def _groups(tasks: int, backend: str) -> int:
     return next((n for n in range(-(-tasks // 64), tasks // 8 + 1) if tasks % n == 0), 1)
 
 
-def _plan(tables: Mapping[str, Table], batch: Task, tasks: int) -> tuple[dict[str, Table], dict[str, Table]]:
+def _cast(values: Any, dtype: Any) -> Any:
+    """Floating leaves in another precision."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, values)
+
+
+def _plan(
+    tables: Mapping[str, Table], batch: Task, tasks: int, cut: tuple[str, ...]
+) -> tuple[dict[str, Table], dict[str, Table]]:
     """Which tables are seen through a row view, and which are so small that every task gets them whole."""
 
     def slots(table: Table) -> int:
         used = [part.inputs[c].size // tasks for part in batch for c in table.columns if c in part.inputs]
         return 1 + sum(used)
 
-    whole = {name for name, table in tables.items() if shared_whole(table, slots(table), tasks)}
+    whole = {name for name, table in tables.items() if name not in cut and shared_whole(table, slots(table), tasks)}
     return (
         {name: table for name, table in tables.items() if name not in whole},
         {name: table for name, table in tables.items() if name in whole},
@@ -169,20 +229,51 @@ def _touched(table: Table, batch: Task) -> Array:
 
 
 def _apply(
-    optimizers: Optimizers, state: TrainState, grads: dict[str, Any], ids: dict[str, Array]
+    optimizers: Optimizers, state: TrainState, grads: dict[str, Any], ids: dict[str, Array], mesh: Mesh | None = None
 ) -> tuple[Params, optax.OptState, dict[str, TableState]]:
     dense, tables = _split(state.params)
     updates, dense_state = optimizers.dense.update(grads["dense"], state.dense, dense)
     dense = optax.apply_updates(dense, updates)
     new_tables, new_states = dict(tables), dict(state.tables)
     for name, table in tables.items():
-        args = (optimizers.rows, table, state.tables[name], ids[name].reshape(-1))
-        if name in grads["whole"]:
-            new_tables[name], new_states[name] = update_whole(*args, grads["whole"][name], state.step)
-        else:
-            flat = grads["rows"][name].reshape(-1, table.shape[1])
-            new_tables[name], new_states[name] = update_rows(*args, flat, state.step)
+        whole = name in grads["whole"]
+        grad = grads["whole"][name] if whole else grads["rows"][name].reshape(-1, table.shape[1])
+        update = update_whole if whole else update_rows
+        if mesh is not None:
+            update = _on_mesh(update, mesh, table, state.tables[name], whole)
+        args = (optimizers.rows, table, state.tables[name], ids[name].reshape(-1), grad, state.step)
+        new_tables[name], new_states[name] = update(*args)
     return {**dense, "tables": new_tables}, dense_state, new_states
+
+
+def _on_mesh(
+    update: Callable[..., Any], mesh: Mesh, table: Array, state: TableState, whole: bool
+) -> Callable[..., Any]:
+    """`update_rows` or `update_whole` (of a ``whole`` gradient) where each device steps the rows that it has."""
+    cut = sharding.is_cut(mesh, table.shape[0])
+    rows_of = lambda leaf: P(sharding.MODEL) if cut and leaf.shape[:1] == table.shape[:1] else P()  # noqa: E731
+    held, kept, tasks = rows_of(table), jax.tree.map(rows_of, state), sharding.TASKS
+
+    def run(optimizer: Any, table: Array, state: TableState, ids: Array, grads: Array, step: Array) -> Any:
+        if not isinstance(optimizer, RowOptimizer):  # it may look at the whole table: the partitioner's work
+            if not whole:
+
+                def dense(table: Array, ids: Array, grads: Array) -> Array:
+                    ids, grads = sharding.gather_updates(table, ids, grads, cut)
+                    return jnp.zeros_like(table).at[ids].add(grads, mode="drop")
+
+                grads = sharding.each_device(mesh, dense, (held, tasks, tasks), held)(table, ids, grads)
+            return update_whole(optimizer, table, state, ids, grads, step)
+
+        def work(table: Array, state: TableState, ids: Array, grads: Array, step: Array) -> Any:
+            if whole:
+                return update(optimizer, table, state, sharding.from_all(ids), grads, step)
+            return update(optimizer, table, state, *sharding.gather_updates(table, ids, grads, cut), step)
+
+        arguments = (held, kept, tasks, P() if whole else tasks, P())
+        return sharding.each_device(mesh, work, arguments, (held, kept))(table, state, ids, grads, step)
+
+    return run
 
 
 def _split(params: Params) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -1,0 +1,183 @@
+"""``metarec evaluate``: measure a trained run beside the baselines, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarec_jax import config as configs
+from metarec_jax import runs
+from metarec_jax.commands.compiled import compile_cache
+from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.describe import describe
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.splits import Split
+from metarec_jax.data.tasks import TaskSet, make_tasks
+from metarec_jax.results import Report
+from metarec_jax.training.progress import read_history
+
+VALIDATION_USERS = 1000
+_CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
+
+
+class Phases:
+    """Wall-clock seconds of the parts of a command."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
+
+
+def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> int:
+    """``metarec evaluate``: measure a trained run beside the baselines."""
+    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
+        if number < 1:
+            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
+    compile_cache()
+    phases = Phases()
+    with phases("open"):
+        run = runs.open_run(directory)
+    found = measure(run, seeds, max_users, phases)
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def measured(directory: Path) -> dict[str, Any] | None:
+    """What the last measurement found; None where there is none, or its file is damaged."""
+    try:
+        return json.loads((directory / "evaluation" / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
+    """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
+    from metarec_jax import results
+    from metarec_jax.evaluation import evaluate
+    from metarec_jax.report import terminal_table, write_report
+    from metarec_jax.tuning import fit_baselines
+
+    config = run.config
+    own = runs.method(run)
+    with phases("baselines"):
+        parts = configs.build_split(config.split, run.data)
+        if run.trained not in (None, runs.rows_digest(parts.train)):
+            raise MetarecError(
+                f"{run.directory} was trained on other rows than its split gives now, so it may have learned what is "
+                f"held out; {f'put {config.split.partition} back, or ' if config.split.partition else ''}train again "
+                "with --fresh"
+            )
+        held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+        baselines = fit_baselines(parts.train, run.known, held, say=print)
+    methods: dict[str, Method] = {config.learner.name: own} | baselines
+    with phases("evaluate"):
+        reports = [
+            evaluate(
+                methods,
+                fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users),
+                run.known,
+                rating_range=rating_range(run.data),
+                relevant=_relevant(run.data),
+                catalogue_ranking=True,
+                curve=_CURVE,
+                baselines=tuple(baselines),
+                ranking_only=_ranking_only(run.data, methods),
+                seed=seed,
+            )
+            for seed in range(seeds)
+        ]
+        report: Report = results.merge(reports)
+        by_steps = _by_inner_steps(run, parts, max_users)
+    with phases("report"):
+        report.save(run.directory / "evaluation")
+        write_report(
+            report,
+            run.directory,
+            history=read_history(run.directory / "metrics.jsonl"),
+            config=configs.to_dict(config),
+            data_facts=describe(run.data),
+            title=f"{run.data.name}: {config.learner.name}",
+            by_inner_steps=by_steps,
+        )
+        found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
+        if by_steps is not None:
+            found["by_inner_steps"] = by_steps.to_json()["results"]
+        runs.write_json(run.directory / "evaluation" / "summary.json", found)
+    print(terminal_table(report))
+    print(f"report: {run.directory / 'report.html'}")
+    print(phases)
+    return found
+
+
+def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | None:
+    """The trained parameters after fewer and more inner steps, on the first of the test scenarios; None for ridge."""
+    from metarec_jax.evaluation import evaluate
+
+    methods = {str(k): adapted for k, adapted in runs.by_inner_steps(run).items()}
+    if not methods:
+        return None
+    scenario = "user_cold" if "user_cold" in parts.test else next(iter(parts.test))
+    part = {scenario: parts.test[scenario]}
+    return evaluate(
+        methods,
+        fixed_tasks(run.config, parts, part, seed=0, max_users=max_users),
+        run.known,
+        rating_range=rating_range(run.data),
+        relevant=_relevant(run.data),
+        catalogue_ranking=run.data.implicit,
+        ranking_only=_ranking_only(run.data, methods),
+    )
+
+
+def fixed_tasks(
+    config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
+) -> dict[str, TaskSet]:
+    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed."""
+    found = {}
+    for name, part in scenarios.items():
+        if not len(part):
+            continue
+        tasks = make_tasks(
+            part,
+            history=parts.history.get(name),
+            query=config.tasks.query,
+            order=config.tasks.order,
+            negatives=configs.negatives(config.tasks, part),
+            seed=seed,
+        )
+        if len(tasks) > max_users:
+            chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
+            tasks = tasks.take(chosen)
+        if len(tasks):
+            found[name] = tasks
+    return found
+
+
+def rating_range(data: Interactions) -> tuple[float, float] | None:
+    return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
+
+
+def _relevant(data: Interactions) -> float:
+    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
+    span = rating_range(data)
+    return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
+
+
+def _ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
+    return tuple(methods) if data.implicit else ("popularity",)
