@@ -16,7 +16,7 @@ from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.rows import rounded
-from metarec_jax.training import sharding
+from metarec_jax.training import exchange, sharding
 from metarec_jax.training.loop import _chunk_runner, _start, fit
 from metarec_jax.training.row_optimizers import lazy_adam, row_adagrad, update_rows
 from metarec_jax.training.step import Optimizers, make_step
@@ -133,6 +133,34 @@ def test_rows_and_updates_between_devices_are_exact(cut):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("high", "full"), [(4096, False), (512, True)])
+def test_owners_send_exactly_the_rows_asked_for(high, full):
+    """8 devices ask for 80 ids each of 4,096 rows. Anywhere: about 10 of each owner, of 32 at the most. All in the first
+    512 rows: more than 32 distinct of the first owner, so everything is gathered. The rows are the same bits."""
+    mesh = sharding.make_mesh(1, 8)
+    table = jax.random.normal(jax.random.key(0), (4096, 3))
+    ids = jax.random.randint(jax.random.key(1), (16, 40), 0, high)
+
+    def work(table, ids):
+        found, way = exchange.fetch(table, ids, 8)
+        return found, way.full
+
+    tasks = sharding.TASKS
+    found, said = jax.jit(sharding.each_device(mesh, work, (jax.sharding.PartitionSpec(sharding.MODEL), tasks), tasks))(
+        table, ids
+    )
+    assert exchange.capacity(80, 8) == 32
+    assert (found == table[ids]).all()
+    assert said.tolist() == [full] * 8
+
+
+def test_owners_asked_for_too_much_change_nothing(monkeypatch):
+    """With room for one id an owner, every step gathers everything: the run is that of one device all the same."""
+    monkeypatch.setattr(exchange, "capacity", lambda ids, owners: 1)
+    many = fit(LEARNERS["maml"], SOURCE, steps=6, chunk=3, lr=0.01, mesh=sharding.make_mesh(1, 8))
+    assert_same_run(many, on_one_device("maml"))
+
+
 def compiled_chunk(mesh, items: int):
     """The compiled program of a chunk, for a catalogue that is never made, and the shapes of its state."""
     known = models.meta_recommender(2000, items, size=8)
@@ -174,7 +202,7 @@ def collectives(compiled) -> list[tuple[str, int]]:
 def test_only_rows_of_the_batch_cross_between_devices(data, model):
     """A million items in rows of 8: nothing that crosses is larger than the batch's 16 tasks x 10 slots x 8 numbers."""
     found = collectives(compiled_chunk(sharding.make_mesh(data, model), 1_000_000)[0])
-    assert {name for name, _ in found} >= {"all-gather", "all-reduce"}
+    assert {name for name, _ in found} >= {"all-gather", "all-reduce"} | ({"all-to-all"} if model == 8 else set())
     assert max(size for _, size in found) <= 16 * (1 + 6 + 3) * 8
 
 

@@ -55,7 +55,6 @@ def fit(
     with contextlib.ExitStack() as stack:
         if not processes.is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(launch.or_exit("start all of them again with the same command to resume"))
         return _fit(config, out, fresh, evaluate, data_dir, as_json, configs.build_mesh(sizes))
 
 
@@ -152,6 +151,7 @@ def _train(
     settings = config.train
     with (
         phases("train"),
+        launch.together("start all of them again with the same command to resume"),
         StopSignal() as stop,
         Progress(
             settings.steps,

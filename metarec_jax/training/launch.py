@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError
+from metarec_jax.training import processes, watch
 
-LOST = 75
-"""Exit status where another process has gone: EX_TEMPFAIL, "start it again"."""
 _HEARTBEAT_SECONDS = 8
 _LAUNCHERS = {
     "SLURM_NTASKS": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
@@ -78,6 +76,30 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     return jax.process_count() > 1
 
 
+@contextlib.contextmanager
+def together(advice: str) -> Iterator[None]:
+    """Within it, the loss of another process ends this one in one line, with the status `watch.LOST`.
+
+    Args:
+      advice: what to do, for the line.
+    """
+    host = coordinator_host()
+    try:
+        with watch.watched(host, advice):
+            yield
+    except (jax.errors.JaxRuntimeError, processes.Lost):
+        if processes.count() == 1:
+            raise
+        watch.end("another process of this run", advice)
+
+
+def coordinator_host() -> str:
+    """Where process 0 can be reached."""
+    from jax._src import distributed  # what JAX's own detection found, it shows nowhere else
+
+    return (distributed.global_state.coordinator_address or "").rpartition(":")[0]
+
+
 def leave() -> None:
     """Part from the other processes: what comes after, each does alone."""
     if jax.distributed.is_initialized():
@@ -109,26 +131,3 @@ def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
         return bool(np.any(multihost_utils.process_allgather(np.array([stop()]))))
 
     return stop if jax.process_count() == 1 else anyone
-
-
-@contextlib.contextmanager
-def or_exit(resume: str) -> Iterator[None]:
-    """Within it, the loss of another process ends this one, at once and in one line, with status 75.
-
-    An ordinary exit would first wait for the one that has gone.
-
-    Args:
-      resume: what to do, for the line.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        print(
-            f"error: another process of this run has gone, or cannot be reached ({first}); {resume}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(LOST)

@@ -17,6 +17,11 @@ import jax
 
 from metarec_jax.core import MetarecError
 
+
+class Lost(MetarecError):
+    """Another process of the run has ended."""
+
+
 _turns = itertools.count()
 _POLL_MS = 5_000
 
@@ -107,7 +112,7 @@ def hear(name: str) -> str:
             return _client().blocking_key_value_get(name, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise MetarecError(
+                raise Lost(
                     f"another process of this run has ended ({str(error).splitlines()[0][:120]}); "
                     "start them all again to resume"
                 ) from error

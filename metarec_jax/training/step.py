@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from metarec_jax import rows
 from metarec_jax.core import Array, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.tasks import TaskSource
-from metarec_jax.training import sharding
+from metarec_jax.training import exchange, sharding
 from metarec_jax.training.row_optimizers import (
     RowOptimizer,
     TableState,
@@ -92,8 +92,8 @@ def make_step(
         batch = source.draw(data, k_draw)
         if mesh is not None:
             batch = sharding.spread_inside(mesh, batch)
-        (loss, metrics), grads, ids = loss_and_grads(learner, state.params, batch, k_loss, groups, mesh, dtype)
-        params, dense, tables = _apply(optimizers, state, grads, ids, mesh)
+        (loss, metrics), grads, ids, ways = _grads(learner, state.params, batch, k_loss, groups, mesh, dtype)
+        params, dense, tables = _apply(optimizers, state, grads, ids, ways, mesh)
         bad = jnp.argmax(~jnp.isfinite(metrics.pop(TASK_LOSSES))).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics, BAD_TASK: bad}
         if debug:
@@ -105,43 +105,52 @@ def make_step(
 
 
 def loss_and_grads(
-    learner: Learner,
-    params: Params,
-    batch: Task,
-    key: Array,
-    groups: int = 1,
-    mesh: Mesh | None = None,
-    dtype: Any = None,
+    learner: Learner, params: Params, batch: Task, key: Array, groups: int = 1
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
-    """Mean loss of a batch of tasks, and its gradient by row view; on a mesh each device has its share of the tasks.
+    """Mean loss of a batch of tasks, and its gradient by row view.
 
     Returns:
       ``(loss, metrics)``, the loss of each task among the metrics (`TASK_LOSSES`); gradients
       ``{"dense": ..., "rows": {table: [T, L, size]}, "whole": {table: [num_rows, size]}}``; ids ``{table: [T, L]}``,
       the global row of each gradient row (of a whole table: the ids that were touched).
     """
+    return _grads(learner, params, batch, key, groups, None, None)[:3]
+
+
+def _grads(
+    learner: Learner, params: Params, batch: Task, key: Array, groups: int, mesh: Mesh | None, dtype: Any
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array], dict[str, exchange.Route | None]]:
+    """`loss_and_grads`, each device of a mesh for its share of the tasks, and the ways between the devices by table."""
     keys = jax.random.split(key, batch.query.mask.shape[0])
     if mesh is None:
-        return _device_grads(learner, params, batch, keys, groups, (), dtype)
+        return _device_grads(learner, params, batch, keys, groups, (), 1, dtype)
     cut = tuple(name for name, table in params["tables"].items() if sharding.is_cut(mesh, table.shape[0]))
     where = {name: P(sharding.MODEL) if name in cut else P() for name in params["tables"]}
     held = {name: P() for name in params if name != "tables"} | {"tables": where}
 
     def work(params: Params, batch: Task, keys: Array) -> Any:
-        (loss, metrics), grads, ids = _device_grads(learner, params, batch, keys, groups, cut, dtype)
-        losses, own = metrics.pop(TASK_LOSSES), jax.tree.map(lambda grad: grad / mesh.size, grads.pop("rows"))
-        return sharding.mean_over_devices((loss, metrics, grads)), losses, own, ids
+        owners = mesh.shape[sharding.MODEL]
+        value, grads, ids, ways = _device_grads(learner, params, batch, keys, groups, cut, owners, dtype)
+        losses, own = value[1].pop(TASK_LOSSES), jax.tree.map(lambda grad: grad / mesh.size, grads.pop("rows"))
+        return sharding.mean_over_devices((*value, grads)), (losses, own, ids, ways)
 
     tasks = sharding.TASKS
-    spread = sharding.each_device(mesh, work, (held, tasks, tasks), ((P(), P(), P()), tasks, tasks, tasks))
-    (loss, metrics, grads), losses, own, ids = spread(params, batch, keys)
-    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, ids
+    spread = sharding.each_device(mesh, work, (held, tasks, tasks), (P(), tasks))
+    (loss, metrics, grads), (losses, own, ids, ways) = spread(params, batch, keys)
+    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, ids, ways
 
 
 def _device_grads(
-    learner: Learner, params: Params, batch: Task, keys: Array, groups: int, cut: tuple[str, ...], dtype: Any
-) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array]]:
-    """`loss_and_grads` of the tasks of one device; of the tables named in ``cut`` it has some of the rows."""
+    learner: Learner,
+    params: Params,
+    batch: Task,
+    keys: Array,
+    groups: int,
+    cut: tuple[str, ...],
+    owners: int,
+    dtype: Any,
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array], dict[str, exchange.Route | None]]:
+    """`_grads` of the tasks of one device; the tables named in ``cut`` it shares with others, ``owners`` in all."""
     dense, tables = _split(params)
     tasks = batch.query.mask.shape[0]
     viewed, whole = _plan(learner.tables, batch, tasks, cut)
@@ -151,7 +160,8 @@ def _device_grads(
         batch.query._replace(inputs=seen.inputs[1]),
     )
     gathered = rows.gather(tables, {name: ids for name, ids in seen.ids.items() if name not in cut})
-    gathered |= {name: sharding.take_rows(tables[name], ids) for name, ids in seen.ids.items() if name in cut}
+    fetched = {name: exchange.fetch(tables[name], ids, owners) for name, ids in seen.ids.items() if name in cut}
+    gathered |= {name: found for name, (found, _) in fetched.items()}
 
     def mean_loss(leaves: dict[str, Any], local: Task, keys: Array) -> tuple[Array, tuple[dict[str, Array], Array]]:
         if dtype is not None:
@@ -174,7 +184,8 @@ def _device_grads(
 
     (loss, metrics, grads), (own, losses) = _in_groups(group, (gathered, local, keys), groups)
     touched = {name: _touched(table, batch) for name, table in whole.items()}
-    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, {**seen.ids, **touched}
+    ways = {name: way for name, (_, way) in fetched.items()}
+    return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, {**seen.ids, **touched}, ways
 
 
 def _in_groups(group: Callable[[Any], tuple[Any, Any]], parts: Any, groups: int) -> tuple[Any, Any]:
@@ -229,7 +240,12 @@ def _touched(table: Table, batch: Task) -> Array:
 
 
 def _apply(
-    optimizers: Optimizers, state: TrainState, grads: dict[str, Any], ids: dict[str, Array], mesh: Mesh | None = None
+    optimizers: Optimizers,
+    state: TrainState,
+    grads: dict[str, Any],
+    ids: dict[str, Array],
+    ways: Mapping[str, exchange.Route | None],
+    mesh: Mesh | None,
 ) -> tuple[Params, optax.OptState, dict[str, TableState]]:
     dense, tables = _split(state.params)
     updates, dense_state = optimizers.dense.update(grads["dense"], state.dense, dense)
@@ -240,14 +256,19 @@ def _apply(
         grad = grads["whole"][name] if whole else grads["rows"][name].reshape(-1, table.shape[1])
         update = update_whole if whole else update_rows
         if mesh is not None:
-            update = _on_mesh(update, mesh, table, state.tables[name], whole)
+            update = _on_mesh(update, mesh, table, state.tables[name], whole, ways.get(name))
         args = (optimizers.rows, table, state.tables[name], ids[name].reshape(-1), grad, state.step)
         new_tables[name], new_states[name] = update(*args)
     return {**dense, "tables": new_tables}, dense_state, new_states
 
 
 def _on_mesh(
-    update: Callable[..., Any], mesh: Mesh, table: Array, state: TableState, whole: bool
+    update: Callable[..., Any],
+    mesh: Mesh,
+    table: Array,
+    state: TableState,
+    whole: bool,
+    way: exchange.Route | None,
 ) -> Callable[..., Any]:
     """`update_rows` or `update_whole` (of a ``whole`` gradient) where each device steps the rows that it has."""
     cut = sharding.is_cut(mesh, table.shape[0])
@@ -265,13 +286,18 @@ def _on_mesh(
                 grads = sharding.each_device(mesh, dense, (held, tasks, tasks), held)(table, ids, grads)
             return update_whole(optimizer, table, state, ids, grads, step)
 
-        def work(table: Array, state: TableState, ids: Array, grads: Array, step: Array) -> Any:
-            if whole:
-                return update(optimizer, table, state, sharding.from_all(ids), grads, step)
-            return update(optimizer, table, state, *sharding.gather_updates(table, ids, grads, cut), step)
+        def work(table: Array, state: TableState, ids: Array, grads: Array, way: Any, step: Array) -> Any:
+            def own(table: Array, state: TableState, ids: Array, grads: Array) -> Any:
+                return update(optimizer, table, state, ids, grads, step)
 
-        arguments = (held, kept, tasks, P() if whole else tasks, P())
-        return sharding.each_device(mesh, work, arguments, (held, kept))(table, state, ids, grads, step)
+            if whole:
+                return own(table, state, sharding.from_all(ids), grads)
+            if cut:
+                return exchange.step_rows(own, table, state, ids, grads, way)
+            return own(table, state, *sharding.gather_updates(table, ids, grads, cut))
+
+        arguments = (held, kept, tasks, P() if whole else tasks, tasks, P())
+        return sharding.each_device(mesh, work, arguments, (held, kept))(table, state, ids, grads, way, step)
 
     return run
 

@@ -1,0 +1,145 @@
+"""Several processes of `metarec fit` on this machine: one run, one result, and no one waits for the dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from metarec_jax.core import MetarecError
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.training import launch
+from metarec_jax.training.checkpoint import load_params
+
+COMMAND = [sys.executable, "-m", "metarec_jax.cli", "fit"]
+SETTINGS = ["--tasks", "16", "--size", "4", "--save-every", "10", "--validate-every", "1000000", "--no-evaluate"]
+
+
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory):
+    """5,000 items, so that their table is cut over the processes."""
+    data = synthetic(300, 5000, ratings_per_user=(8, 20), seed=0).data
+    path = tmp_path_factory.mktemp("data") / "ratings.csv"
+    rows = np.column_stack([data.users.decode(data.user), data.items.decode(data.item), data.rating.astype(str)])
+    missing = np.setdiff1d(data.items.ids, rows[:, 1])
+    filler = np.column_stack([rows[np.arange(len(missing)) % len(rows), 0], missing, np.full(len(missing), "3")])
+    np.savetxt(path, np.concatenate([rows, filler]), "%s", ",", header="user_id,item_id,rating", comments="")
+    return path
+
+
+def start(ratings, out, count: int, steps: int, *more: str):
+    """``count`` processes of one run; their stderr is kept in files beside ``out``."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    several = [
+        ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(k)]
+        if count > 1
+        else []
+        for k in range(count)
+    ]
+    return [
+        subprocess.Popen(
+            [*COMMAND, str(ratings), "--out", str(out), "--steps", str(steps), *SETTINGS, *more, *own],
+            stdout=(out.parent / f"{out.name}.{k}.out").open("w"),
+            stderr=(out.parent / f"{out.name}.{k}.err").open("w"),
+            env=env,
+        )
+        for k, own in enumerate(several)
+    ]
+
+
+def said(out, k: int) -> str:
+    return "".join((out.parent / f"{out.name}.{k}.{stream}").read_text() for stream in ("out", "err"))
+
+
+def wait_until(condition, processes) -> None:
+    """Return once ``condition()``; fail where a process ends before."""
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a process has ended too early"
+        try:
+            processes[0].wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def saved(out) -> int:
+    """The newest step that is saved whole."""
+    marked = (out / "checkpoints" / "latest").glob("*/sha256.json")
+    return max((int(mark.parent.name) for mark in marked), default=0)
+
+
+def params_of(out):
+    return jax.tree.leaves(load_params(out, which="latest"))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_are_one(ratings, tmp_path, count):
+    """30 steps in 1 process and in several: the saved parameters agree to rounding; the first process alone speaks."""
+    for out, n in ((tmp_path / "one", 1), (tmp_path / "many", count)):
+        assert [p.wait(300) for p in start(ratings, out, n, 30)] == [0] * n, said(out, 0)
+    for a, b in zip(params_of(tmp_path / "one"), params_of(tmp_path / "many"), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert f"rows of item_id cut in {count}" in said(tmp_path / "many", 0)
+    assert "step" not in said(tmp_path / "many", 1)  # but for a line of Gloo's own
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_others_end_when_one_dies_and_the_run_goes_on(ratings, tmp_path, victim):
+    """SIGKILL for one of two: the other exits with 75 and one line. The same command again resumes from what was saved
+    (to the same bits: benchmarks/chaos.py)."""
+    out = tmp_path / "run"
+    running = start(ratings, out, 2, 1_000_000)
+    wait_until(lambda: saved(out) >= 20, running)
+    running[victim].send_signal(signal.SIGKILL)
+    assert running[1 - victim].wait(60) == 75
+    running[victim].wait(60)
+    last = [line for line in said(out, 1 - victim).splitlines() if line][-1]
+    assert last == f"error: process {victim} of 2 has gone; start all of them again with the same command to resume"
+    resumed = start(ratings, out, 2, 1_000_000)
+    wait_until(lambda: "resuming at step" in said(out, 0), resumed)
+    for process in resumed:
+        process.kill()
+        process.wait(60)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(ratings, tmp_path):
+    """SIGTERM reaches the second process alone: both save the same step and exit 0."""
+    out = tmp_path / "run"
+    running = start(ratings, out, 2, 1_000_000)
+    wait_until(lambda: saved(out) >= 10, running)
+    running[1].send_signal(signal.SIGTERM)
+    assert [process.wait(60) for process in running] == [0, 0]
+    assert f"saved at step {saved(out)} of 1000000" in said(out, 0)
+
+
+def test_how_processes_are_named(monkeypatch):
+    """Slurm's and Open MPI's variables are counted; half of the three flags is an error, and so is a wrong number."""
+    assert launch.launched() == 1
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert launch.launched() == 4
+    with pytest.raises(MetarecError, match=r"give all three"):
+        launch.join("127.0.0.1:1", None, 0)
+    with pytest.raises(MetarecError, match=r"process 3 of 2; give each one of 0..1"):
+        launch.join("127.0.0.1:1", 2, 3)
+    with pytest.raises(MetarecError, match=r"give HOST:PORT"):
+        launch.join("somewhere", 2, 0)
+
+
+def test_cpu_devices_have_threads_enough(monkeypatch):
+    """4 devices: 10 threads or a thread a core; what is set already stands."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.delenv("NPROC", raising=False)
+    launch.cpu_devices(1)
+    assert int(os.environ["NPROC"]) == max(os.cpu_count(), 10)
+    monkeypatch.setenv("NPROC", "3")
+    launch.cpu_devices(1)
+    assert os.environ["NPROC"] == "3"
