@@ -15,7 +15,8 @@ import optax
 import pytest
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training.checkpoint import Checkpoints, different, load_params, saved_metrics
+from metarec_jax.training.checkpoint import Checkpoints, load_params, saved_metrics
+from metarec_jax.training.run_directory import different
 
 IDENTITY = {"config": {"lr": 0.1, "steps": 10}, "data": "abc"}
 

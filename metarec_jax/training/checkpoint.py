@@ -2,13 +2,17 @@
 
 A run directory holds ``checkpoints/latest/STEP``, ``checkpoints/best/STEP``, ``identity.json`` (what the run is) and
 ``.lock``. Leaves are stored in a flat list with their paths, shapes, dtypes and sha256 beside them: Orbax alone loads
-a flipped bit without a word. The sha256 of the files of a step come last, as the mark that the step is whole; they are
-compared before Orbax opens it, since a failed load floods stderr. Nothing is pickled.
+a flipped bit without a word. The sha256 of the files of a step come last, as the mark that the step is whole
+(`training.folders`); they are compared before Orbax opens it, since a failed load floods stderr. Nothing is pickled.
+
+Where several processes train together (`jax.distributed`), all of them make the same calls at the same steps. Each
+writes and reads its own shards; the first holds the lock, compares identities, marks, deletes and chooses; a refusal or
+a failure of one is raised in all. Processes, devices and shardings may change between save and restore.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import logging
 import os
@@ -18,13 +22,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import leaves
+from metarec_jax.training import folders, leaves, processes, run_directory
+from metarec_jax.training.quiet import first_line, hush
 
 Which = Literal["latest", "best"]
-_SUMS = "sha256.json"
+_KINDS: tuple[Which, Which] = ("latest", "best")
+_CHUNK = 64 * 2**20
+"""Bytes of an array that are written, and read, as one: who restores a part reads little more than that."""
+_ADVICE = "Use the settings and the version that trained it, or start over (--fresh)"
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one run directory, which it holds locked. A context manager.
 
     Args:
-      directory: of the run; made if missing.
+      directory: of the run; made if missing. Several processes need one that all of them see.
       identity: what the run is (configuration, data, version), JSON-able; compared with what the directory holds.
       keep: how many of the latest, and of the best, stay on disk; 2 or more, so that a damaged one can be passed over.
       fresh: forget the checkpoints that are there.
@@ -65,15 +74,14 @@ class Checkpoints:
         self._say = say or _log.warning
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._open: dict[str, Any] = {}
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        self._outcome: str | None = None  # under what name the processes are told how the pending save ended
+        self._lock: int | None = None
         try:
-            if fresh:
-                shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
-            self._identify(json.loads(json.dumps(identity)))
+            token = processes.decide(lambda: self._claim(identity, fresh))
+            if processes.count() > 1:
+                self._lock = run_directory.join(self.directory, token) or self._lock
         except BaseException:
-            self.close()
+            self._release()
             raise
 
     def __enter__(self) -> Checkpoints:
@@ -94,7 +102,8 @@ class Checkpoints:
         """Copy ``state`` to the host now and write it in the background: as the latest and, if ``best``, as the best.
 
         Args:
-          state: a pytree of arrays, PRNG keys and numbers; may be donated as soon as this returns.
+          state: a pytree of arrays, PRNG keys and numbers; may be donated as soon as this returns. Of several processes
+            each gives the same numbers, and its own part of the arrays.
           metrics: stored beside the state.
           wait: return only when it is on disk.
 
@@ -102,17 +111,27 @@ class Checkpoints:
           MetarecError: this save, or the one before it in the background, could not be written.
         """
         self.wait()
-        flat = leaves.flatten(state)
+        step, flat = int(step), leaves.flatten(state)
         extra = {name: float(value) for name, value in (metrics or {}).items()}
         # The best goes first: a run killed in between redoes this step from an older "latest", and finds its own best.
         kinds: list[Which] = ["best", "latest"] if best else ["latest"]
-        self._pending = self._worker.submit(self._write, int(step), flat, extra, kinds)
+        if processes.count() == 1:
+            self._pending = self._worker.submit(self._write, step, flat, extra, kinds)
+        else:
+            self._write_together(step, flat, extra, kinds)
         if wait:
             self.wait()
 
     def wait(self) -> None:
         """Return when the save in the background is on disk. Raises MetarecError where it could not be written."""
         pending, self._pending = self._pending, None
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None and (failure := processes.hear(outcome)):
+            self._clear_away()
+            # The failure may be another's, and the writing here may still wait for it.
+            self._worker.shutdown(wait=False)
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            raise MetarecError(failure)
         if pending is not None:
             pending.result()
 
@@ -129,13 +148,9 @@ class Checkpoints:
           MetarecError: the checkpoint's leaves have other names, shapes or dtypes than ``like``.
         """
         self.wait()
-        found = _newest(self.directory, which, like, self._say)
+        found = _newest(self.directory, which, like, self._say, together=True)
         if which == "latest":
-            for kind in ("latest", "best"):
-                root = self.directory / "checkpoints" / kind
-                for step in [int(p.name) for p in root.glob("*") if p.name.isdigit()]:
-                    if found is None or step > found[0]:
-                        self._delete(kind, step)
+            processes.decide(lambda: self._forget_after(-1 if found is None else found[0]))
         return found
 
     def close(self) -> None:
@@ -143,68 +158,99 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._worker.shutdown()
-            for manager in self._open.values():
-                manager.close()
-            self._open.clear()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            self._release()
 
-    def _identify(self, identity: dict[str, Any]) -> None:
-        path = self.directory / "identity.json"
-        if any(_steps(self.directory, kind) for kind in ("latest", "best")):
-            try:
-                found = json.loads(path.read_text())
-            except (OSError, ValueError):
-                found = {}
-            differ = different(found, identity)
-            if differ:
-                raise MetarecError(
-                    f"{self.directory} holds another run: {'; '.join(differ)}. "
-                    "Give the old settings to resume it, another run directory, or start over (--fresh)"
-                )
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(identity, indent=1))
-        os.replace(partial, path)
+    def _release(self) -> None:
+        self._worker.shutdown()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def _manager(self, kind: str) -> Any:
-        if kind not in self._open:
-            training = _orbax().training
-            self._open[kind] = training.Checkpointer(
-                self.directory / "checkpoints" / kind,
-                preservation_policy=training.preservation_policies.LatestN(self._keep),
-                cleanup_tmp_directories=True,
-            )
-        return self._open[kind]
+    def _claim(self, identity: Mapping[str, Any], fresh: bool) -> str:
+        self._lock, token = run_directory.lock(self.directory)
+        if fresh:
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+        holds = any(folders.steps(self._root(kind)) for kind in _KINDS)
+        run_directory.identify(self.directory, identity, resumes=holds)
+        self._clear_away()
+        return token
 
-    def _delete(self, kind: str, step: int) -> None:
-        folder = self.directory / "checkpoints" / kind / str(step)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-            if kind in self._open:
-                self._open[kind].reload()
+    def _root(self, kind: Which) -> Path:
+        return self.directory / "checkpoints" / kind
+
+    def _clear_away(self) -> None:
+        """Delete what a save that did not end has left: a disk may be full of it."""
+        if processes.is_first():
+            for kind in _KINDS:
+                folders.sweep(self._root(kind))
+
+    def _forget_after(self, step: int) -> None:
+        for kind in _KINDS:
+            for later in folders.numbered(self._root(kind)):
+                if later > step:
+                    folders.delete(self._root(kind) / str(later))
 
     def _write(self, step: int, flat: list[leaves.Leaf], metrics: dict[str, float], kinds: list[Which]) -> None:
+        """Write a state of this process alone."""
         described = [leaves.describe(leaf) for leaf in flat]
-        state = {_name(k): leaf.value for k, leaf in enumerate(flat) if leaf.value.size}  # Orbax refuses empty ones
+        try:
+            folder = self._root(kinds[0]) / str(step)
+            if not _holds(folder, described):
+                folders.make_way(folder)
+                _start(folder, flat, described, metrics).result()
+            self._settle(step, kinds, described)
+        except Exception as error:  # Orbax and TensorStore raise anything where a disk is full
+            raise self._failed(step, error) from error
+
+    def _write_together(
+        self, step: int, flat: list[leaves.Leaf], metrics: dict[str, float], kinds: list[Which]
+    ) -> None:
+        """Start to write what each of the processes has of a state; its arrays are copied when this returns."""
+        folder = self._root(kinds[0]) / str(step)
+        outcome = processes.turn()
+        try:
+            processes.decide(lambda: folders.make_way(folder))
+            writing = _start(folder, flat, [leaves.describe(leaf) for leaf in flat], metrics)
+        except jax.errors.JaxRuntimeError:  # another process has gone
+            raise
+        except Exception as error:
+            failure = self._failed(step, error)
+            processes.tell(outcome, str(failure))
+            raise failure from error
+        self._outcome = outcome
+        self._pending = self._worker.submit(self._finish, writing, step, kinds, outcome)
+
+    def _finish(self, writing: Any, step: int, kinds: list[Which], outcome: str) -> None:
+        """Wait until all processes have written; the first marks the step, and all are told."""
+        try:
+            writing.result()
+            if processes.is_first():
+                self._settle(step, kinds)
+                processes.tell(outcome, "")
+        except Exception as error:
+            processes.tell(outcome, str(self._failed(step, error)))
+
+    def _settle(self, step: int, kinds: list[Which], described: Any = None) -> None:
+        """Mark the step that is written, make the copies of it, delete the old ones."""
+        written = self._root(kinds[0]) / str(step)
+        if not folders.is_whole(written):
+            folders.mark(written)
+        for kind in kinds[1:]:
+            folder = self._root(kind) / str(step)
+            if described is None or not _holds(folder, described):
+                folders.copy(written, folder)
         for kind in kinds:
-            folder = self.directory / "checkpoints" / kind / str(step)
-            if step in _steps(self.directory, kind) and _described(folder) == described:
-                continue
-            self._delete(kind, step)
-            try:
-                self._manager(kind).save(
-                    step, state, force=True, custom_metadata={"leaves": described, "metrics": metrics}
-                )
-            except (OSError, ValueError) as error:
-                raise MetarecError(
-                    f"could not write the checkpoint of step {step} in {self.directory}: {_first_line(error)}. "
-                    "Check the disk and run the same command again to resume"
-                ) from error
-            partial = folder.with_name(f"{step}.sums")
-            partial.write_text(json.dumps(_sums(folder)))
-            os.replace(partial, folder / _SUMS)
+            folders.prune(self._root(kind), self._keep)
+
+    def _failed(self, step: int, error: Exception) -> MetarecError:
+        """The error of a save, in words."""
+        self._clear_away()
+        good = folders.steps(self._root("latest"))
+        kept = f"the checkpoint of step {good[-1]} is good" if good else "there is no earlier one"
+        return MetarecError(
+            f"could not write the checkpoint of step {step} in {self.directory}: {first_line(error)}; {kept}. "
+            "Check the disk and run the same command again to resume"
+        )
 
 
 def load_params(
@@ -226,9 +272,9 @@ def load_params(
       MetarecError: no checkpoint, none that is sound, or one of other shapes than ``like``.
     """
     run = Path(directory).absolute()
-    if which == "best" and not _steps(run, "best"):
+    if which == "best" and not folders.steps(run / "checkpoints" / "best"):
         which = "latest"
-    if not _steps(run, which):
+    if not folders.steps(run / "checkpoints" / which):
         raise MetarecError(f"{run} holds no checkpoint; train one first (metarec fit), or name another run directory")
     found = _newest(run, which, like, say or _log.warning, under)
     if found is None:
@@ -238,123 +284,117 @@ def load_params(
 
 def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -> tuple[int, dict[str, float]] | None:
     """The step of the newest checkpoint and the metrics stored beside it; None where there is none."""
-    run = Path(directory).absolute()
-    steps = _steps(run, which)
-    return (steps[-1], _metadata(run / "checkpoints" / which / str(steps[-1]))["metrics"]) if steps else None
-
-
-def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One phrase for each entry in which two nested mappings differ.
-
-    >>> different({"seed": 0, "model": {"size": 8}}, {"seed": 0, "model": {"size": 16}})
-    ['model.size was 8, now 16']
-    """
-    lines = []
-    for name in [*found, *(n for n in wanted if n not in found)]:
-        old, new = found.get(name, "absent"), wanted.get(name, "absent")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += different(old, new, f"{prefix}{name}.")
-        elif old != new:
-            lines.append(f"{prefix}{name} was {old!r}, now {new!r}")
-    return lines
+    root = Path(directory).absolute() / "checkpoints" / which
+    steps = folders.steps(root)
+    return (steps[-1], _metadata(root / str(steps[-1]))["metrics"]) if steps else None
 
 
 def _newest(
-    run: Path, which: Which, like: Any, say: Callable[[str], None], under: str | None = None
+    run: Path,
+    which: Which,
+    like: Any,
+    say: Callable[[str], None],
+    under: str | None = None,
+    *,
+    together: bool = False,
 ) -> tuple[int, Any] | None:
-    for step in reversed(_steps(run, which)):
-        folder = run / "checkpoints" / which / str(step)
-        try:
-            if _sums(folder) != json.loads((folder / _SUMS).read_text()):
-                raise ValueError("the digest of its files does not match")
-            described = _metadata(folder)["leaves"]
-            chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
-            differs = None if like is None else leaves.mismatch(list(chosen.values()), like)
-            values = {} if differs else _read(folder, chosen)
-        except Exception as error:  # Orbax and TensorStore raise anything on damaged files
-            say(f"passed over the damaged checkpoint of step {step} in {run} ({_first_line(error)})")
-            continue
-        if differs:
-            raise MetarecError(
-                f"the checkpoint of step {step} in {run} does not fit this program: {differs}. "
-                "Use the settings and the version that trained it, or start over (--fresh)"
-            )
-        return step, leaves.nested(values) if like is None else leaves.unflatten(list(values.values()), like)
+    """The newest step that is sound, and what it holds; with ``together`` all processes come to the same one."""
+    root = run / "checkpoints" / which
+    decide = processes.decide if together else lambda choose: choose()
+    for step in decide(lambda: folders.numbered(root)[::-1]):
+        folder = root / str(step)
+        wrong, refused, found = decide(functools.partial(folders.damage, folder)), None, None
+        if wrong is None:
+            wrong, refused, found = _load(folder, like, under)
+            if together:
+                answers = [json.loads(word) for word in processes.gather(json.dumps([wrong, refused]))]
+                wrong, refused = (next((a[k] for a in answers if a[k]), None) for k in (0, 1))
+        if refused is not None:
+            raise MetarecError(f"the checkpoint of step {step} in {run} {refused}")
+        if wrong is None:
+            return step, found
+        if not together or processes.is_first():
+            say(f"passed over the damaged checkpoint of step {step} in {run} ({wrong})")
     return None
 
 
-def _read(folder: Path, chosen: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The values of these leaves by path, each checked against its digest."""
+def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str | None, Any]:
+    """What is damaged in a step whose files are as they were marked, why it is refused, or what it holds."""
+    try:
+        described = _metadata(folder)["leaves"]
+        chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
+        if like is not None and (differs := leaves.mismatch(list(chosen.values()), like)):
+            return None, f"does not fit this program: {differs}. {_ADVICE}", None
+        wanted = {} if like is None else leaves.by_path(like)
+        values, wrong = _read(folder, chosen, wanted)
+        if wrong is not None:
+            return wrong, None, None
+        found = leaves.nested(values) if like is None else leaves.unflatten([values[path] for path in wanted], like)
+        return None, None, found
+    except Exception as error:  # of the memory, of Orbax: no reason to take an older step, and to delete this one
+        return None, f"is whole and cannot be read: {first_line(error)}", None
+
+
+def _read(
+    folder: Path, chosen: dict[int, dict[str, Any]], wanted: Mapping[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """The values of these leaves by path, on the host or where the leaf ``wanted`` has its shards; or what is wrong."""
     ocp = _orbax()
-    empty = {k: np.empty(d["shape"], leaves.host_dtype(d["dtype"])) for k, d in chosen.items()}
-    like = {_name(k): value for k, value in empty.items() if value.size}
-    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    with ocp.Context(pytree_options=partial):
+    targets = {k: leaves.target(d, wanted.get(d["path"])) for k, d in chosen.items()}
+    like = {_name(k): into for k, into in targets.items() if into.size}
+    options = {
+        "pytree_options": ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)),
+        # Each process reads for itself: nobody waits for one that cannot, or that has left.
+        "multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={ocp.multihost.process_index()}
+        ),
+    }
+    with ocp.Context(**options):
         loaded = ocp.load(folder, like, checkpointable_name="state") if like else {}
     values = {}
     for k, d in chosen.items():
-        values[d["path"]] = np.asarray(loaded.get(_name(k), empty[k]))
-        if leaves.describe(leaves.Leaf(d["path"], values[d["path"]], d["dtype"])) != d:
-            raise ValueError(f"the digest of {d['path']} does not match")
-    return values
+        value = loaded[_name(k)] if _name(k) in loaded else leaves.empty(targets[k])
+        values[d["path"]] = value
+        if "sha256" in d and isinstance(value, np.ndarray) and leaves.digest(value) != d["sha256"]:
+            return {}, f"the digest of {d['path']} does not match"
+    return values, None
 
 
-def _steps(run: Path, kind: str) -> list[int]:
-    """Steps that were written whole, ascending."""
-    root = run / "checkpoints" / kind
-    return sorted(int(p.name) for p in root.iterdir() if (p / _SUMS).exists()) if root.is_dir() else []
+def _start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]], metrics: dict[str, float]) -> Any:
+    """Start to write leaves into a folder that is not there yet; ``result()`` of what is returned waits for the end."""
+    ocp = _orbax()
+    arrays = {_name(k): leaf.value for k, leaf in enumerate(flat) if leaf.value.size}  # Orbax refuses empty ones
+    saving = ocp.options.ArrayOptions.Saving
+    options = {
+        "file_options": ocp.options.FileOptions(skip_sync_file_validations=True),
+        # In the background a folder that cannot be made is waited for, for five minutes.
+        "async_options": ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        "array_options": ocp.options.ArrayOptions(
+            saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK))
+        ),
+    }
+    with ocp.Context(**options):
+        return ocp.save_async(folder, arrays, custom_metadata={"leaves": described, "metrics": metrics})
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a step but the list of them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SUMS)
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def _holds(folder: Path, described: list[dict[str, Any]]) -> bool:
+    """Whether a step is there whole, with these leaves to the bit."""
+    try:
+        return folders.is_whole(folder) and _metadata(folder)["leaves"] == described
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
 
-def _described(folder: Path) -> Any:
-    try:
-        return _metadata(folder)["leaves"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _name(k: int) -> str:
     return f"{k:05d}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _lock(directory: Path) -> int | None:
-    """Hold the directory until closed or until this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none: two runs in one directory are then the user's care
-        return None
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(handle, 20).decode(errors="replace").strip()
-        os.close(handle)
-        raise MetarecError(
-            f"{directory} is in use by another process{f' (pid {holder})' if holder else ''}; "
-            "wait for it, stop it, or name another run directory"
-        ) from error
-    os.truncate(handle, 0)
-    os.write(handle, str(os.getpid()).encode())
-    return handle
-
-
 def _orbax() -> Any:
-    import absl.logging
     from orbax.checkpoint import v1
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    logging.getLogger("orbax").setLevel(logging.ERROR)
+    hush()
     return v1

@@ -1,4 +1,8 @@
-"""A state as a flat list of host arrays, each with its path, shape, dtype and digest; and back, bit for bit."""
+"""A state as a flat list of arrays, each with its path, shape, dtype and digest; and back, bit for bit.
+
+The arrays are on the host, but for those that are spread over the devices of several processes: of these each process
+has only its own part, and hands that on where it lies.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,58 @@ import numpy as np
 
 
 class Leaf(NamedTuple):
-    """A leaf on the host. ``dtype`` is the leaf's own: "key<fry>" where ``value`` is the data of a PRNG key."""
+    """A leaf to be stored. ``dtype`` is the leaf's own: "key<fry>" where ``value`` is the data of a PRNG key."""
 
     path: str
-    value: np.ndarray
+    value: np.ndarray | jax.Array
     dtype: str
 
 
 def flatten(state: Any) -> list[Leaf]:
-    """Copies of the leaves of a pytree of arrays, PRNG keys and numbers; the state may be donated afterwards."""
+    """The leaves of a pytree of arrays, PRNG keys and numbers: copies on the host, which a donated state leaves alone.
+
+    Not copied are arrays that are spread over the devices of several processes.
+    """
 
     def leaf(path: Any, x: Any) -> Leaf:
-        value = np.array(jax.random.key_data(x) if is_key(x) else x, copy=True)
+        value = jax.random.key_data(x) if is_key(x) else x
+        value = value if is_spread(value) else np.array(value, copy=True)
         return Leaf(jax.tree_util.keystr(path), value, str(x.dtype if is_key(x) else value.dtype))
 
     return [leaf(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
 
 
-def unflatten(values: list[np.ndarray], like: Any) -> Any:
+def unflatten(values: list[Any], like: Any) -> Any:
     """The pytree ``like`` with these values in its leaves, each of the kind and in the place of the one it replaces."""
     placed = [_place(v, leaf) for v, leaf in zip(values, jax.tree.leaves(like), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
 def describe(leaf: Leaf) -> dict[str, Any]:
-    """Path, shape, dtype and sha256 of a leaf, JSON-able."""
-    digest = hashlib.sha256(np.ascontiguousarray(leaf.value).reshape(-1).view(np.uint8).data).hexdigest()
-    return {"path": leaf.path, "shape": list(leaf.value.shape), "dtype": leaf.dtype, "sha256": digest}
+    """Path, shape, dtype and, of what is on the host, sha256 of a leaf; JSON-able."""
+    described = {"path": leaf.path, "shape": list(leaf.value.shape), "dtype": leaf.dtype}
+    return described | {"sha256": digest(leaf.value)} if isinstance(leaf.value, np.ndarray) else described
+
+
+def digest(value: np.ndarray) -> str:
+    """sha256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def target(described: dict[str, Any], like: Any) -> np.ndarray | jax.ShapeDtypeStruct:
+    """Into what a stored leaf is read: the devices of ``like`` where they are of several processes, else the host."""
+    shape, dtype = tuple(described["shape"]), host_dtype(described["dtype"])
+    if is_spread(like):  # a key's data has axes beyond the key's own: a partition by name leaves these whole
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=like.sharding)
+    return np.empty(shape, dtype)
+
+
+def empty(into: np.ndarray | jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+    """The array without elements that a `target` without elements stands for."""
+    if isinstance(into, np.ndarray):
+        return into
+    assert into.sharding is not None
+    return jax.make_array_from_callback(into.shape, into.sharding, np.zeros(into.shape, into.dtype).__getitem__)
 
 
 def host_dtype(name: str) -> np.dtype:
@@ -52,7 +81,7 @@ def mismatch(found: list[dict[str, Any]], like: Any) -> str | None:
     >>> mismatch([describe(leaf) for leaf in flatten({"w": jnp.zeros(3)})], {"w": jnp.zeros(4)})
     "['w'] is float32[3] there and float32[4] here"
     """
-    wanted = {jax.tree_util.keystr(path): _expected(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    wanted = {path: _expected(leaf) for path, leaf in by_path(like).items()}
     stored = {d["path"]: (d["shape"], d["dtype"]) for d in found}
     for path in [*wanted, *stored]:
         old, new = stored.get(path), wanted.get(path)
@@ -60,6 +89,15 @@ def mismatch(found: list[dict[str, Any]], like: Any) -> str | None:
             there, here = ("absent" if leaf is None else f"{leaf[1]}{leaf[0] or ''}" for leaf in (old, new))
             return f"{path} is {there} there and {here} here"
     return None
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their paths.
+
+    >>> by_path({"w": 1, "net": [2]})
+    {"['net'][0]": 2, "['w']": 1}
+    """
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def below(found: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
@@ -94,7 +132,13 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _place(value: np.ndarray, like: Any) -> Any:
+def is_spread(leaf: Any) -> bool:
+    """Whether a leaf has a part on a device of another process."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
+
+
+def _place(value: Any, like: Any) -> Any:
     if isinstance(like, bool | int | float):
         return type(like)(value.item())
     if isinstance(like, np.ndarray):
@@ -104,9 +148,15 @@ def _place(value: np.ndarray, like: Any) -> Any:
     if is_key(like):
         name = str(like.dtype).removeprefix("key<").removesuffix(">")
         impl = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(name, name)
-        return jax.random.wrap_key_data(jnp.array(value, copy=True), impl=impl)
+        return jax.random.wrap_key_data(_on_devices(value, like), impl=impl)
+    return _on_devices(value, like)
+
+
+def _on_devices(value: Any, like: Any) -> jax.Array:
+    if isinstance(value, jax.Array):  # spread: it was read to where it belongs
+        return value
     sharding = getattr(like, "sharding", None)
-    if sharding is not None and len(sharding.device_set) > 1:
+    if sharding is not None and getattr(like, "committed", True):
         return jax.device_put(value, sharding)
     return jnp.array(value, copy=True)  # a copy: the next step may be given the buffer to overwrite
 
