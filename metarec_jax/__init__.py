@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks, task_source
     from metarec_jax.evaluation import evaluate
+    from metarec_jax.learners.cavia import cavia
+    from metarec_jax.learners.hypernetwork import hypernetwork
+    from metarec_jax.learners.imaml import imaml
+    from metarec_jax.learners.in_context import in_context
+    from metarec_jax.learners.logistic import logistic
     from metarec_jax.learners.maml import maml
+    from metarec_jax.learners.maml_plus_plus import anneal, maml_plus_plus
+    from metarec_jax.learners.matching import matching
+    from metarec_jax.learners.memory import memory
+    from metarec_jax.learners.neural_process import neural_process
+    from metarec_jax.learners.protomaml import protomaml
+    from metarec_jax.learners.protonet import protonet
     from metarec_jax.learners.reptile import reptile
     from metarec_jax.learners.ridge import ridge
     from metarec_jax.learners.warm_start import warm_start
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from metarec_jax.online.recommend import Recommender
     from metarec_jax.report import write_report
     from metarec_jax.training.loop import fit
+    from metarec_jax.training.sharding import make_mesh
     from metarec_jax.tuning import fit_baselines
 
 _HOMES = {
@@ -38,11 +50,29 @@ _HOMES = {
     "data.synthetic": ("synthetic",),
     "data.tasks": ("catalogue", "make_tasks", "task_source"),
     "evaluation": ("evaluate",),
-    "learners": ("maml", "reptile", "ridge", "warm_start"),
+    "learners": (
+        "anneal",
+        "cavia",
+        "hypernetwork",
+        "imaml",
+        "in_context",
+        "logistic",
+        "maml",
+        "maml_plus_plus",
+        "matching",
+        "memory",
+        "neural_process",
+        "protomaml",
+        "protonet",
+        "reptile",
+        "ridge",
+        "warm_start",
+    ),
     "models": ("content_model", "flax_model", "meta_recommender", "nnx_model"),
     "online.recommend": ("Recommender",),
     "report": ("write_report",),
     "training.loop": ("fit",),
+    "training.sharding": ("make_mesh",),
     "tuning": ("fit_baselines",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -51,7 +81,9 @@ __all__ = [  # noqa: RUF022
     "load", "read", "from_pandas", "synthetic", "Interactions", "split", "read_partition", "Split",
     "catalogue", "make_tasks", "task_source",
     "content_model", "meta_recommender", "flax_model", "nnx_model",
-    "ridge", "maml", "reptile", "warm_start", "fit",
+    "ridge", "maml", "reptile", "warm_start", "fit", "make_mesh",
+    "logistic", "maml_plus_plus", "anneal", "imaml", "cavia", "protomaml",
+    "protonet", "matching", "neural_process", "in_context", "hypernetwork", "memory",
     "fit_baselines", "evaluate", "write_report", "Recommender", "tune_cpu",
     "Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task",
 ]  # fmt: skip

@@ -192,6 +192,71 @@ fit.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[mi
 data.__annotations__["options"] = Annotated[(typing.get_type_hints(Options)["data"], *_FLAT)]  # type: ignore[misc]
 
 
+def prepare(
+    data: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="DATA [DATA ...]",
+            help_behavior_hint="",
+            help="CSV or Parquet files, folders or patterns, all of one table",
+        ),
+    ],
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="the store; default: stores/NAME")
+    ] = None,
+    user_col: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="TEXT", help_behavior_hint="", help="column of user ids; found by its usual names if not given"
+        ),
+    ] = None,
+    item_col: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of item ids")
+    ] = None,
+    rating_col: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of ratings; '' reads clicks, not ratings"),
+    ] = None,
+    timestamp_col: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of times; '' reads without times")
+    ] = None,
+    implicit: Annotated[bool, tyro.conf.arg(help="take no notice of ratings: every row is a positive")] = False,
+    partitions: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="INT", help_behavior_hint="", help="files of histories; default: one for 5 million interactions"
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str, tyro.conf.arg(metavar="SIZE", help="memory to sort in; the process takes about 1 GB more")
+    ] = "2GB",
+    fresh: Annotated[bool, tyro.conf.arg(help="replace a store that is there")] = False,
+    json: Json = False,
+) -> int:
+    """Make a task store of a table that is larger than memory; metarec fit STORE then streams it.
+
+    For example:
+
+      metarec prepare ratings.parquet --out stores/ratings
+      metarec prepare logs/2024-*.csv.gz --user-col uid --memory-limit 8GB
+    """
+    from metarec_jax.commands import prepare
+
+    return prepare.prepare(
+        data,
+        out=out,
+        user_col=user_col,
+        item_col=item_col,
+        rating_col=rating_col,
+        timestamp_col=timestamp_col,
+        implicit=implicit,
+        partitions=partitions,
+        memory=memory_limit,
+        fresh=fresh,
+        as_json=json,
+    )
+
+
 def doctor(data_dir: DataDir = None) -> int:
     """Show versions, devices, threads, caches and disk, and what is missing and what it would bring.
 
@@ -209,6 +274,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "recommend": recommend,
     "data": data,
+    "prepare": prepare,
     "doctor": doctor,
 }
 

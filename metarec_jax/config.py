@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from metarec_jax.config_gradients import build_gradient
+from metarec_jax.config_readers import READERS, build_reader
 from metarec_jax.options import Checked, error, known, meant, option
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from metarec_jax.core import Array, Learner, Model, Params
+    from metarec_jax.data.held_out import Held
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.splits import Split
+    from metarec_jax.data.store import Store
     from metarec_jax.data.tasks import TaskSource
     from metarec_jax.training.step import Optimizers
 
@@ -89,27 +93,49 @@ class ModelConfig(Checked):
 class LearnerConfig(Checked):
     """The meta-learner."""
 
-    name: Literal["ridge", "maml", "reptile"] = option(
-        "ridge", "closed form on learned vectors, or gradient steps", flag="learner"
-    )
+    name: Literal[
+        "ridge", "logistic", "maml", "maml_plus_plus", "reptile", "imaml", "cavia", "protomaml", "memory",
+        "protonet", "matching", "neural_process", "in_context", "hypernetwork"
+    ] = option(
+        "ridge",
+        "closed form on learned vectors (ridge; logistic: of clicks); gradient steps (maml to memory); nearness to "
+        "what was liked (protonet, matching); or networks that read the support",
+        flag="learner",
+    )  # fmt: skip
     inner_lr: float | None = option(
-        None, "maml, reptile: inner rate; by default 0.3 where the user's row adapts alone, else 0.1", low=0.0
+        None, "inner rate; by default 0.3 where a user's row, context or head adapts alone, else 0.1", low=0.0
     )
-    inner_steps: int = option(5, "maml, reptile: inner steps", low=0)
-    rule: Literal["auto", "sgd", "meta_sgd", "adam"] = option(
-        "auto", "maml, reptile: inner rule; meta_sgd learns its rates; auto: meta_sgd for a user's row alone, else sgd"
+    inner_steps: int = option(5, "inner steps of learners that take gradient steps", low=0)
+    rule: Literal["auto", "sgd", "meta_sgd", "lslr", "meta_curvature", "lstm", "adam"] = option(
+        "auto",
+        "maml, reptile, cavia, protomaml: inner rule; all but sgd and adam are learned; auto: meta_sgd for a user's "
+        "row, context or head alone, else sgd",
     )
     only: tuple[str, ...] = option(
         (),
-        "maml, reptile: parameters that adapt, such as 'net', or 'all'; by default all, or a dot product's user row",
+        "parameters that take inner steps, such as 'net', or 'all'; by default all, or a dot product's user row; "
+        "protomaml: beside the head",
     )
-    first_order: bool = option(False, "maml: take inner gradients for constants")
+    first_order: bool = option(False, "take inner gradients for constants; maml_plus_plus: in the first 30% of steps")
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
     remat: bool = option(False, "maml: memory for sqrt(inner steps) steps alone, up to a third more time")
+    proximal: float = option(1.0, "imaml: how strongly parameters are held at their start", low=1e-6)
+    context: int = option(16, "cavia: numbers that a user adapts", low=1)
     loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
-        "auto", "of the query (and of inner steps); auto: ratings mse (ridge mae), clicks bce (ridge mse)"
+        "auto",
+        "of the query (and of inner steps); auto: ratings mse (mae without inner steps), clicks bce (ridge mse)",
     )
-    precision: float = option(8.0, "ridge: first precision of the user's vector, in ratings", low=1e-6)
+    precision: float | None = option(
+        None, "first precision of the user's vector; by default ridge 8 ratings, logistic 1", low=1e-6
+    )
+    classes: int = option(5, "protonet: levels of liking that have a prototype", low=1)
+    similarity: Literal["cosine", "dot", "euclidean", "relation"] = option(
+        "cosine", "matching: how alike two items are; relation: by a learned network"
+    )
+    latent: bool = option(False, "neural_process: a distribution of users, not one vector")
+    clusters: int = option(0, "neural_process: tasks in the pool that modulates the decoder (TaNP); 0: none", low=0)
+    written: int = option(0, "hypernetwork: units of the user's layer; 0: a vector alone is written", low=0)
+    slots: int = option(8, "memory: slots of the memories", low=1)
 
 
 @dataclass(frozen=True)
@@ -158,8 +184,9 @@ class Config:
         low, high = self.tasks.support
         if low > high:
             raise error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
-        if self.learner.name == "ridge" and (self.model.name, self.model.head) == ("meta_recommender", "dot"):
-            raise error("learner 'ridge' wants model 'content'; give --model content, or --learner maml")
+        readers = ("ridge", "logistic", *READERS, "memory", "protomaml")
+        if self.learner.name in readers and (self.model.name, self.model.head) == ("meta_recommender", "dot"):
+            raise error(f"learner {self.learner.name!r} wants model 'content'; give --model content, or --learner maml")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -202,6 +229,32 @@ def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Int
     if given:
         raise error(f"{given[0]} is for files, and {config.name!r} is a named data set; leave it out")
     return dataclasses.replace(data, rating=None) if config.implicit else data
+
+
+def open_store(config: DataConfig) -> Store | None:
+    """The task store that ``config`` names; None where it names something else."""
+    from metarec_jax.data import store
+
+    path = Path(config.name).expanduser()
+    if not store.is_store(path):
+        return None
+    told = ("name", "implicit", "user_features", "item_features")
+    given = [f.name for f in dataclasses.fields(config) if f.name not in told and getattr(config, f.name) != f.default]
+    if given:
+        raise error(f"{given[0]} was settled when the store {path} was prepared; leave it out, or prepare it again")
+    found = store.open_store(path, user_features=config.user_features, item_features=config.item_features)
+    if config.implicit and not found.implicit:
+        raise error(f"the store {path} holds ratings; prepare it with --implicit, or leave --implicit out")
+    return found
+
+
+def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
+    """Tasks streamed from a store, of the users and items that are not held out."""
+    from metarec_jax.data.stream import stream_source
+
+    given = {f.name: getattr(config.tasks, f.name) for f in dataclasses.fields(config.tasks) if f.name != "negatives"}
+    count = negatives(config.tasks, held.data)
+    return stream_source(store, held.users, held.items, **given, negatives=count, seed=config.train.seed)
 
 
 def build_split(config: SplitConfig, data: Interactions) -> Split:
@@ -278,42 +331,29 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
     """The loss, as configured or by the learner and the kind of feedback."""
     from metarec_jax import losses
 
-    closed = (
-        config.name == "ridge"
-    )  # its support is always fitted by squares; the query may be measured as we report it
-    fitting = ("mse" if closed else "bce") if data.implicit else ("mae" if closed else "mse")
+    by_squares = config.name == "ridge"  # fits its support so, whatever the loss of the query
+    of_query = by_squares or config.name in READERS  # which may be measured as we report it
+    fitting = ("mse" if by_squares else "bce") if data.implicit else ("mae" if of_query else "mse")
     return losses.LOSSES[fitting if config.loss == "auto" else config.loss]
 
 
 def build_learner(config: Config, data: Interactions) -> Learner:
     """The meta-learner over the model, for the columns of ``data``."""
-    import optax
-
     from metarec_jax import learners
 
-    model, given = build_model(config.model, data), config.learner
+    model, given, loss = build_model(config.model, data), config.learner, build_loss(config.learner, data)
+    held: dict[str, Any] = {} if given.precision is None else {"precision": given.precision}
     if given.name == "ridge":
-        return learners.ridge(model, precision=given.precision, loss=build_loss(given, data))
-    dot = (config.model.name, config.model.head) == ("content", "dot")
-    only = {(): ("tables/user_id",) if dot else None, ("all",): None}.get(given.only, given.only)
-    alone = only == ("tables/user_id",)
-    rate = given.inner_lr if given.inner_lr is not None else 0.3 if alone else 0.1
-    rule = given.rule if given.rule != "auto" else "meta_sgd" if alone else "sgd"
-    rules = {
-        "sgd": lambda: learners.sgd(rate),
-        "meta_sgd": lambda: learners.meta_sgd(rate),
-        "adam": lambda: learners.from_optax(optax.adam(rate, eps_root=1e-8)),
-    }
-    shared: dict[str, Any] = {
-        "inner_steps": given.inner_steps,
-        "rule": rules[rule](),
-        "loss": build_loss(given, data),
-        "only": only,
-    }
-    if given.name == "reptile":
-        return learners.reptile(model, **shared)
-    shared |= {name: getattr(given, name) for name in ("first_order", "per_step_losses", "remat")}
-    return learners.maml(model, **shared)
+        return learners.ridge(model, loss=loss, **held)
+    if given.name == "logistic":
+        if not data.implicit:
+            raise error(
+                "learner 'logistic' is for clicks, and the data has ratings; give --implicit, or --learner ridge"
+            )
+        return learners.logistic(model, loss=loss, **held)
+    if given.name in (*READERS, "memory"):
+        return build_reader(given, model, loss, clicks=data.implicit)
+    return build_gradient(given, model, loss, dot=(config.model.name, config.model.head) == ("content", "dot"))
 
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
@@ -342,11 +382,14 @@ def build_optimizers(config: Config, train: Interactions) -> Optimizers:
     """
     import optax
 
+    from metarec_jax import learners
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.step import Optimizers
 
     warm, given = warm_starts(config, train), config.train.lr
     decayed = lambda lr: optax.cosine_decay_schedule(lr, max(config.train.steps, 1), 0.1)  # noqa: E731
     lr = given if given is not None else 5e-4 if warm else 3e-3
-    dense = 20 * lr if warm and config.learner.name == "ridge" else lr
-    return Optimizers(optax.adam(decayed(dense)), lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))
+    dense = 20 * lr if warm and config.learner.name in ("ridge", *READERS) else lr
+    by = optax.adam(decayed(dense))
+    by = learners.anneal(by, max(config.train.steps, 1)) if config.learner.name == "maml_plus_plus" else by
+    return Optimizers(by, lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))

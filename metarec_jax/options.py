@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import field
 from types import NoneType, UnionType
 from typing import Any, Literal
+
+_LARGEST = 2**31 - 1
+"""Whole numbers count steps, rows and seeds, which are int32 on the device."""
 
 
 def option(
@@ -33,6 +37,14 @@ def error(message: str) -> Exception:
     return MetarecError(message)
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not the whole of one that is long."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to spell the longest
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value[:100] if isinstance(value, str | list | tuple | bytes) else value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _section(kind: type) -> str:
     return {"TaskConfig": "tasks"}.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
 
@@ -40,10 +52,12 @@ def _section(kind: type) -> str:
 def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise error(f"{name}: {value!r} is not known; {meant(str(value), typing.get_args(hint))}")
+            raise error(f"{name}: {shown(value)} is not known; {meant(value, typing.get_args(hint))}")
         return
     if not _fits(value, hint):
-        raise error(f"{name} wants {_spoken(hint)}, got {value!r}; correct it")
+        raise error(f"{name} wants {_spoken(hint)}, got {shown(value)}; correct it")
+    if isinstance(value, str) and "\0" in value:
+        raise error(f"{name} has a zero byte in it: {shown(value)}; correct it")
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         low, high = metadata["low"], metadata["high"]
@@ -51,7 +65,9 @@ def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Non
             continue
         if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
             bounds = f"{low} or more" if high is None else f"between {low} and {high}"
-            raise error(f"{name} must be {bounds}, got {number}; correct it")
+            raise error(f"{name} must be {bounds}, got {shown(number)}; correct it")
+        if not abs(number) <= (_LARGEST if isinstance(number, int) else sys.float_info.max):
+            raise error(f"{name} is {shown(number)}, beyond what can be counted with; correct it")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -82,11 +98,18 @@ def _spoken(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}[hint]
 
 
-def known(name: str, names: Any, where: str) -> None:
+def entries(value: Any, where: str) -> Mapping[str, Any]:
+    """A mapping, and nothing else."""
+    if not isinstance(value, Mapping):
+        raise error(f"{where} wants names with values, got {shown(value)}; correct it")
+    return value
+
+
+def known(name: Any, names: Any, where: str) -> None:
     if name not in names:
-        raise error(f"{where} has no {name!r}; {meant(name, names)}")
+        raise error(f"{where} has no {shown(name)}; {meant(name, names)}")
 
 
-def meant(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name.lower(), [str(n) for n in names], n=1, cutoff=0.5)
+def meant(name: Any, names: Any) -> str:
+    close = difflib.get_close_matches(shown(name).strip("'").lower(), [str(n) for n in names], n=1, cutoff=0.5)
     return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"

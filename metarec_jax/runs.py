@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +22,17 @@ import numpy as np
 
 from metarec_jax import config as configs
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data import held_out
+from metarec_jax.data.bounds import read_arrays, read_json
 from metarec_jax.data.cache import read_cache, write_cache
+from metarec_jax.data.columns import one_line, shown
 from metarec_jax.data.interactions import Feature, Interactions
+from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, catalogue
 from metarec_jax.training import checkpoint
+
+_FILES = ("data.parquet", "catalogue.npz")
+"""Files whose sha256 stands in the configuration."""
 
 
 class Run(NamedTuple):
@@ -38,6 +44,7 @@ class Run(NamedTuple):
       known: its catalogue: items that training never saw have row 0.
       trained: digest of the interactions it was trained on; None in a run that noted none.
       learner: as configured.
+      part: of a run that streamed a store, int8 ``[data.users.num_rows]``: which users of ``data`` were held out.
     """
 
     directory: Path
@@ -46,6 +53,14 @@ class Run(NamedTuple):
     known: Catalogue
     learner: Learner
     trained: str | None = None
+    part: np.ndarray | None = None
+
+
+def split_of(run: Run) -> Split:
+    """How the data of a run was parted."""
+    if run.part is not None:
+        return held_out.split_of(run.data, run.part)
+    return configs.build_split(run.config.split, run.data)
 
 
 def name_of(data: Interactions) -> str:
@@ -62,14 +77,14 @@ def fingerprint(data: Interactions) -> str:
         if array is None:
             digest.update(b"none")
         elif array.dtype.kind in "OUS":
-            digest.update("\x00".join(map(str, array.tolist())).encode())
+            digest.update("\x00".join(map(str, array.tolist())).encode("utf-8", "surrogatepass"))
         else:
             digest.update(str((array.dtype, array.shape)).encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     features: list[Feature] = []
     for side in (data.user_features, data.item_features):
-        digest.update("\x00".join(side).encode())
+        digest.update("\x00".join(side).encode("utf-8", "surrogatepass"))
         features += side.values()
     arrays = [data.user, data.item, data.rating, data.timestamp, data.users.ids, data.items.ids]
     for array in [*arrays, *(f.values for f in features)]:
@@ -82,16 +97,18 @@ def rows_digest(data: Interactions) -> str:
     return hashlib.sha256(np.stack([data.user, data.item]).astype(np.int32).tobytes()).hexdigest()
 
 
-def identity(config: configs.Config, data: Interactions) -> dict[str, Any]:
+def identity(config: configs.Config, data: Interactions, store: str | None = None) -> dict[str, Any]:
     """What makes two trainings the same one: every setting but the data's path, the data itself, and the version.
+
+    Of a run that streams a store, ``store`` is the store's digest: ``data`` is a part of it.
 
     Of a published partition the file's contents count too: training may not go on with what was held out before.
     """
     settings = configs.to_dict(config)
     partition = config.split.partition
-    held = {}
+    held = {} if store is None else {"store": store}
     if partition is not None and Path(partition).is_file():  # one that is missing is told by what reads it
-        held = {"partition": hashlib.sha256(Path(partition).read_bytes()).hexdigest()}
+        held |= {"partition": hashlib.sha256(Path(partition).read_bytes()).hexdigest()}
     return held | {
         "config": settings | {"data": {k: v for k, v in settings["data"].items() if k != "name"}},
         "data": fingerprint(data),
@@ -99,15 +116,27 @@ def identity(config: configs.Config, data: Interactions) -> dict[str, Any]:
     }
 
 
-def write(directory: Path, config: configs.Config, data: Interactions, train: Interactions) -> None:
-    """Lay down what `open_run` reads."""
+def write(
+    directory: Path,
+    config: configs.Config,
+    data: Interactions,
+    train: Interactions,
+    known: Catalogue,
+    part: np.ndarray | None = None,
+) -> None:
+    """Lay down what `open_run` reads; ``part`` as in `Run`."""
     write_cache(data, directory / "data.parquet")
-    known = catalogue(data, train, config.tasks.user_rows)
+    rows = {"user_row": np.asarray(known.user_row), "item_row": np.asarray(known.item_row)}
+    if part is not None:
+        rows["part"] = part.astype(np.int32)
     with (directory / "catalogue.tmp").open("wb") as file:
-        np.savez_compressed(file, user_row=np.asarray(known.user_row), item_row=np.asarray(known.item_row))
+        np.savez_compressed(file, **rows)  # type: ignore[arg-type]
     os.replace(directory / "catalogue.tmp", directory / "catalogue.npz")
     told = {"config": configs.to_dict(config), "data": fingerprint(data), "train": rows_digest(train)}
-    write_json(directory / "config.json", told)
+    streamed = {"streamed": part is not None}
+    write_json(
+        directory / "config.json", told | streamed | {"files": {name: _sha256(directory / name) for name in _FILES}}
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -120,9 +149,14 @@ def write_json(path: Path, value: Any) -> None:
 def result(directory: Path) -> dict[str, Any] | None:
     """How training ended, or None while it has not."""
     try:
-        return json.loads((directory / "result.json").read_text())
+        found = read_json(directory / "result.json")
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_run(directory: str | os.PathLike[str]) -> Run:
@@ -140,24 +174,49 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         at = "it has no checkpoint yet" if saved is None else f"it stands at step {saved[0]}"
         raise MetarecError(f"{run} has not been trained to its end ({at}); run its metarec fit command again to resume")
     try:
-        stored = json.loads((run / "config.json").read_text())
+        stored, identity = read_json(run / "config.json"), read_json(run / "identity.json")
         data = read_cache(run / "data.parquet")
-        with np.load(run / "catalogue.npz", allow_pickle=False) as rows:
-            user_row, item_row = jnp.asarray(rows["user_row"]), jnp.asarray(rows["item_row"])
-        known = catalogue(data)._replace(user_row=user_row, item_row=item_row)
+        sizes = {"user_row": data.users.num_rows, "item_row": data.items.num_rows}
+        if stored.get("streamed") is True:
+            sizes["part"] = data.users.num_rows
+        digest, trained, files = stored["data"], stored.get("train"), stored.get("files", {})
         config = configs.from_dict(stored["config"])
-        digest, trained = stored["data"], stored.get("train")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        parts = _differing(stored, identity)
+        rows = read_arrays(run / "catalogue.npz", sizes)
+        part = rows.pop("part", None)
+        changed = [name for name, sum in files.items() if name in _FILES and sum != _sha256(run / name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MetarecError(
-            f"{run} is damaged ({error}); train it again with metarec fit ... --out {run} --fresh"
+            f"{run} is damaged ({one_line(error)}); train it again with metarec fit ... --out {run} --fresh"
         ) from error
-    whole = (data.users.num_rows, data.items.num_rows) == (known.user_row.shape[0], known.item_row.shape[0])
-    if not whole or fingerprint(data) != digest:
+    if parts:
         raise MetarecError(
-            f"{run / 'data.parquet'} is not the data that {run} was trained on: its users and items are others. "
+            f"{run / 'config.json'} and {run / 'identity.json'} are of two different runs: "
+            f"they differ in {', '.join(parts[:6])}. "
+            "Put the run's own files back, or train again with --fresh"
+        )
+    if fingerprint(data) != digest or "data.parquet" in changed:
+        raise MetarecError(
+            f"{run / 'data.parquet'} is not the data that {run} was trained on: its users, items or features are "
+            "others. Put the run's own file back, or train again with --fresh"
+        )
+    if "catalogue.npz" in changed or any(np.any((r != 0) & (r != np.arange(len(r)))) for r in rows.values()):
+        raise MetarecError(
+            f"{run / 'catalogue.npz'} is not the catalogue that {run} was trained with: the rows in it are others. "
             "Put the run's own file back, or train again with --fresh"
         )
-    return Run(run, config, data, known, configs.build_learner(config, data), trained)
+    known = catalogue(data)._replace(user_row=jnp.asarray(rows["user_row"]), item_row=jnp.asarray(rows["item_row"]))
+    held = None if part is None else np.clip(part, 0, 2).astype(np.int8)
+    return Run(run, config, data, known, configs.build_learner(config, data), trained, held)
+
+
+def _differing(stored: Any, identity: Any) -> list[str]:
+    """The parts in which a run's configuration and its identity differ; the path of the data does not count."""
+    settings = {name: dict(section) for name, section in stored["config"].items()}
+    settings["data"].pop("name", None)
+    found = identity["config"]
+    parts = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
+    return [*map(shown, parts), *(["the data"] if identity["data"] != stored["data"] else [])]
 
 
 def method(run: Run) -> Method:
@@ -169,7 +228,7 @@ def method(run: Run) -> Method:
     like = jax.eval_shape(run.learner.init, jax.random.key(0))
     params = checkpoint.load_params(run.directory, like=like)
     learner, given = run.learner, run.config.learner
-    if given.name == "reptile" or given.first_order:
+    if given.name == "reptile" or (given.name == "maml" and given.first_order):
         learner = _with_steps(run, given.inner_steps)
     return Method(params, learner.adapt, learner.predict, learner.tables)
 
@@ -177,7 +236,7 @@ def method(run: Run) -> Method:
 def by_inner_steps(run: Run) -> dict[int, Method]:
     """The trained parameters adapted by other numbers of inner steps, 0 to twice those of training; {} for ridge."""
     given = run.config.learner
-    if given.name == "ridge":
+    if given.name not in ("maml", "reptile"):
         return {}
     params, trained = method(run).params, given.inner_steps
     learners = {k: _with_steps(run, k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}

@@ -13,16 +13,16 @@ import metarec_jax
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
     {"core", "tree", "rows", "cpu"},
-    {"losses", "metrics", "models", "factorization", "intervals", "data"},
+    {"losses", "metrics", "models", "networks", "factorization", "intervals", "data"},
     {"learners", "baselines", "tuning", "training", "evaluation", "results", "online"},
     {"report", "plots"},
-    {"config", "options", "runs"},
+    {"config", "config_gradients", "config_readers", "options", "runs"},
     {"commands", "doctor"},
     {"cli"},
 ]
 LEFT, RIGHT = {"learners", "baselines", "tuning"}, {"training", "evaluation", "results", "online"}
 DOORS = {
-    "flax": {"models"},
+    "flax": {"models", "networks"},
     "orbax": {"training/checkpoint"},
     "matplotlib": {"report", "plots"},
     "rax": {"metrics"},
@@ -31,6 +31,8 @@ DOORS = {
     "pyarrow": {"data"},
     "tensorboardX": {"training/progress"},
     "urllib": {"data/datasets"},
+    "duckdb": {"data/prepare"},
+    "grain": {"data/stream"},
     "pickle": set(),
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")

@@ -126,7 +126,8 @@ def test_early_stopping_returns_the_best(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named():
     with pytest.raises(
-        MetarecError, match=r"the loss of step \d+ is (nan|inf), first in task \d+ of its batch; no checkpoint was saved yet; lower the"
+        MetarecError,
+        match=r"the loss of step \d+ is (nan|inf), first in task \d+ of its batch; no checkpoint was saved yet; lower the",
     ):
         fit(learners.maml(models.content_model(DATA.columns, size=3), inner_lr=1e4, inner_steps=5), source(), steps=20)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax import learners, models
+from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, Model, Task
 
 COLUMNS = {
@@ -72,6 +72,23 @@ def every_learner() -> dict[str, Learner]:
         "reptile": learners.reptile(dot, inner_lr=0.05, inner_steps=2),
         "ridge": learners.ridge(dot),
         "ridge_mlp": learners.ridge(mlp),
+        "lslr": learners.maml(seed, inner_steps=2, rule=learners.lslr(0.05, 2)),
+        "meta_curvature": learners.maml(mlp, inner_steps=2, rule=learners.meta_curvature(0.05)),
+        "lstm": learners.maml(dot, inner_steps=2, rule=learners.lstm(0.05, hidden=3)),
+        "maml_plus_plus": learners.maml_plus_plus(seed, inner_lr=0.05, inner_steps=2, first_order_until=0.5),
+        "imaml": learners.imaml(dot, inner_lr=0.05, inner_steps=8, cg_steps=4),
+        "cavia": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
+        "protomaml": learners.protomaml(dot, inner_lr=0.05, inner_steps=2),
+        "logistic": learners.logistic(dot, newton_steps=4, loss=losses.mse),
+        "protonet": learners.protonet(dot),
+        "matching": learners.matching(dot),
+        "relation": learners.matching(mlp, similarity="relation", hidden=4),
+        "neural_process": learners.neural_process(mlp, size=2, width=4, hidden=(4,)),
+        "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
+        "in_context": learners.in_context(dot, width=4, heads=2),
+        "hypernetwork": learners.hypernetwork(dot, width=4),
+        "written_head": learners.hypernetwork(dot, hidden=3, width=4),
+        "memory": learners.memory(dot, slots=2, inner_steps=2),
     }
 
 

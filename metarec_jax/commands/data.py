@@ -8,6 +8,7 @@ from pathlib import Path
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.doctor import line
+from metarec_jax.data.columns import printable
 from metarec_jax.data.datasets import describe
 
 
@@ -34,9 +35,9 @@ def data(config: configs.DataConfig, *, data_dir: Path | None, as_json: bool) ->
         line(f"cold {side}", ", ".join(f"{count:,} with fewer than {n}" for n, count in few.items()))
     for name, facts in (found["user_features"] | found["item_features"]).items():
         values = f", {facts['cardinality']:,} values" if facts["cardinality"] is not None else ""
-        line(name, f"{facts['kind']}{values}, known for {facts['coverage']:.0%}")
+        line(printable(name), f"{facts['kind']}{values}, known for {facts['coverage']:.0%}")
     for note in found["notes"]:
-        line("note", note)
+        line("note", printable(note))
     if as_json:
         print(json.dumps(found))
     return 0

@@ -76,7 +76,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
     config = run.config
     own = runs.method(run)
     with phases("baselines"):
-        parts = configs.build_split(config.split, run.data)
+        parts = runs.split_of(run)
         if run.trained not in (None, runs.rows_digest(parts.train)):
             raise MetarecError(
                 f"{run.directory} was trained on other rows than its split gives now, so it may have learned what is "

@@ -18,7 +18,7 @@ from metarec_jax.commands.evaluate import VALIDATION_USERS, Phases, fixed_tasks,
 from metarec_jax.core import Learner, MetarecError
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import TaskSource, catalogue
+from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
 from metarec_jax.online.history import spoken
 from metarec_jax.training import launch, processes
 from metarec_jax.training.checkpoint import Checkpoints
@@ -26,6 +26,9 @@ from metarec_jax.training.progress import Progress, StopSignal
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+    from metarec_jax.data.held_out import Held
+    from metarec_jax.data.store import Store
 
 
 class Devices(NamedTuple):
@@ -70,19 +73,22 @@ def _fit(
     compile_cache()
     phases, first = Phases(), processes.is_first()
     with phases("load"):
-        data = configs.build_data(config.data, data_dir=data_dir)
+        world = _load(config, data_dir)
+    data = world.data
     _tell_data(data)
     directory = out or Path("runs") / runs.name_of(data)
     prepared = None
     # What cannot be trained is refused before anything is made or cleared.
     if processes.decide(lambda: fresh or runs.result(directory) is None):
         with phases("prepare"):
-            prepared = _prepare(config, data)
+            prepared = _prepare(config, world)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MetarecError(f"{directory} cannot be a run directory ({error.strerror}); give --out another") from error
-    with Checkpoints(directory, identity=runs.identity(config, data), fresh=fresh, say=print) as checkpoints:
+    with Checkpoints(
+        directory, identity=runs.identity(config, data, world.digest), fresh=fresh, say=print
+    ) as checkpoints:
         if fresh and first:
             _clear(directory)
         if prepared is not None:
@@ -106,21 +112,70 @@ def _fit(
     return 0
 
 
+class _World(NamedTuple):
+    """What a run learns from. Of a store that is streamed, ``data`` is the part that came into memory."""
+
+    data: Interactions
+    store: Store | None = None
+    held: Held | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.held is None or self.store is None else self.store.digest
+
+
+def _load(config: configs.Config, data_dir: Path | None) -> _World:
+    """The data in memory; of a store that does not fit there, the users held out and a sample of the others."""
+    store = configs.open_store(config.data)
+    if store is None:
+        return _World(configs.build_data(config.data, data_dir=data_dir))
+    import jax
+
+    from metarec_jax.data import store as stores
+    from metarec_jax.data.held_out import hold_out
+    from metarec_jax.training import memory
+
+    free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
+    told = f"{store.path}: {store.interactions:,} interactions would take about {memory.spoken(needed)} of memory"
+    if processes.decide(lambda: free is None or needed < free / 2):
+        print(f"{told}: all are loaded")
+        return _World(stores.load(store))
+    print(f"{told}, of {memory.spoken(free or 0)} that are free: they are streamed")
+    given = config.split
+    held = hold_out(
+        store,
+        validation=given.validation,
+        test=given.test,
+        seed=given.seed,
+        user_rows=config.tasks.user_rows,
+    )
+    print("  in memory: users held out, and a sample of the others for a warm start and the baselines")
+    return _World(held.data, store, held)
+
+
 class _Prepared(NamedTuple):
     parts: Split
     learner: Learner
     source: TaskSource
+    known: Catalogue
+    part: np.ndarray | None
 
 
-def _prepare(config: configs.Config, data: Interactions) -> _Prepared:
+def _prepare(config: configs.Config, world: _World) -> _Prepared:
     """All that may refuse the configuration, and is quick."""
     import jax
 
-    parts = configs.build_split(config.split, data)
+    data, held = world.data, world.held
+    parts = configs.build_split(config.split, data) if held is None else held.split
     _tell_split(parts)
     learner = configs.build_learner(config, data)
     jax.eval_shape(learner.init, jax.random.key(0))
-    return _Prepared(parts, learner, configs.build_source(config.tasks, parts.train))
+    if world.store is not None and held is not None:
+        source = configs.build_stream(config, world.store, held)
+        print(f"  streaming the histories of {len(held.users):,} users")
+        return _Prepared(parts, learner, source, held.known, held.part)
+    known = catalogue(data, parts.train, config.tasks.user_rows)
+    return _Prepared(parts, learner, configs.build_source(config.tasks, parts.train), known, None)
 
 
 def _train(
@@ -138,15 +193,14 @@ def _train(
     from metarec_jax.training.loop import fit
     from metarec_jax.training.validation import validator
 
-    parts, learner, source = prepared
+    parts, learner, source, known, part = prepared
     first = processes.is_first()
     with phases("warm start"):
         if first:
-            runs.write(directory, config, data, parts.train)
+            runs.write(directory, config, data, parts.train, known, part)
         params = configs.build_params(config, learner, parts.train)
         optimizers = configs.build_optimizers(config, parts.train)
         held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
-        known = catalogue(data, parts.train, config.tasks.user_rows)
         validate = validator(learner, held, known, rating_range=rating_range(data)) if held else None
     settings = config.train
     with (

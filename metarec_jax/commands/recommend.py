@@ -13,6 +13,7 @@ from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.core import MetarecError
+from metarec_jax.data.columns import listed, one_line, printable, shown
 from metarec_jax.data.histories import read_histories
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.online.history import Unknown, rated, spoken
@@ -68,7 +69,7 @@ def recommend(
         extra = {"unknown": [u.name for u in many.unknown], "notes": [*table.notes, *many.notes]}
         if out is None:
             for user in list(many)[:_SHOWN_USERS]:
-                print(f"{user}:")
+                print(f"{printable(str(user))}:")
                 _show(many[user])
             if len(many) > _SHOWN_USERS:
                 print(f"and {len(many) - _SHOWN_USERS} users more; --out FILE.csv writes all")
@@ -100,12 +101,12 @@ def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, list[Any]]
         if not equals or not item.strip():
             what = "no item" if equals else "no rating" if text.strip() else "neither item nor rating"
             item = "ITEM" if equals or not text.strip() else text.strip()
-            raise MetarecError(f'--rate {text!r} gives {what}; write --rate "{item}={spoken(high)}"')
+            raise MetarecError(f'--rate {shown(text)} gives {what}; write --rate "{listed([item])}={spoken(high)}"')
         value = rated(rating, low, high)
         if value is None:
             raise MetarecError(
-                f"--rate {text!r}: {rating!r} is no rating from {spoken(low)} to {spoken(high)}; "
-                f'write --rate "{item}={spoken(high)}"'
+                f"--rate {shown(text)}: {shown(rating)} is no rating from {spoken(low)} to {spoken(high)}; "
+                f'write --rate "{listed([item])}={spoken(high)}"'
             )
         found["item_id"].append(item.strip())
         found["rating"].append(value)
@@ -118,53 +119,67 @@ def _click(text: str) -> tuple[str, float]:
     (('Heat (1995)', 4.0), ('Heat (1995)', 1.0), ('E=mc2', 1.0))
     """
     item, _, rating = text.rpartition("=")
-    if item and rating.strip().replace(".", "", 1).isdigit():
+    if item and rating.strip().replace(".", "", 1).isdecimal():
         return item, float(rating)
     return text, 1.0
 
 
 def _tell_unknown(unknown: Sequence[Unknown], names: Collection[Any], directory: Path, data: Interactions) -> None:
+    """Say which names were skipped.
+
+    Raises:
+      MetarecError: not one of them is an item of the data.
+    """
     if not unknown:
         return
     given = len(set(map(str, names)))
+    labels = data.items.ids if data.titles is None else data.titles
     if len(unknown) >= given:
-        labels = data.items.ids if data.titles is None else data.titles
         like = unknown[0].suggestions
-        hint = (
-            f"perhaps you meant {' or '.join(map(repr, like))}" if like else f"its items are such as {str(labels[0])!r}"
-        )
+        hint = f"perhaps you meant {_either(like)}" if like else f"its items are such as {shown(str(labels[0]))}"
+        first = shown(unknown[0].name)
         if given == 1:
-            raise MetarecError(f"{unknown[0].name!r} is no item that {directory} knows; {hint}")
-        raise MetarecError(f"none of the {given} items ({unknown[0].name!r}, ...) is known to {directory}; {hint}")
+            raise MetarecError(f"{first} is no item that {directory} knows; {hint}")
+        raise MetarecError(f"none of the {given} items ({first}, ...) is known to {directory}; {hint}")
     for item in unknown[:_TOLD_UNKNOWN]:
-        close = f"; perhaps you meant {' or '.join(map(repr, item.suggestions))}" if item.suggestions else ""
-        print(f"skipped: no item is called {item.name!r}{close}", file=sys.stderr)
+        close = f"; perhaps you meant {_either(item.suggestions)}" if item.suggestions else ""
+        print(f"skipped: no item is called {shown(item.name)}{close}", file=sys.stderr)
     if len(unknown) > _TOLD_UNKNOWN:
         print(f"skipped: {len(unknown) - _TOLD_UNKNOWN} items more that are not known", file=sys.stderr)
+    if 2 * len(unknown) > given:
+        print(
+            f"note: {len(unknown)} of {given} items are not known to {directory}; are they of the data it learned "
+            f"from, whose items are such as {shown(str(labels[0]))}?",
+            file=sys.stderr,
+        )
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(shown(name, 200) for name in names)
 
 
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def _show(found: Recommendations) -> None:
     for rank, item in enumerate(found, 1):
-        print(f"{rank:>4}  {item.score:6.3f}  {item.title or item.item_id}")
+        print(f"{rank:>4}  {item.score:6.3f}  {printable(str(item.title or item.item_id))}")
         if item.because:
             reasons = ", ".join(
                 f"{i.title or i.item_id}{'' if i.rating is None else f'={i.rating:g}'} ({i.contribution:+.3f})"
                 for i in item.because
             )
-            print(f"{'':>14}because of {reasons}")
+            print(f"{'':>14}because of {printable(reasons)}")
 
 
 def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="", encoding="utf-8") as file:
+        with out.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank", "item_id", "title", "score", "because"])
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    except OSError as error:
-        raise MetarecError(f"{out} cannot be written ({error}); give --out a path that can") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise MetarecError(f"{out} cannot be written ({one_line(error)}); give --out a path that can") from error

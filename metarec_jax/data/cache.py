@@ -15,6 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metarec_jax.core import MetarecError
+from metarec_jax.data import bounds, parquet
+from metarec_jax.data.columns import one_line, printable
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 
 _METADATA = b"metarec_jax"
@@ -57,32 +60,55 @@ def read_cache(path: Path) -> Interactions:
 
     Raises:
       OSError: a file is not there or cannot be read.
-      ValueError: the bytes are not those whose checksum was noted.
+      ValueError: the bytes are not those whose checksum was noted, or hold something else.
     """
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != _checksum(path).read_text(errors="replace").strip():
         raise ValueError("its sha256 is not the one noted when it was written")
-    table = pq.read_table(pa.BufferReader(raw))
-    rest = json.loads(table.schema.metadata[_METADATA])
+    try:
+        return _parsed(raw, path)
+    except (*_ERRORS, pa.ArrowException, MemoryError) as error:
+        raise ValueError(f"it is no cached data set: {one_line(error)}") from error
+
+
+_ERRORS = (MetarecError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, NotImplementedError)
+
+
+def _parsed(raw: bytes, path: Path) -> Interactions:
+    schema = pq.read_schema(pa.BufferReader(raw))
+    rest = bounds.parse_json(schema.metadata[_METADATA])
+    table = parquet.counted(pa.BufferReader(raw), path, len(raw), [name for name in _COLUMNS if name in schema.names])
+
+    def ids(values: list[Any]) -> Vocabulary:
+        whole = all(type(value) is int for value in values)  # not bool, nor 1.5, which an array of integers would cut
+        return Vocabulary(np.array(values, dtype=np.int64 if whole else object))
 
     def feature(f: Mapping[str, Any]) -> Feature:
-        values = np.array(f["values"], np.float32 if f["kind"] == "numeric" else np.int32)
-        return Feature(f["kind"], values, None if f["vocabulary"] is None else Vocabulary(np.array(f["vocabulary"])))
+        vocabulary = None if f["vocabulary"] is None else ids(f["vocabulary"])
+        return Feature(f["kind"], np.array(f["values"]), vocabulary)
 
     def column(name: str) -> Any:
-        return table[name].to_numpy() if name in table.column_names else None
+        if name not in table.column_names:
+            return None
+        found = table[name]
+        if found.null_count or not (pa.types.is_integer(found.type) or pa.types.is_floating(found.type)):
+            raise ValueError(f"its column {name} is {found.type} with {found.null_count} missing values")
+        return found.to_numpy()
 
+    titles = rest["titles"]
+    if not all(isinstance(text, str) for text in [rest["name"], *rest["notes"], *(titles or ())]):
+        raise ValueError("its name, notes or titles are no text")
     return Interactions(
         user=column("user"),
         item=column("item"),
         rating=column("rating"),
         timestamp=column("timestamp"),
-        users=Vocabulary(np.array(rest["users"])),
-        items=Vocabulary(np.array(rest["items"])),
+        users=ids(rest["users"]),
+        items=ids(rest["items"]),
         user_features={name: feature(f) for name, f in rest["user_features"].items()},
         item_features={name: feature(f) for name, f in rest["item_features"].items()},
-        titles=None if rest["titles"] is None else np.array(rest["titles"]),
-        notes=tuple(rest["notes"]),
+        titles=None if titles is None else np.array(titles, dtype=object),
+        notes=tuple(map(printable, rest["notes"])),
         name=rest["name"],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class Coded(NamedTuple):
 
     def shown(self, code: int) -> str:
         """An id as a message shows it: text in quotes."""
-        return repr(self.ids[[code]].tolist()[0])
+        return shown(self.ids[[code]].tolist()[0])
 
 
 class Roles(NamedTuple):
@@ -63,6 +63,42 @@ class Roles(NamedTuple):
     rating: str | None
     timestamp: str | None
     title: str | None
+
+
+def printable(text: str) -> str:
+    """Text with what would move a terminal escaped: control characters, line ends, half characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as a message shows it: text in quotes; what would move a terminal escaped, what is long cut.
+
+    >>> print(shown("caf\u00e9\x1b[31m"), shown("a" * 100, 6), shown(10**5000))
+    'café\\x1b[31m' 'aaaaa... a number of 16610 bits
+    """
+    if isinstance(value, str):
+        value = value[: most + 1]
+    elif isinstance(value, int) and value.bit_length() > 4096:  # Python refuses to spell it
+        return f"a number of {value.bit_length()} bits"
+    text = printable(repr(value))
+    return text if len(text) <= most + 2 else f"{text[:most]}..."
+
+
+def listed(names: Iterable[Any], most: int = 12) -> str:
+    """Names as a message lists them: without quotes, else as `shown`, and not more than a few.
+
+    >>> listed(["user", "item", *"xyz"], 3)
+    'user, item, x and 2 more'
+    """
+    every = [str(name) for name in names]
+    few = ", ".join(shown(name)[1:].removesuffix(shown(name)[0]) for name in every[:most])
+    return few if len(every) <= most else f"{few} and {len(every) - most} more"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says, fit for a message."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable(said[:200])
 
 
 def plain(name: object) -> str:
@@ -93,8 +129,8 @@ def find_column(names: Sequence[str], role: str, asked: str | None, where: str) 
         close = difflib.get_close_matches(plain(asked), [plain(n) for n in names], n=1, cutoff=0.6)
         hint = next((n for n in names if close and plain(n) == close[0]), None)
         raise MetarecError(
-            f"{where} has no column {asked!r}; its columns are: {', '.join(map(str, names))}. "
-            + (f"Did you mean {hint!r}?" if hint else f"Name the {role} column with {option(role)}")
+            f"{where} has no column {shown(asked)}; its columns are: {listed(names)}. "
+            + (f"Did you mean {shown(hint)}?" if hint else f"Name the {role} column with {option(role)}")
         )
     by_plain = {plain(n): n for n in reversed(names)}
     return next((by_plain[alias] for alias in ALIASES[role] if alias in by_plain), None)
@@ -120,20 +156,26 @@ def find_roles(
         column = find_column(names, role, asked or None, source)
         if column is None:
             raise MetarecError(
-                f"{source} has no {role} column by a usual name; its columns are: {', '.join(names)}. "
+                f"{source} has no {role} column by a usual name; its columns are: {listed(names)}. "
                 f"Name it with {option(role)}"
             )
         found[role] = column
-    if found["user"] == found["item"]:
-        raise MetarecError(
-            f"{source}: column {found['user']!r} cannot be both user and item. Name each with {option('item')}"
-        )
-    return Roles(
+    roles = Roles(
         **found,
         rating=None if implicit else find_column(names, "rating", rating, source),
         timestamp=find_column(names, "timestamp", timestamp, source),
         title=None if title is None else find_column(names, "title", title, source),
     )
+    taken: dict[str, str] = {}
+    for role, column in zip(("user", "item", "rating", "timestamp"), roles, strict=False):
+        if column is not None and column in taken:
+            raise MetarecError(
+                f"{source}: column {shown(column)} cannot be both {taken[column]} and {role}. "
+                f"Name each with {option(role)}"
+            )
+        if column is not None:
+            taken[column] = role
+    return roles
 
 
 def option(role: str) -> str:
@@ -165,12 +207,8 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
         low, high = int(values.min()), int(values.max())
         if high < 2**63 and high - low < max(4 * len(values), 1 << 20):
             return _code_dense(values, low, high)
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        codes, distinct = column.cat.codes.to_numpy(), list(column.cat.categories)
-    else:
-        codes, found = pd.factorize(column)
-        distinct = found.tolist()
-    names = [_id(value) for value in distinct]
+    codes, distinct = _distinct(column, name)
+    names = [id_of(value) for value in distinct]
     texts = [n for n in names if isinstance(n, str)]
     notes: tuple[str, ...] = ()
     given = len(names) - names.count(None)
@@ -181,7 +219,7 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
         known = [None if n is None else str(n) for n in names]
         spelled_numbers = sum(map(is_integer, texts)) if spelled else given - len(texts)
         if 0 < spelled_numbers < given:
-            notes = (f"column {name!r} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
+            notes = (f"column {shown(name)} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
     kept = [n for n in known if n is not None]
     dtype = np.int64 if kept and isinstance(kept[0], int) else object
     ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
@@ -192,7 +230,7 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
 
 def _code_dense(values: np.ndarray, low: int, high: int) -> Coded:
     if low < 0 or high >= max(4 * len(values), 1 << 20):
-        values = values - low
+        values = values.astype(np.int64) - low  # in 8 or 16 bits the difference would wrap
         high -= low
         shift = low
     else:
@@ -204,7 +242,7 @@ def _code_dense(values: np.ndarray, low: int, high: int) -> Coded:
     return Coded(lookup[values], np.flatnonzero(seen).astype(np.int64) + shift)
 
 
-def _id(value: Any) -> str | int | None:
+def id_of(value: Any) -> str | int | None:
     """An id as text or integer; None where there is none."""
     if isinstance(value, str):
         value = value.strip()
@@ -225,31 +263,47 @@ def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
       MetarecError: a value is not a number, or is infinite; the message names its row.
     """
     if pd.api.types.is_numeric_dtype(column.dtype):
-        out = column.to_numpy(dtype=np.float32, na_value=np.nan)
+        with np.errstate(over="ignore"):
+            out = column.to_numpy(dtype=np.float32, na_value=np.nan)
     else:
-        codes, distinct = _distinct(column)
+        codes, distinct = _distinct(column, name)
         parsed = np.array([_float(value) for value in distinct] + [np.nan], np.float64)
         bad = np.array([_float(v) is None for v in distinct] + [False])
         if bad.any():
             row = int(np.argmax(bad[codes]))
             raise MetarecError(
-                f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is not a number. "
+                f"{where(row)}, column {shown(name)}: {shown(str(distinct[codes[row]]))} is not a number. "
                 f"Correct or delete the row, or name another column with {option('rating')}"
             )
-        out = parsed.astype(np.float32)[codes]
+        with np.errstate(over="ignore"):
+            out = parsed.astype(np.float32)[codes]
     infinite = np.isinf(out)
     if infinite.any():
         row = int(np.argmax(infinite))
         raise MetarecError(
-            f"{where(row)}, column {name!r}: {out[row]} where a finite number was wanted. Correct or delete the row"
+            f"{where(row)}, column {shown(name)}: {out[row]} where a finite number was wanted. "
+            "Correct or delete the row"
         )
     return out
 
 
-def _distinct(column: pd.Series) -> tuple[np.ndarray, list[Any]]:
+def _distinct(column: pd.Series, name: str) -> tuple[np.ndarray, list[Any]]:
+    """Codes of the distinct values, -1 where missing, and these values.
+
+    Raises:
+      MetarecError: a row holds a list or a table, not one value.
+    """
     if isinstance(column.dtype, pd.CategoricalDtype):
+        codes = column.cat.codes.to_numpy()
+        if not np.bincount(codes[codes >= 0], minlength=len(column.cat.categories)).all():
+            column = column.cat.remove_unused_categories()  # an id is one that a row has
         return column.cat.codes.to_numpy(), list(column.cat.categories)
-    codes, found = pd.factorize(column)
+    try:
+        codes, found = pd.factorize(column)
+    except TypeError as error:
+        raise MetarecError(
+            f"column {shown(name)} holds lists or tables, and one value a row was wanted. Name another column"
+        ) from error
     return codes, found.tolist() if hasattr(found, "tolist") else list(found)
 
 
@@ -257,9 +311,11 @@ def _float(value: Any) -> float | None:
     """A number; nan for a missing value; None for what is neither."""
     if isinstance(value, str) and value.strip() in MISSING:
         return np.nan
+    if isinstance(value, str) and "_" in value:  # "1_000" is a number to Python alone
+        return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, NotImplementedError):
         return None
 
 
@@ -278,7 +334,7 @@ def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.
         return zoneless.to_numpy().astype("datetime64[s]").astype(np.int64), missing, ()
     if pd.api.types.is_numeric_dtype(column.dtype):
         return _epoch(column, name, where)
-    codes, distinct = _distinct(column)
+    codes, distinct = _distinct(column, name)
     spelled = [_float(value) for value in distinct]
     if all(value is not None for value in spelled):
         return _epoch(pd.Series(np.array([*spelled, np.nan], np.float64)[codes]), name, where)
@@ -292,16 +348,16 @@ def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.
     if bad.any():
         row = int(np.argmax(bad[codes]))
         raise MetarecError(
-            f"{where(row)}, column {name!r}: {str(distinct[codes[row]])!r} is neither seconds since 1970 nor an ISO "
-            f"date (2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with {option('timestamp')}, "
-            "or an empty name to use none"
+            f"{where(row)}, column {shown(name)}: {shown(str(distinct[codes[row]]))} is neither seconds since 1970 "
+            "nor an ISO date (2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with "
+            f"{option('timestamp')}, or an empty name to use none"
         )
     parsed = np.append(dates.dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64), 0)
     return parsed[codes], gone[codes], ()
 
 
 def _epoch(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu" and column.dtype != np.uint64:
         values, missing = column.to_numpy(dtype=np.int64), np.zeros(len(column), bool)
     else:
         floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -309,12 +365,14 @@ def _epoch(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.n
         far = np.abs(floats) >= 2.0**63
         if far.any():
             row = int(np.argmax(far))
-            raise MetarecError(f"{where(row)}, column {name!r}: {floats[row]} is not a time. Correct or delete the row")
+            raise MetarecError(
+                f"{where(row)}, column {shown(name)}: {floats[row]} is not a time. Correct or delete the row"
+            )
         values = np.where(missing, 0, floats).astype(np.int64)
     known = values if not missing.any() else values[~missing]
     middle = abs(float(np.partition(known, len(known) // 2)[len(known) // 2])) if len(known) else 0.0
     for at_least, divisor, unit in ((1e17, 10**9, "nano"), (1e14, 10**6, "micro"), (1e11, 10**3, "milli")):
         if middle >= at_least:
-            note = f"column {name!r} was read as {unit}seconds and divided by {divisor:,}"
+            note = f"column {shown(name)} was read as {unit}seconds and divided by {divisor:,}"
             return values // divisor, missing, (note,)
     return values, missing, ()

@@ -12,8 +12,10 @@ import gzip
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from pathlib import Path
 from metarec_jax.core import MetarecError
 from metarec_jax.data import movielens
 from metarec_jax.data.cache import read_cache, write_cache
+from metarec_jax.data.columns import one_line, shown
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.synthetic import synthetic
@@ -37,6 +41,7 @@ __all__ = ["DATASETS", "Dataset", "Files", "cache_directory", "describe", "load"
 _CACHED = "metarec-1.parquet"
 """The name changes with the canonical form, so that a cache of an older form is not mistaken for it."""
 _LARGEST = 64 * 2**20
+_UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError, struct.error, MemoryError)
 _CONNECT_SECONDS = 5
 _DOWNLOAD_SECONDS = 120
 _PIP_SECONDS = 300
@@ -158,14 +163,23 @@ def load(name: str = "ml-1m", *, data_dir: str | Path | None = None, offline: bo
         return _named(name, DATASETS[name], cache_directory(data_dir) / name, offline)
     if name == "synthetic" or name.startswith("synthetic:"):
         return _synthetic(name)
-    if Path(name).expanduser().exists():
+    if (path := _existing(name)) is not None:
         from metarec_jax.data.readers import read
 
-        return read(Path(name).expanduser())
+        return read(path)
     names = [*DATASETS, "synthetic"]
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"perhaps you meant {close[0]!r}" if close else "give one of these names, or the path of a file or folder"
-    raise MetarecError(f"{name!r} is no data set and no file here; the data sets are {', '.join(names)}; {hint}")
+    raise MetarecError(f"{shown(name)} is no data set and no file here; the data sets are {', '.join(names)}; {hint}")
+
+
+def _existing(name: str) -> Path | None:
+    """The file or folder of this name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, of no user ("~nobody"), with a zero byte
+        return None
 
 
 def cache_directory(data_dir: str | Path | None = None) -> Path:
@@ -188,7 +202,11 @@ def _synthetic(name: str) -> Interactions:
         return synthetic(2000, 1000).data
     sizes = name.partition(":")[2].lower().split("x")
     if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
-        raise MetarecError(f"{name!r} does not tell a size; write synthetic:USERSxITEMS, such as synthetic:2000x1000")
+        raise MetarecError(
+            f"{shown(name)} does not tell a size; write synthetic:USERSxITEMS, such as synthetic:2000x1000"
+        )
+    if any(len(size) > 9 for size in sizes):
+        raise MetarecError(f"{shown(name)} is more than can be made; write a size such as synthetic:2000x1000")
     users, items = (int(size) for size in sizes)
     return synthetic(users, items, ratings_per_user=(min(20, items // 2), min(100, items // 2))).data
 
@@ -247,12 +265,13 @@ def _from_folder(folder: Path, layout: Files, name: str) -> Interactions:
     for file in layout.sha256:
         try:
             if (folder / file).is_file():
-                files[file] = (folder / file).read_bytes()
+                with (folder / file).open("rb") as plain:
+                    files[file] = plain.read(_LARGEST + 1)
             elif (folder / f"{file}.gz").is_file():
                 with gzip.open(folder / f"{file}.gz") as stream:
                     files[file] = stream.read(_LARGEST + 1)
-        except (OSError, EOFError) as error:
-            raise _Unavailable(f"{file} cannot be read: {error}") from error
+        except _UNPACKING as error:
+            raise _Unavailable(f"{file} cannot be read: {one_line(error)}") from error
     if missing := [file for file in layout.sha256 if file not in files]:
         raise (_Unavailable if files else _Absent)(f"{', '.join(missing)} not there")
     _check(files, layout)
@@ -267,8 +286,8 @@ def _from_zip(archive: Path | io.BytesIO, layout: Files, name: str) -> Interacti
             for file in layout.sha256:
                 with z.open(layout.folder + file) as member:
                     files[file] = member.read(_LARGEST + 1)
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError, RuntimeError) as error:
-        raise _Unavailable(f"the zip file is not what it should be: {error}") from error
+    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, *_UNPACKING) as error:
+        raise _Unavailable(f"the zip file is not what it should be: {one_line(error)}") from error
     _check(files, layout)
     return layout.reader(files, name)
 

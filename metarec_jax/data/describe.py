@@ -66,13 +66,15 @@ def _quantiles(counts: np.ndarray) -> dict[str, float]:
 def _ratings(rating: np.ndarray) -> dict[str, Any]:
     if not len(rating):
         return {"mean": None, "sd": None, "histogram": {}}
+    exact = rating.astype(np.float64)
     values, counts = np.unique(rating, return_counts=True)
     if len(values) <= 20:
-        histogram = {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)}
+        names = [f"{value:g}" for value in values]
+        names = names if len(set(names)) == len(names) else [str(value) for value in values]
+        histogram = {name: int(count) for name, count in zip(names, counts, strict=True)}
     else:
-        counts, edges = np.histogram(rating, bins=10)
+        counts, edges = np.histogram(exact, bins=10)
         histogram = {f"{low:.3g} to {high:.3g}": int(n) for low, high, n in zip(edges, edges[1:], counts, strict=False)}
-    exact = rating.astype(np.float64)
     return {"mean": float(exact.mean()), "sd": float(exact.std()), "histogram": histogram}
 
 

@@ -12,14 +12,15 @@ Which kind a column is, by what it holds (missing values do not count):
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import MISSING, find_column, plain
-from metarec_jax.data.interactions import Feature, Vocabulary
+from metarec_jax.data.columns import MISSING, find_column, listed, plain, shown
+from metarec_jax.data.interactions import Feature, Vocabulary, texts
 
 MAX_VALUES = 32
 """A multi-valued feature keeps this many values of a row, the first ones."""
@@ -62,14 +63,16 @@ def side_features(
     ('multi', ['Drama', 'War'], [[0, 0], [1, 0], [2, 1]])
     """
     found = id_column(frame, side, id_col)
+    if not len(frame):
+        raise MetarecError(f"the {side} table holds no rows. A table with one row an id was wanted")
     rows = vocabulary.encode(_objects(frame[found]))
     notes = []
     if outside := int((rows == 0).sum()):
         notes.append(f"{outside} {side}s of the {side} table have no interaction: left out")
     if outside == len(rows):
         raise MetarecError(
-            f"no id in column {found!r} of the {side} table is among the {len(vocabulary.ids)} {side} ids of the "
-            f"interactions (such as {vocabulary.ids.tolist()[0]!r}, against {frame[found].head(1).tolist()}). "
+            f"no id in column {shown(found)} of the {side} table is among the {len(vocabulary.ids)} {side} ids of the "
+            f"interactions (such as {shown(vocabulary.ids.tolist()[0])}, against {shown(frame[found].iloc[0])}). "
             f"Name its id column with {side}_col="
         )
     known = pd.Series(np.arange(len(rows)), index=rows)[rows > 0]
@@ -86,7 +89,7 @@ def side_features(
     title = find_column(columns, "title", title_col, f"the {side} table") if side == "item" else None
     titles = None
     if title is not None:
-        titles = vocabulary.ids.astype(str).astype(object)
+        titles = texts(vocabulary.ids)
         given = _objects(frame[title])
         has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in given], bool)
         titles[at[has] - 1] = given[has]
@@ -97,11 +100,11 @@ def side_features(
         name = column if column.startswith(f"{side}_") else f"{side}_{column}"
         feature, note = _feature(column, frame[column], at, vocabulary.num_rows)
         if feature is not None and (name in features or name in ("user_id", "item_id")):
-            feature, note = None, f"is a second {name!r}: no feature"
+            feature, note = None, f"is a second {shown(name)}: no feature"
         if feature is not None:
             features[name] = feature
         if note:
-            notes.append(f"{side} column {column!r} {note}")
+            notes.append(f"{side} column {shown(column)} {note}")
     return SideTable(features, titles, tuple(notes))
 
 
@@ -113,7 +116,7 @@ def id_column(frame: pd.DataFrame, side: str, asked: str | None) -> str:
     found = find_column(names, side, None, f"the {side} table") or next((n for n in names if plain(n) == "id"), None)
     if found is None:
         raise MetarecError(
-            f"the {side} table has no column of {side} ids; its columns are: {', '.join(names)}. "
+            f"the {side} table has no column of {side} ids; its columns are: {listed(names)}. "
             f"Call one of them {asked or side + '_id'!r}"
         )
     return found
@@ -134,24 +137,25 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
         distinct = np.unique(present)
         if len(distinct) < 2:
             return None, "is the same everywhere: no feature"
-        whole = values.shape[1] == 1 and bool((present == np.floor(present)).all())
+        exact = bool((np.abs(present) < 2.0**63).all())
+        whole = values.shape[1] == 1 and exact and bool((present == np.floor(present)).all())
         dated = pd.api.types.is_datetime64_any_dtype(column.dtype)
         label = whole and not dated and _LABEL_NAME.search(name) is not None
         if label and _is_label(len(distinct), len(present)):
             return None, "differs on most rows, like a label: no feature"
         if not label and (dated or not whole or len(distinct) > FEW):
             return _numeric(values, at, num_rows)
-        texts: list[int | str | None] = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
+        labels: list[int | str | None] = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
     else:
-        texts = [_text(v) for v in _objects(column)]
-    given = [t for t in texts if t is not None]
+        labels = [_text(v) for v in _objects(column)]
+    given = [t for t in labels if t is not None]
     if len(set(given)) < 2:
         return None, "is the same everywhere: no feature"
     if values is None and not isinstance(column.dtype, pd.CategoricalDtype) and _is_label(len(set(given)), len(given)):
         return None, "differs on most rows, like a label: no feature"
     vocabulary = _vocabulary(given)
     out = np.zeros(num_rows, np.int32)
-    out[at] = vocabulary.encode(np.array([*texts, None], dtype=object)[:-1])
+    out[at] = vocabulary.encode(np.array([*labels, None], dtype=object)[:-1])
     return Feature("categorical", out, vocabulary), None
 
 
@@ -170,7 +174,7 @@ def _objects(column: pd.Series) -> np.ndarray:
 
 
 def _text(value: Any) -> str | None:
-    if value is None or value is pd.NA or value != value:
+    if value is None or value is pd.NA or (isinstance(value, (float, np.generic)) and value != value):
         return None
     text = str(value).strip()
     return None if text in _NO_VALUE else text
@@ -181,8 +185,10 @@ def _numbers(column: pd.Series) -> np.ndarray | None:
     if pd.api.types.is_bool_dtype(column.dtype) or isinstance(column.dtype, pd.CategoricalDtype):
         return None
     if pd.api.types.is_datetime64_any_dtype(column.dtype):
-        days = (column - pd.Timestamp(0, tz=column.dt.tz)) / pd.Timedelta(days=1)
-        return days.to_numpy(dtype=np.float64, na_value=np.nan)
+        zoneless = column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz is not None else column
+        moments = zoneless.to_numpy()  # counted in their own unit: in nanoseconds far years do not fit
+        a_day = 86_400 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[np.datetime_data(moments.dtype)[0]]
+        return np.where(np.isnat(moments), np.nan, moments.astype(np.int64) / a_day)
     if pd.api.types.is_numeric_dtype(column.dtype):
         return column.to_numpy(dtype=np.float64, na_value=np.nan)
     return None
@@ -230,8 +236,13 @@ def _multi(lists: list[list[Any]], at: np.ndarray, num_rows: int) -> tuple[Featu
 def _numeric(values: np.ndarray, at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
     infinite = np.isinf(values)
     values = np.where(infinite, np.nan, values)
-    spread = np.nanstd(values, axis=0)
-    scaled = (values - np.nanmean(values, axis=0)) / np.where(spread > 0, spread, 1.0)
+    peak = np.nanmax(np.abs(values), initial=0.0)
+    if peak > 1e100:  # whose squares are no numbers
+        values = values / peak
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a part of the vectors of which no value is known
+        spread, middle = np.nanstd(values, axis=0), np.nanmean(values, axis=0)
+    scaled = (values - middle) / np.where(spread > 0, spread, 1.0)
     out = np.zeros((num_rows, values.shape[1]), np.float32)
     out[at] = np.nan_to_num(scaled)
     note = f"has {int(infinite.sum())} infinite values: taken as missing" if infinite.any() else None

@@ -6,14 +6,12 @@ and Parquet. A RecBole atomic file is tab-parted text whose header names types (
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +19,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import ALIASES, MISSING, is_integer, plain
+from metarec_jax.data import bounds, parquet
+from metarec_jax.data.columns import ALIASES, MISSING, is_integer, listed, one_line, plain, shown
 
 _DELIMITERS = ("::", "\t", ",", ";", "|")
 _TYPED = re.compile(r"(.+):(token|float|token_seq|float_seq)")
 _HEAD = 1 << 18
 _SAMPLE = 100
-_BLOCK = 1 << 23
-_READ_ERRORS = (OSError, EOFError, zlib.error)
+_READ_ERRORS = (OSError, EOFError, zlib.error, MemoryError)
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_PART = "\x1f"
+"""One byte that no text holds, in the place of a delimiter of two, for a reader that wants one."""
 
 
 class Dialect(NamedTuple):
@@ -57,6 +58,10 @@ class Dialect(NamedTuple):
 
 def kind(path: Path) -> str:
     """What the first bytes say: "parquet", "gzip", "bz2" or "text". Refuses what is none of them."""
+    if "\0" in str(path):
+        raise MetarecError(f"{shown(str(path))} is no path: it holds a zero byte. Check the path")
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise MetarecError(f"{path} is no plain file. Write what it gives into a file and name that")
     head = _head(path, raw=True)[:4096]
     if head[:4] == b"PAR1":
         return "parquet"
@@ -69,27 +74,12 @@ def kind(path: Path) -> str:
     return "bz2" if head[:3] == b"BZh" else "text"
 
 
-def _open(path: Path) -> Any:
-    openers: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open}
-    return openers.get(kind(path), open)(path, "rb")
-
-
 def _head(path: Path, raw: bool = False) -> bytes:
     try:
-        with open(path, "rb") if raw else _open(path) as file:
+        with bounds.opened(path, "text" if raw else kind(path)) as file:
             return file.read(_HEAD)
     except _READ_ERRORS as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception) -> MetarecError:
-    if isinstance(error, FileNotFoundError):
-        return MetarecError(f"there is no file {path}. Check the path")
-    if isinstance(error, PermissionError):
-        return MetarecError(f"{path} may not be read by this user. Change its permissions (chmod +r)")
-    if isinstance(error, EOFError) or "runcated" in str(error) or "end-of-stream" in str(error):
-        return MetarecError(f"{path} ends in the middle of its compressed data: it was cut off. Get it again")
-    return MetarecError(f"{path} cannot be read ({str(error).splitlines()[0][:200]}). Get or write it again")
+        raise bounds.broken(path, error) from error
 
 
 def sniff(
@@ -106,6 +96,8 @@ def sniff(
       latin: take bytes that are not UTF-8 as Latin-1.
     """
     head = _head(path)
+    if head[:2] in _UTF16:
+        raise MetarecError(f"{path} is UTF-16 text. Convert it, say with: iconv -f utf-16 -t utf-8")
     if b"\0" in head:
         raise MetarecError(
             f"{path} is not a table (it holds binary data). CSV, TSV, Parquet or a RecBole file was wanted"
@@ -117,15 +109,22 @@ def sniff(
         if not latin:
             raise _not_utf8(path, head[: error.start].count(b"\n") + 1, head[error.start : error.start + 1]) from error
         encoding, text = "latin-1", head.decode("latin-1")
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline=""))  # str.splitlines parts at more than line ends
     lines = lines[:-1] if len(head) == _HEAD and len(lines) > 1 else lines
     if not any(line.strip() for line in lines):
         raise MetarecError(f"{path} is empty. A table with one row an interaction was wanted")
     delimiter = _delimiter(path, lines[:_SAMPLE])
-    quoted = delimiter in ",;" or (
-        names is None and any(_is_quoted(f) for _, row in _fields(lines[:_SAMPLE], delimiter, False) for f in row)
-    )
-    rows = list(_first(_fields(lines, delimiter, quoted), _SAMPLE))
+    try:
+        quoted = delimiter in ",;" or (
+            names is None
+            and len(delimiter) == 1
+            and any(_is_quoted(f) for _, row in _fields(lines[:_SAMPLE], delimiter, False) for f in row)
+        )
+        rows = list(_first(_fields(lines, delimiter, quoted), _SAMPLE))
+    except csv.Error as error:
+        raise MetarecError(f"{path}: its first lines cannot be parted into fields ({one_line(error)})") from error
+    if (width := len(rows[0][1])) > bounds.COLUMNS:
+        raise MetarecError(f"line 1 of {path} has {width} fields, and {bounds.COLUMNS} are the most. Leave some out")
     first = [field.strip() for field in rows[0][1]]
     typed = [_TYPED.fullmatch(field) for field in first]
     types = tuple(match[2] if match else "" for match in typed)
@@ -138,11 +137,11 @@ def sniff(
         first = [usual[k] if k < len(usual) else f"column_{k + 1}" for k in range(len(first))]
     sample = rows[1:] if header else rows
     if not sample:
-        raise MetarecError(f"{path} holds a header ({', '.join(first)}) and no rows. At least one row was wanted")
+        raise MetarecError(f"{path} holds a header ({listed(first)}) and no rows. At least one row was wanted")
     columns = tuple(names) if names is not None else _unique(first)
     if len(columns) != len(first):
         raise MetarecError(
-            f"line 1 of {path} has {len(first)} fields where {len(columns)} were wanted ({', '.join(columns)})"
+            f"line 1 of {path} has {len(first)} fields where {len(columns)} were wanted ({listed(columns)})"
         )
     fields = tuple(tuple(row) for _, row in sample)
     return Dialect(delimiter, quoted, columns, types, header, rows[0][0] if header else 0, encoding, fields)
@@ -171,14 +170,17 @@ def _delimiter(path: Path, lines: list[str]) -> str:
     """The one that parts most lines into equally many fields, two or more."""
     scores = []
     for delimiter in _DELIMITERS:
-        counts = Counter(len(row) for _, row in _fields(lines, delimiter, delimiter in ",;"))
+        try:
+            counts = Counter(len(row) for _, row in _fields(lines, delimiter, delimiter in ",;"))
+        except csv.Error:  # a quote that is never closed, a field without end
+            continue
         width, times = max(((w, n) for w, n in counts.items() if w > 1), key=lambda p: p[1], default=(1, 0))
         scores.append((round(times / sum(counts.values()), 1), width if times else 0, delimiter))
-    share, width, best = max(scores, key=lambda score: score[:2])
+    share, width, best = max(scores, key=lambda score: score[:2], default=(0.0, 0, ""))
     if share < 0.5 or width < 2:
         raise MetarecError(
             f"{path}: the fields of its lines are not parted by a comma, tab, semicolon, '|' or '::' "
-            f"(line 1: {lines[0].strip()[:60]!r}). A table with a user and an item column was wanted"
+            f"(line 1: {shown(lines[0].strip())}). A table with a user and an item column was wanted"
         )
     return best
 
@@ -202,6 +204,8 @@ def _first(rows: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def number(text: str) -> float | None:
+    if "_" in text:  # "1_000" is a number to Python alone
+        return None
     try:
         return float(text)
     except ValueError:
@@ -221,10 +225,12 @@ def _is_header(first: list[str], rest: list[list[str]], asked: tuple[str, ...]) 
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:
-    out: list[str] = []
+    out: dict[str, None] = {}
     for k, name in enumerate(names):
         name = name or f"column_{k + 1}"
-        out.append(name if name not in out else f"{name}_{k + 1}")
+        while name in out:
+            name = f"{name}_{k + 1}"
+        out[name] = None
     return tuple(out)
 
 
@@ -234,34 +240,36 @@ def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType])
     Raises:
       MetarecError: a line has too few or too many fields, or the file is cut off or not UTF-8; the line is named.
     """
-    text = pa.dictionary(pa.int32(), pa.string())
-    attempts = [(types, False), (dict.fromkeys(types, text), False)]
+    attempts = [(types, False), (dict.fromkeys(types, _TEXT), False)]
     if dialect.quoted:
         attempts = [(wanted, lines) for lines in (False, True) for wanted, _ in attempts]
     failed: Exception | None = None
     for wanted, newlines in attempts:
         try:
             table = _parse(path, dialect, wanted, newlines)
-        except (pa.ArrowInvalid, UnicodeError, *_READ_ERRORS) as error:
+        except (pa.ArrowException, UnicodeError, *_READ_ERRORS) as error:
             failed = error
             if not isinstance(error, pa.ArrowInvalid):
                 break
             continue
-        return _frame(table)
+        return parquet.as_frame(table)
     assert failed is not None
     raise _refusal(path, dialect, failed) from failed
 
 
 def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newlines: bool) -> pa.Table:
     packed = kind(path)
-    source: Any = pa.input_stream(str(path), compression=None if packed == "text" else packed)
+    source: Any = pa.OSFile(str(path)) if packed == "text" else bounds.opened(path, packed)
     delimiter = dialect.delimiter
-    if len(delimiter) > 1:  # one byte that no text holds, for a reader that wants one
-        source, delimiter = pa.BufferReader(source.read().replace(delimiter.encode(), b"\x1f")), "\x1f"
+    if len(delimiter) > 1:
+        whole = source.read()
+        if _PART.encode() in whole:
+            raise MetarecError(f"{path} holds the control character {shown(_PART)}. Delete it")
+        source, delimiter = pa.BufferReader(whole.replace(delimiter.encode(), _PART.encode())), _PART
     return pa.csv.read_csv(
         source,
         pa.csv.ReadOptions(
-            column_names=list(dialect.names), skip_rows=dialect.skip, block_size=_BLOCK, encoding=dialect.encoding
+            column_names=list(dialect.names), skip_rows=dialect.skip, block_size=bounds.LINE, encoding=dialect.encoding
         ),
         pa.csv.ParseOptions(
             delimiter=delimiter, quote_char='"' if dialect.quoted else False, newlines_in_values=newlines
@@ -272,32 +280,39 @@ def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newli
     )
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    """Integers with missing values stay integers; text comes as categories or objects."""
-    columns = {}
-    for name in table.column_names:
-        column = table.column(name)
-        table = table.drop_columns([name])
-        integers = pa.types.is_integer(column.type) and column.null_count
-        columns[name] = column.to_pandas(types_mapper={column.type: pd.Int64Dtype()}.get if integers else None)
-        del column
-    return pd.DataFrame(columns, copy=False)
-
-
 def lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row of a text file, slowly: to name what is wrong."""
-    with _open(path) as file, io.TextIOWrapper(file, dialect.encoding, "surrogateescape", newline="") as stream:
-        for number, row in _fields(stream, dialect.delimiter, dialect.quoted):
+    """Line number and fields of each row of a text file, slowly: to name what is wrong.
+
+    Raises:
+      MetarecError: a line of more than `bounds.LINE` characters.
+    """
+    encoding = "utf-8-sig" if dialect.encoding == "utf-8" else dialect.encoding
+    with (
+        bounds.opened(path, kind(path)) as file,
+        io.TextIOWrapper(file, encoding, "surrogateescape", newline="") as stream,
+    ):
+        for number, row in _fields(_bounded(stream, path), dialect.delimiter, dialect.quoted):
             if number > dialect.skip:
                 yield number, row
 
 
-def line_of(path: Path, dialect: Dialect, row: int) -> int:
-    """The line (from 1) on which row ``row`` (from 0) stands."""
-    for k, (number, _) in enumerate(lines(path, dialect)):
-        if k == row:
-            return number
-    raise IndexError(f"{path} has no row {row}")
+def _bounded(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: stream.readline(bounds.LINE + 1), ""), 1):
+        if len(line) > bounds.LINE:
+            raise MetarecError(f"line {number} of {path} is longer than {bounds.LINE} characters. Correct or delete it")
+        yield line
+
+
+def place(path: Path, dialect: Dialect | None, row: int) -> str:
+    """Where row ``row`` (from 0) stands, in words: by its line (from 1) in a text file, by its number elsewhere."""
+    if dialect is not None:
+        try:
+            for k, (number, _) in enumerate(lines(path, dialect)):
+                if k == row:
+                    return f"line {number} of {path}"
+        except csv.Error:  # Arrow takes longer fields than csv does
+            pass
+    return f"row {row + 1} of {path}"
 
 
 def _refusal(path: Path, dialect: Dialect, error: Exception) -> MetarecError:
@@ -311,35 +326,50 @@ def _refusal(path: Path, dialect: Dialect, error: Exception) -> MetarecError:
                 cut = " The file may have been cut off:" if len(row) < wanted else " A field may hold the delimiter:"
                 return MetarecError(
                     f"line {number} of {path} has {len(row)} fields where {wanted} were wanted "
-                    f"({', '.join(dialect.names[:8])}{', ...' if wanted > 8 else ''}).{cut} correct or delete the line"
+                    f"({listed(dialect.names)}).{cut} correct or delete the line"
                 )
     except _READ_ERRORS as broken:
-        return _broken(path, broken)
+        return bounds.broken(path, broken)
     except csv.Error as broken:
-        return MetarecError(f"line {number + 1} of {path} cannot be parted into fields ({broken}). Correct it")
-    return _broken(path, error)
+        return MetarecError(
+            f"line {number + 1} of {path} cannot be parted into fields ({one_line(broken)}). Correct it"
+        )
+    return bounds.broken(path, error)
 
 
 def read_text(path: Path, dialect: Dialect) -> pd.DataFrame:
-    """A whole text file, for side features: numbers where all of a column is, lists where RecBole says so, or text."""
-    rows = []
-    try:
-        for number, row in lines(path, dialect):
-            if len(row) != len(dialect.names):
-                raise _refusal(path, dialect, ValueError(f"line {number}"))
-            rows.append(row)
-    except (*_READ_ERRORS, csv.Error) as error:
-        raise _refusal(path, dialect, error) from error
+    """A whole text file, for side features: numbers where all of a column is, lists where RecBole says so, or text.
+
+    Raises:
+      MetarecError: a line has too few or too many fields or is not UTF-8, or the file is cut off; the line is named.
+    """
+    frame = read_columns(path, dialect, dict.fromkeys(dialect.names, _TEXT))
+    if not len(frame):
+        raise MetarecError(f"{path} holds no rows. At least one row was wanted")
     columns = {}
-    for name, type_, values in zip(dialect.names, dialect.types, zip(*rows, strict=True), strict=True):
-        columns[name] = _typed([None if v.strip() in MISSING else v.strip() for v in values], type_)
+    for name, type_ in zip(dialect.names, dialect.types, strict=True):
+        codes = frame.pop(name).cat
+        spelled = [value.strip() for value in codes.categories]
+        given = [None if value in MISSING else value for value in spelled]
+        at = codes.codes.to_numpy()
+        if type_ == "float_seq" and (bad := [k for k, value in enumerate(given) if _floats(value) is None]):
+            row = int(np.argmax(at == bad[0]))
+            raise MetarecError(
+                f"{place(path, dialect, row)}, column {shown(name)}: {shown(given[bad[0]])} is no list of numbers, as "
+                "its header says. Correct it, or call the column token_seq"
+            )
+        columns[name] = _typed([*given, None], type_).iloc[at].reset_index(drop=True)  # -1, missing, is the last
     return pd.DataFrame(columns)
+
+
+def _floats(text: str | None) -> list[float] | None:
+    found = [number(part) for part in (text or "").split()]
+    return None if None in found else [f for f in found if f is not None]
 
 
 def _typed(values: list[str | None], type_: str) -> pd.Series:
     if type_.endswith("_seq"):
-        make: Any = float if type_ == "float_seq" else str
-        return pd.Series([[make(part) for part in (v or "").split()] for v in values], dtype=object)
+        return pd.Series([_floats(v) if type_ == "float_seq" else (v or "").split() for v in values], dtype=object)
     given = [v for v in values if v is not None]
     if given and all(map(is_integer, given)):
         return pd.Series([None if v is None else int(v) for v in values], dtype="Int64")
@@ -347,26 +377,3 @@ def _typed(values: list[str | None], type_: str) -> pd.Series:
     if given and all(number(v) is not None and not re.match("0[0-9]", v) for v in given):
         return pd.Series([np.nan if v is None else float(v) for v in values], dtype=np.float64)
     return pd.Series(values, dtype=object)
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """The names of a Parquet file's columns."""
-    try:
-        return list(pa.parquet.read_schema(path).names)
-    except (pa.ArrowException, OSError) as error:
-        raise _parquet_broken(path, error) from error
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """Some columns of a Parquet file, or all; text as categories where only some are read."""
-    try:
-        table = pa.parquet.read_table(path, columns=columns, read_dictionary=columns or [])
-    except (pa.ArrowException, OSError) as error:
-        raise _parquet_broken(path, error) from error
-    return _frame(table)
-
-
-def _parquet_broken(path: Path, error: Exception) -> MetarecError:
-    if isinstance(error, (FileNotFoundError, PermissionError)):
-        return _broken(path, error)
-    return MetarecError(f"{path} is damaged or cut off ({str(error).splitlines()[0][:200]}). Get or write it again")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from metarec_jax.core import MetarecError
-from metarec_jax.data import formats, layouts
-from metarec_jax.data.columns import find_column
+from metarec_jax.data import bounds, formats, layouts, parquet
+from metarec_jax.data.columns import find_column, id_of, listed, shown
 
 
 class Histories(NamedTuple):
@@ -19,6 +22,7 @@ class Histories(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@bounds.fits
 def read_histories(path: str | Path) -> Histories:
     """Users, items (by id or title) and ratings of a delimited or Parquet file, columns found by their usual names.
 
@@ -32,32 +36,37 @@ def read_histories(path: str | Path) -> Histories:
     notes: list[str] = []
     if path.is_dir():
         raise MetarecError(f"{path} is a folder; name the table of new users in it")
-    if not path.is_file():
+    if "\0" in str(path) or not path.exists():
         raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
     if layouts.layout(path) == "parquet":
-        frame = formats.read_parquet(path)
+        frame = parquet.read(path)
     else:
         dialect = formats.sniff(path)
         frame = formats.read_text(path, dialect)
         if not dialect.header:
-            notes.append(f"{path} has no header: its columns are taken for {', '.join(dialect.names)}")
+            notes.append(f"{path} has no header: its columns are taken for {listed(dialect.names)}")
     names = [str(name) for name in frame.columns]
     user, item, rating = (find_column(names, role, None, str(path)) for role in ("user", "item", "rating"))
     item = item or find_column(names, "title", None, str(path))
     if item is None:
         raise MetarecError(
-            f"{path} has no item column by a usual name; its columns are: {', '.join(names)}. Name one of them item_id"
+            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name one of them item_id"
         )
     wanted = [item] if rating is None else [item, rating]
     if user is not None:
         wanted.append(user)
-    whole = frame[wanted].dropna()
+    for name in wanted:
+        if any(isinstance(value, (list, tuple, dict, np.ndarray)) for value in frame[name]):
+            raise MetarecError(f"{path}: column {shown(name)} holds lists or tables, and one value a row was wanted")
+    ids = {name: pd.Series(map(id_of, frame[name]), dtype=object) for name in (user, item) if name is not None}
+    frame = frame[wanted].assign(**ids)
+    whole = frame.dropna()
     if lost := len(frame) - len(whole):
         gone = 0 if user is None else frame[user].nunique() - whole[user].nunique()
         users_too = f"; {gone} users have no other row, and get no list" if gone else ""
-        notes.append(f"{lost} rows of {path} left out: they lack one of {', '.join(wanted)}{users_too}")
+        notes.append(f"{lost} rows of {path} left out: they lack one of {listed(wanted)}{users_too}")
     if not len(whole):
-        raise MetarecError(f"every row of {path} lacks one of {', '.join(wanted)}; fill them in")
+        raise MetarecError(f"every row of {path} lacks one of {listed(wanted)}; fill them in")
     columns = {name: whole[name].astype(object).tolist() for name in wanted}
     users = ["new user"] * len(whole) if user is None else columns[user]
     if len({type(u) for u in users}) > 1:

@@ -20,7 +20,11 @@ class Vocabulary:
     """Ids as they were given, and their rows 1..n. Row 0 stands for any id that is not in it.
 
     Args:
-      ids: ``[n]`` distinct ids, all strings or all integers; id ``ids[k]`` has row ``k + 1``.
+      ids: ``[n]`` distinct ids, all strings or all integers; id ``ids[k]`` has row ``k + 1``. Kept as int64, or as
+        Python strings: an array of fixed width would give every id the room of the longest.
+
+    Raises:
+      MetarecError: ids of other types, or one twice.
 
     Two vocabularies are equal only if they are the same object; compare ``ids`` for the rest.
 
@@ -35,8 +39,11 @@ class Vocabulary:
     _index: pd.Index = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = np.asarray(self.ids)
-        index = pd.Index(ids) if ids.dtype.kind in "iu" else pd.Index(ids.astype(object), dtype=object)
+        ids = _checked_ids(np.asarray(self.ids))
+        index = pd.Index(ids, dtype=ids.dtype)
+        if not index.is_unique:
+            raise MetarecError(f"the id {index[index.duplicated()][0]!r} stands twice in a vocabulary; give each once")
+        object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "_index", index)
 
     @property
@@ -49,7 +56,7 @@ class Vocabulary:
 
         An integer finds the text id that spells it (12 finds "12"), and text finds the integer id ("12" finds 12).
         """
-        values = np.asarray(values)
+        values = _array(values)
         flat = values.ravel()
         if self._index.dtype != object:
             wanted, valid = _integers(flat)
@@ -66,6 +73,35 @@ class Vocabulary:
         return np.asarray(self.ids)[rows - 1]
 
 
+def texts(ids: np.ndarray) -> np.ndarray:
+    """Ids as text, in an object array."""
+    out = np.empty(len(ids), object)
+    out[:] = [str(value) for value in ids.tolist()]
+    return out
+
+
+def _checked_ids(ids: np.ndarray) -> np.ndarray:
+    """Ids as int64 or as Python strings."""
+    if ids.ndim == 1 and ids.dtype.kind in "iu" and (not ids.size or ids.max() < 2**63):
+        return ids.astype(np.int64, copy=False)
+    if ids.ndim == 1 and (not ids.size or ids.dtype.kind == "U"):
+        return ids.astype(object)
+    if ids.ndim == 1 and ids.dtype == object and pd.api.types.infer_dtype(ids, skipna=False) == "string":
+        return ids
+    raise MetarecError(f"ids of type {ids.dtype}{list(ids.shape)}; give a list of texts, or of integers below 2^63")
+
+
+def _array(values: Any) -> np.ndarray:
+    """Values as an array; those that are no numbers as objects, each with the room that it needs."""
+    if not isinstance(values, np.ndarray):
+        values = np.asarray(values, object) if _holds_text(values) else np.asarray(values)
+    return values.astype(object) if values.dtype.kind == "U" else values
+
+
+def _holds_text(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and any(isinstance(value, str) for value in values)
+
+
 def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values as int64, and which of them are whole numbers (or spell one)."""
     if values.dtype.kind in "iu":
@@ -80,6 +116,8 @@ def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _integer(value: Any) -> int | None:
+    if isinstance(value, str) and len(value) > 100:  # no id; and reading megabytes for a number takes its time
+        return None
     try:
         number = int(value) if isinstance(value, (str, int)) else int(value) if float(value).is_integer() else None
     except (TypeError, ValueError, OverflowError):
@@ -92,8 +130,8 @@ def _integer(value: Any) -> int | None:
 
 def _texts(values: np.ndarray) -> np.ndarray:
     """Values as an object array of text; a missing value (None, nan) stays itself, and finds nothing."""
-    if values.dtype.kind == "U" or (values.dtype.kind == "O" and pd.api.types.infer_dtype(values) == "string"):
-        return values.astype(object)
+    if values.dtype.kind == "O" and pd.api.types.infer_dtype(values) == "string":
+        return values
     if values.dtype.kind in "iu":
         return values.astype(str).astype(object)
     return np.array([_text(value) for value in values.tolist()] + [None], dtype=object)[:-1]
@@ -114,11 +152,36 @@ class Feature:
         standardised, 0 where missing.
       values: the array.
       vocabulary: of the values, for categorical and multi; None for numeric.
+
+    Raises:
+      MetarecError: values of another type or shape, or not finite.
     """
 
     kind: Literal["categorical", "multi", "numeric"]
     values: np.ndarray
     vocabulary: Vocabulary | None = None
+
+    def __post_init__(self) -> None:
+        values, numeric = np.asarray(self.values), self.kind == "numeric"
+        wanted = {"categorical": ("iu", 1, np.int32), "multi": ("iu", 2, np.int32), "numeric": ("fiu", 2, np.float32)}
+        if self.kind not in wanted or numeric != (self.vocabulary is None):
+            raise MetarecError(
+                f"a feature of kind {self.kind!r} {'without' if self.vocabulary is None else 'with'} a vocabulary; "
+                "give 'categorical' or 'multi' with one, or 'numeric' without"
+            )
+        kinds, axes, dtype = wanted[self.kind]
+        if values.dtype.kind not in kinds or values.ndim != axes:
+            raise MetarecError(
+                f"a {self.kind} feature of type {values.dtype} with {values.ndim} axes; give "
+                f"{np.dtype(dtype).name} with {axes}"
+            )
+        if not numeric:
+            _check_rows(values, -(2**31), 2**31, f"a {self.kind} feature at row {{}} has value")
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype, copy=False)
+        if numeric and not np.isfinite(values).all():
+            raise MetarecError("a numeric feature has a value that is not finite; give 0 where it is missing")
+        object.__setattr__(self, "values", values)
 
     @property
     def column(self) -> Column:
@@ -140,8 +203,9 @@ class Interactions:
       name: of the data set, for reports.
 
     Raises:
-      MetarecError: columns of different lengths, a row outside its vocabulary, a rating that is not finite, a feature
-        that does not fit its vocabulary or is not called ``user_...`` or ``item_...``; the first such place is named.
+      MetarecError: columns of different lengths or of other types, a row outside its vocabulary, a rating that is not
+        finite, a feature that does not fit its vocabulary or is not called ``user_...`` or ``item_...``; the first such
+        place is named.
 
     >>> ids = Vocabulary(np.array(["a", "b"]))
     >>> Interactions(np.array([1, 3]), np.array([1, 2]), None, None, ids, ids)
@@ -169,6 +233,9 @@ class Interactions:
                 raise MetarecError(f"{name} has {len(column)} entries and user {n}; give one entry an interaction")
         for name, rows, ids in (("user", self.user, self.users), ("item", self.item, self.items)):
             _check_rows(rows, 1, ids.num_rows, f"interaction {{}} has {name} row")
+        for name, kinds, dtype in _COLUMNS:
+            if (column := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _column(name, np.asarray(column), kinds, dtype))
         if self.rating is not None and len(bad := np.flatnonzero(~np.isfinite(self.rating))):
             raise MetarecError(f"the rating of interaction {bad[0]} is {self.rating[bad[0]]}; leave such rows out")
         if self.titles is not None and len(self.titles) != len(self.items.ids):
@@ -216,6 +283,21 @@ class Interactions:
             rating=None if self.rating is None else self.rating[where],
             timestamp=None if self.timestamp is None else self.timestamp[where],
         )
+
+
+_COLUMNS: tuple[tuple[str, str, type], ...] = (
+    ("user", "iu", np.int32),
+    ("item", "iu", np.int32),
+    ("rating", "fiub", np.float32),
+    ("timestamp", "iu", np.int64),
+)
+
+
+def _column(name: str, column: np.ndarray, kinds: str, dtype: type) -> np.ndarray:
+    if column.ndim != 1 or column.dtype.kind not in kinds:
+        raise MetarecError(f"{name} is {column.dtype}{list(column.shape)}; give one {np.dtype(dtype).name} a row")
+    with np.errstate(over="ignore"):
+        return column.astype(dtype, copy=False)
 
 
 def group_by_user(

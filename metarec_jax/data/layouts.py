@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import formats
-from metarec_jax.data.columns import plain
+from metarec_jax.data import formats, parquet
+from metarec_jax.data.columns import listed, plain, shown
 from metarec_jax.data.movielens import GENRES_100K
 
 Format = Literal["csv", "parquet", "recbole", "movielens"]
@@ -50,12 +50,10 @@ def find(folder: Path) -> Path:
         if len(found) == 1 or (found and k == 1):
             return found[0]
         if found:
-            raise MetarecError(
-                f"the folder {folder} holds several tables: {', '.join(p.name for p in found[:8])}. Name one"
-            )
+            raise MetarecError(f"the folder {folder} holds several tables: {listed(p.name for p in found)}. Name one")
     raise MetarecError(
         f"the folder {folder} holds no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, or one CSV "
-        f"or Parquet file); it holds: {', '.join(p.name for p in files[:8]) or 'no files'}. Name a file"
+        f"or Parquet file); it holds: {listed(p.name for p in files) or 'no files'}. Name a file"
     )
 
 
@@ -92,7 +90,7 @@ def side_frame(path: str | Path | None) -> pd.DataFrame | None:
         return None
     where = Path(path)
     if formats.kind(where) == "parquet":
-        return formats.read_parquet(where)
+        return parquet.read(where)
     base = where.name.removesuffix(".gz")
     names = _SIDE_NAMES.get(base)
     dialect = formats.sniff(where, names, latin=names is not None)
@@ -100,10 +98,15 @@ def side_frame(path: str | Path | None) -> pd.DataFrame | None:
         raise MetarecError(f"{where} has no header, so its columns have no names. Put one on its first line")
     frame = formats.read_text(where, dialect)
     if base == "u.item":
+        if odd := next((g for g in GENRES_100K if not pd.api.types.is_numeric_dtype(frame[g].dtype)), None):
+            raise MetarecError(
+                f"{where}, the genre {odd}: {shown(frame[odd].iloc[0])}, and 0 or 1 was wanted. Get it again"
+            )
         flags = frame[list(GENRES_100K)].to_numpy(dtype=np.float64, na_value=0) > 0
         genres = [[g for g, on in zip(GENRES_100K, row, strict=True) if on and g != "unknown"] for row in flags]
         frame = frame[["item_id", "title"]].assign(genres=pd.Series(genres, dtype=object))
-    if base in ("movies.dat", "u.item") or (base == "movies.csv" and "title" in map(plain, frame.columns)):
-        year = frame["title"].astype("string").str.extract(r"\((\d{4})\)\s*$")[0]
+    title = next((c for c in frame.columns if plain(c) == "title"), None)
+    if title is not None and base in ("movies.dat", "u.item", "movies.csv"):
+        year = frame[title].astype("string").str.extract(r"\(([0-9]{4})\)\s*$")[0]
         frame = frame.assign(year=year.astype("Float64"))
     return frame

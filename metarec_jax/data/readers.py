@@ -11,10 +11,22 @@ import pandas as pd
 import pyarrow as pa
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import formats, layouts
-from metarec_jax.data.columns import Coded, Roles, Where, code_ids, find_roles, is_integer, numbers, option, seconds
+from metarec_jax.data import bounds, formats, layouts, parquet
+from metarec_jax.data.columns import (
+    Coded,
+    Roles,
+    Where,
+    code_ids,
+    find_roles,
+    is_integer,
+    listed,
+    numbers,
+    option,
+    seconds,
+    shown,
+)
 from metarec_jax.data.features import id_column, side_features
-from metarec_jax.data.interactions import Interactions, Vocabulary
+from metarec_jax.data.interactions import Interactions, Vocabulary, texts
 from metarec_jax.data.layouts import Format
 
 Duplicates = Literal["last", "first", "mean", "error"]
@@ -66,7 +78,7 @@ def from_pandas(
     """
     names = [str(c) for c in frame.columns]
     if repeated := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
-        raise MetarecError(f"the table has two columns called {repeated[0]!r}. Rename one of them")
+        raise MetarecError(f"the table has two columns called {shown(repeated[0])}. Rename one of them")
     frame = frame.set_axis(names, axis=1)
     in_items = item_features is not None and (title_col is None or title_col in map(str, item_features.columns))
     roles = find_roles(
@@ -88,6 +100,7 @@ def from_pandas(
     )
 
 
+@bounds.fits
 def read(
     path: str | Path,
     *,
@@ -135,14 +148,13 @@ def read(
         raise MetarecError(
             f"{path} was to be read as {format!r}, and it is {form!r}. Leave the format out, or name {form!r}"
         )
-    parquet = form == "parquet"
     asked = tuple(c for c in (user_col, item_col, rating_col, timestamp_col, title_col) if c)
-    dialect = None if parquet else formats.sniff(path, asked=asked)
-    names = formats.parquet_columns(path) if dialect is None else list(dialect.names)
+    dialect = None if form == "parquet" else formats.sniff(path, asked=asked)
+    names = parquet.columns(path) if dialect is None else list(dialect.names)
     said: list[str] = []
     if dialect is not None and not dialect.header:
         if form == "csv":
-            said.append(f"no header: the columns are taken for {', '.join(names)}")
+            said.append(f"no header: the columns are taken for {listed(names)}")
         by_position = {str(k + 1): n for k, n in enumerate(names)}
         user_col, item_col, rating_col, timestamp_col = (
             None if c is None else by_position.get(c, c) for c in (user_col, item_col, rating_col, timestamp_col)
@@ -156,14 +168,12 @@ def read(
     )
     wanted = [c for c in dict.fromkeys(roles) if c is not None]
     if dialect is None:
-        frame = formats.read_parquet(path, wanted)
+        frame = parquet.read(path, wanted)
     else:
         frame = formats.read_columns(path, dialect, {c: _type(c, roles, dialect) for c in wanted})
 
     def where(row: int) -> str:
-        return (
-            f"row {row + 1} of {path}" if dialect is None else f"line {formats.line_of(path, dialect, row)} of {path}"
-        )
+        return formats.place(path, dialect, row)
 
     if name is None:
         stem = path.name.split(".")[0]
@@ -232,10 +242,9 @@ def _interactions(
             "ratings were left out, as asked (implicit)" if implicit else "no rating column: implicit feedback"
         )
     if unused := [c for c in names if c not in roles]:
-        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
-        notes.append(f"columns not used: {', '.join(unused[:10])}{more}")
+        notes.append(f"columns not used: {listed(unused)}")
 
-    titles = frame.pop(roles.title) if roles.title is not None else None
+    titles = frame[roles.title] if roles.title is not None else None
     timestamp = rating = None
     missing: dict[str, np.ndarray] = {}
     if roles.rating is not None:
@@ -247,7 +256,7 @@ def _interactions(
         if missing[roles.timestamp].all():
             timestamp = None
             del missing[roles.timestamp]
-            notes.append(f"column {roles.timestamp!r} is empty: read without timestamps")
+            notes.append(f"column {shown(roles.timestamp)} is empty: read without timestamps")
     user = code_ids(frame[roles.user], spelled=spelled, name=roles.user)
     item = code_ids(frame[roles.item], spelled=spelled, name=roles.item)
     del frame
@@ -258,7 +267,7 @@ def _interactions(
     if any(counts.values()):
         gone = np.logical_or.reduce(list(missing.values()))
         first = where(int(np.argmax(gone)))
-        each = ", ".join(f"{n} without {column}" for column, n in counts.items() if n)
+        each = ", ".join(f"{n} without {listed([column])}" for column, n in counts.items() if n)
         notes.append(f"{int(gone.sum())} rows with missing values dropped ({each}; the first is {first})")
         rows = np.flatnonzero(~gone)
         if not len(rows):
@@ -285,8 +294,8 @@ def _interactions(
 
     if unrated_items and item_features is not None:
         more_ids = code_ids(item_features[id_column(item_features, "item", asked[1])], spelled=spelled).ids
-        if len(more_ids) and more_ids.dtype != item.ids.dtype:
-            more_ids = more_ids.astype(str).astype(object) if item.ids.dtype == object else more_ids[:0]
+        if more_ids.dtype != item.ids.dtype:  # text for integers names none of them, integers for text are spelled
+            more_ids = texts(more_ids) if item.ids.dtype == object else item.ids[:0]
         union = np.union1d(item.ids, more_ids)
         notes.append(f"{len(union) - len(item.ids)} items without an interaction kept from the item table")
         item = Coded(np.searchsorted(union, item.ids).astype(np.int32)[item.codes], union)
@@ -297,13 +306,13 @@ def _interactions(
         if item_features is None
         else side_features(item_features, items, side="item", id_col=asked[1], title_col=asked[2])
     )
-    shown = about_items.titles if about_items is not None else None
+    named = about_items.titles if about_items is not None else None
     if titles is not None:
-        shown = items.ids.astype(str).astype(object)
+        named = texts(items.ids)
         kept_titles = titles if rows is None else titles.iloc[rows]
         of_row = pd.Series(kept_titles.to_numpy(dtype=object), index=item.codes).dropna()
         of_row = of_row[~of_row.index.duplicated()]
-        shown[of_row.index.to_numpy()] = of_row.astype(str).to_numpy()
+        named[of_row.index.to_numpy()] = [str(t) for t in of_row]
     for about in (about_users, about_items):
         notes.extend(about.notes if about is not None else ())
     user.codes[...] += 1
@@ -318,7 +327,7 @@ def _interactions(
         items=items,
         user_features=about_users.features if about_users is not None else {},
         item_features=about_items.features if about_items is not None else {},
-        titles=shown,
+        titles=named,
         notes=tuple(notes),
         name=name,
     )
@@ -375,11 +384,11 @@ def _repeat_message(user: Coded, item: Coded, where: Where, rows: np.ndarray | N
 def _check(user: Coded, rating: np.ndarray | None, roles: Roles, source: str) -> None:
     if len(user.ids) < 2:
         raise MetarecError(
-            f"{source}, column {roles.user!r}: all rows are of one user ({user.shown(0)}); meta-learning wants many, "
-            f"two at the least. Name another column with {option('user')}"
+            f"{source}, column {shown(roles.user)}: all rows are of one user ({user.shown(0)}); meta-learning wants "
+            f"many, two at the least. Name another column with {option('user')}"
         )
     if rating is not None and rating.min() == rating.max():
         raise MetarecError(
-            f"{source}, column {roles.rating!r}: all ratings equal {rating[0]:g}, so nothing is left to predict. "
+            f"{source}, column {shown(roles.rating)}: all ratings equal {rating[0]:g}, so nothing is left to predict. "
             "If a row means that the user chose the item, say implicit=True (--implicit)"
         )

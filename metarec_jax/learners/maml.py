@@ -3,7 +3,7 @@
 Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017. Variants are
 arguments: FOMAML ``first_order=True``; ANIL (Raghu et al. 2020) ``only=`` the last layer; BOIL (Oh et al. 2021)
 ``only=`` all but the last; MeLU (Lee et al. 2019) ``only=("net",)``; Meta-SGD ``rule=meta_sgd(lr)``; the multi-step
-loss of MAML++ (Antoniou et al. 2019) ``per_step_losses=True``.
+loss of MAML++ (Antoniou et al. 2019) ``per_step_losses=True`` (all of it: `learners.maml_plus_plus`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def maml(
     loss: Callable[..., Array] = losses.mse,
     only: Sequence[str] | None = None,
     first_order: bool = False,
-    per_step_losses: bool = False,
+    per_step_losses: bool | Array = False,
     low_rank: bool = True,
     remat: bool = False,
 ) -> Learner:
@@ -42,12 +42,12 @@ def maml(
     Args:
       inner_lr: rate of the default rule, SGD.
       inner_steps: k, gradient steps on the support.
-      rule: an inner rule in place of SGD (`rules.from_optax`, `rules.meta_sgd`); ``inner_lr`` is then not used.
+      rule: an inner rule in place of SGD (`learners.rules`); ``inner_lr`` is then not used.
       loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
       only: path prefixes of the parameters that adapt, such as ``("net",)`` or
         ``("net/params/out", "tables/user_id")``; None adapts all.
       first_order: take the inner gradients for constants (FOMAML).
-      per_step_losses: mean of the query loss after every step, in place of the last alone.
+      per_step_losses: mean of the query loss after every step, in place of the last alone; or their weights ``[k]``.
       low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
         (`learners.low_rank`); the result is the same to rounding.
       remat: keep what the derivative needs at every sqrt(k)-th step alone and go through the steps between a second
@@ -59,7 +59,8 @@ def maml(
       "rest": {path: array}}``, with L = 1 + the ids of the support.
 
     Raises:
-      MetarecError: ``inner_steps`` below 0, or (from ``init``) ``only`` names a parameter that does not exist.
+      MetarecError: ``inner_steps`` below 0, weights that are not one a step, or (from ``init``) ``only`` names a
+        parameter that does not exist.
 
     One user row, one rating of 3, rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
 
@@ -74,6 +75,12 @@ def maml(
     """
     if inner_steps < 0:
         raise MetarecError(f"inner_steps must be 0 or more, got {inner_steps}")
+    weights = None if isinstance(per_step_losses, bool) else jnp.asarray(per_step_losses)
+    if weights is not None and weights.shape != (inner_steps,):
+        raise MetarecError(
+            f"per_step_losses has shape {weights.shape}; give one weight for each of {inner_steps} steps"
+        )
+    every_step = inner_steps > 0 and per_step_losses is not False
     inner = sgd(inner_lr) if rule is None else rule
     adapted_tables = {
         name: table._replace(adapted=only is None or any(_covers(p, f"tables/{name}") for p in only))
@@ -95,26 +102,28 @@ def maml(
 
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             moving, state = carry
-            grads = jax.grad(support_loss)(moving)
+            value, grads = jax.value_and_grad(support_loss)(moving)
             if first_order:
-                grads = jax.lax.stop_gradient(grads)
-            moving, state = inner.update(params["rule"], grads, state, moving)
+                value, grads = jax.lax.stop_gradient((value, grads))
+            extra = (value,) if inner.sees_loss else ()
+            moving, state = inner.update(params["rule"], grads, state, moving, *extra)
             return (moving, state), jnp.zeros(()) if visit is None else visit(tree.merge(body, moving))
 
         start = (moving, inner.start(params["rule"], moving))
         (moving, _), seen = _scan_in_segments(step, start, inner_steps) if remat else _scan(step, start, inner_steps)
         return tree.merge(body, moving), seen
 
+    def together(seen: Array) -> tuple[Array, dict[str, Array]]:
+        return seen.mean() if weights is None else jnp.vdot(weights, seen), {"query_loss": seen[-1]}
+
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         def query_loss(body: Params) -> Array:
             return loss(model.apply(body, task.query.inputs), task.query.target, where=task.query.mask)
 
         if low_rank and not remat and inner.lr is not None and (after := thin_steps(params, task)):
-            losses = jnp.stack([loss(scores, task.query.target, where=task.query.mask) for scores in after])
-            return losses.mean(), {"query_loss": losses[-1]}
-        if per_step_losses and inner_steps > 0:
-            _, seen = inner_loop(params, task.support, query_loss)
-            return seen.mean(), {"query_loss": seen[-1]}
+            return together(jnp.stack([loss(scores, task.query.target, where=task.query.mask) for scores in after]))
+        if every_step:
+            return together(inner_loop(params, task.support, query_loss)[1])
         value = query_loss(inner_loop(params, task.support, None)[0])
         return value, {"query_loss": value}
 
@@ -138,7 +147,7 @@ def maml(
             count=inner_steps,
             first_order=first_order,
         )
-        return [thin.run(query, *adapted)[0] for adapted in (after if per_step_losses else after[-1:])]
+        return [thin.run(query, *adapted)[0] for adapted in (after if every_step else after[-1:])]
 
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Any]:
         seen = rows.view(moving_tables, support.inputs)

@@ -40,8 +40,33 @@ def ridge(
     Raises:
       MetarecError: the model has no ``features``.
     """
+
+    def fit(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
+        return solve(phi, target - prior, weight, precision)
+
+    return closed_form(model, "ridge", fit, precision=precision, bias_precision=bias_precision, loss=loss)
+
+
+def closed_form(
+    model: Model,
+    name: str,
+    fit: Callable[[Array, Array, Array, Array, Array], Array],
+    *,
+    precision: float,
+    bias_precision: float,
+    loss: Callable[..., Array],
+) -> Learner:
+    """A learner whose user is a vector ``d`` on the model's features and a constant, found by ``fit``.
+
+    Args:
+      name: of the learned precisions among the parameters, and of the learner in messages.
+      fit: ``fit(phi [n, D + 1], prior score [n], target [n], weight [n], precision [D + 1]) -> d [D + 1]``.
+      precision, bias_precision: initial ones of the vector and of the constant.
+    """
     if model.features is None:
-        raise MetarecError("ridge wants a model with features (vectors the score is linear in), such as content_model")
+        raise MetarecError(
+            f"{name} wants a model with features (vectors the score is linear in), such as content_model"
+        )
     vectors = model.features
 
     def design(params: Params, inputs: Inputs) -> Array:
@@ -52,19 +77,18 @@ def ridge(
         params = model.init(key)
         initial = np.append(np.full(model.num_features, precision), bias_precision)
         log_precision = jnp.asarray(np.log(initial), jnp.float32)
-        return {**params, "ridge": {"log_precision": log_precision, "log_unknown_trust": jnp.zeros((), jnp.float32)}}
+        return {**params, name: {"log_precision": log_precision, "log_unknown_trust": jnp.zeros((), jnp.float32)}}
 
     def trust(params: Params, inputs: Inputs) -> Array:
         if "item_id" not in inputs:
             return jnp.ones(())
-        return jnp.where(inputs["item_id"] == 0, jnp.exp(params["ridge"]["log_unknown_trust"]), 1.0)
+        return jnp.where(inputs["item_id"] == 0, jnp.exp(params[name]["log_unknown_trust"]), 1.0)
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:
-        phi = design(params, support.inputs)
-        residual = support.target - model.apply(params, support.inputs)
-        return solve(
-            phi, residual, support.mask * trust(params, support.inputs), jnp.exp(params["ridge"]["log_precision"])
-        )
+        prior = model.apply(params, support.inputs)
+        weight = support.mask * trust(params, support.inputs)
+        precision = jnp.exp(params[name]["log_precision"])
+        return fit(design(params, support.inputs), prior, support.target, weight, precision)
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return model.apply(params, inputs) + design(params, inputs) @ adapted

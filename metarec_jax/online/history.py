@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarec_jax.core import MetarecError
+from metarec_jax.data.columns import shown
 from metarec_jax.data.interactions import Interactions
 
 _SUGGESTED = 5
 """Unknown names of one history that get suggestions."""
 _SEARCHED = 20_000
 """Names that a suggestion compares with, at the most."""
+_LONGEST = 200
+"""Characters of a name that gets suggestions."""
+_LARGEST = float(np.finfo(np.float32).max)
 _ITEM_COLUMNS = ("item_id", "item", "title")
 
 
@@ -48,9 +52,12 @@ def spoken(rating: float) -> str:
 def rated(value: Any, low: float, high: float) -> float | None:
     """A rating as a number, or None where it is none, or outside the scale by more than float32 can tell."""
     try:
-        number = float(np.float32(value))
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    if not abs(number) <= _LARGEST:  # nor nan
+        return None
+    number = float(np.float32(number))
     return number if low <= number <= high else None
 
 
@@ -82,15 +89,18 @@ class Names:
         rows = self._items.encode(names)
         if self._numeric:
             return rows
+        found: dict[str, int] = {}  # each name once, however long it is and however often it comes
         for k in np.flatnonzero(rows == 0):
             text = str(names[int(k)])
-            rows[k] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
+            if text not in found:
+                found[text] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
+            rows[k] = found[text]
         return rows
 
     def suggest(self, name: Any) -> tuple[str, ...]:
         """Up to three existing names: those that begin with ``name`` or hold it, then those spelt alike."""
         text = str(name).casefold().strip()
-        if not text or self._numeric:
+        if not text or len(text) > _LONGEST or self._numeric:
             return ()
         folded = [str(label).casefold() for label in self._labels]
         holds = [k for k, label in enumerate(folded) if text in label]
@@ -123,6 +133,7 @@ def parse_history(history: Any, data: Interactions, names: Names) -> History:
       MetarecError: a rating that is missing, no number, or outside the data's range.
     """
     given, ratings = _columns(history)
+    given = _plain(given, "the history's items")
     rows = names.rows(given)
     values, notes = _ratings(given, ratings, rows, names.scale)
     unknown = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
@@ -135,24 +146,22 @@ def parse_table(
 ) -> tuple[list[Any], list[History], tuple[Unknown, ...], tuple[str, ...]]:
     """Read many users' histories. Returns user ids, a history for each, and unknown items and notes of the whole."""
     users, given, ratings = _table(histories)
+    users, given = _plain(users, "user_id"), _plain(given, "item_id")
     rows = names.rows(given)
     values, notes = _ratings(given, ratings, rows, names.scale, users)
     every = names.unknown([g for g, row in zip(given, rows, strict=True) if row == 0])
     by_name = {u.name: u for u in every}
-    ids, first, member = np.unique(np.asarray(users), return_index=True, return_inverse=True)
-    order = np.argsort(member, kind="stable")
-    ends = np.cumsum(np.bincount(member, minlength=len(ids)))
-    found: list[Any] = []
+    member: dict[Any, list[int]] = {}  # in the order in which users come
+    for k, user in enumerate(users):
+        member.setdefault(user, []).append(k)
     parsed: list[History] = []
     total = 0
-    for k in np.argsort(first):
-        at = order[0 if k == 0 else ends[k - 1] : ends[k]]
+    for at in member.values():
         one, repeated = _last_of_each(rows[at], values[at])
         total += repeated
         missing = tuple(by_name[name] for name in dict.fromkeys(given[j] for j in at if rows[j] == 0))
-        found.append(ids[k].item())
         parsed.append(one._replace(unknown=missing, notes=_repeats(repeated)))
-    return found, parsed, every, (*notes, *_repeats(total))
+    return list(member), parsed, every, (*notes, *_repeats(total))
 
 
 def _repeats(count: int) -> tuple[str, ...]:
@@ -195,6 +204,15 @@ def _columns(history: Any) -> tuple[list[Any], list[Any] | None]:
     if isinstance(history, Mapping):
         return list(history), list(history.values())
     return list(history), None
+
+
+def _plain(values: list[Any], what: str) -> list[Any]:
+    """Values that are one thing each; NumPy's scalars as Python's."""
+    plain = [value.item() if isinstance(value, np.generic) else value for value in values]
+    for k, value in enumerate(plain):
+        if isinstance(value, (list, tuple, set, dict, np.ndarray)):
+            raise MetarecError(f"entry {k + 1} of {what} is a {type(value).__name__}; give one value a feedback")
+    return plain
 
 
 def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
@@ -243,10 +261,10 @@ def _ratings(
     for k, rating in enumerate(ratings):
         value = rated(rating, low, high)
         if value is None and rows[k]:
-            by = "" if users is None else f" by user {users[k]!r}"
+            by = "" if users is None else f" by user {shown(users[k])}"
             raise MetarecError(
-                f"the rating of {given[k]!r}{by} is {rating!r}, and ratings lie from {spoken(low)} to {spoken(high)}; "
-                "correct it"
+                f"the rating of {shown(given[k])}{by} is {shown(rating)}, and ratings lie from {spoken(low)} to "
+                f"{spoken(high)}; correct it"
             )
         values[k] = value or 0.0
     return values, ()
@@ -264,7 +282,7 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
         name = given if given in data.user_features else f"user_{given}"
         if name not in data.user_features:
             have = ", ".join(data.user_features) or "none"
-            raise MetarecError(f"there is no user feature {given!r}; the data has: {have}")
+            raise MetarecError(f"there is no user feature {shown(given)}; the data has: {have}")
         feature = data.user_features[name]
         if feature.vocabulary is None:
             columns[name] = _numeric(name, value, feature.values.shape[1])
@@ -272,7 +290,7 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
         values = list(value) if _is_column(value) else [value]
         rows = feature.vocabulary.encode(values) if values else np.zeros(0, np.int32)
         unseen = [v for v, row in zip(values, rows, strict=True) if row == 0]
-        notes += [f"{name} {v!r} was never seen, and counts as unknown" for v in unseen]
+        notes += [f"{name} {shown(v)} was never seen, and counts as unknown" for v in unseen]
         if feature.kind == "categorical":
             columns[name] = np.asarray(rows[:1] if len(rows) else [0], np.int32)
         else:
@@ -285,7 +303,7 @@ def _numeric(name: str, value: Any, width: int) -> np.ndarray:
     try:
         numbers = np.asarray(value, np.float32).reshape(1, -1)
     except (TypeError, ValueError) as error:
-        raise MetarecError(f"{name} is {value!r}, and wants {width} number(s); correct it") from error
+        raise MetarecError(f"{name} is {shown(value)}, and wants {width} number(s); correct it") from error
     if numbers.shape[1] != width or not np.isfinite(numbers).all():
-        raise MetarecError(f"{name} is {value!r}, and wants {width} finite number(s); correct it")
+        raise MetarecError(f"{name} is {shown(value)}, and wants {width} finite number(s); correct it")
     return numbers

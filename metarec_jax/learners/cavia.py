@@ -1,0 +1,108 @@
+"""CAVIA: a task adapts a short context vector alone; what the context means is shared by all tasks and meta-learned.
+
+Source: Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, "Fast Context Adaptation via Meta-Learning", 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners.maml import maml
+from metarec_jax.learners.rules import Rule
+
+START = "context/start"
+"""Path of the context, as `maml` sees it."""
+
+
+def cavia(
+    model: Model,
+    *,
+    size: int = 16,
+    table: str = "user_id",
+    inner_lr: float = 0.1,
+    inner_steps: int = 1,
+    rule: Rule | None = None,
+    loss: Callable[..., Array] = losses.mse,
+    first_order: bool = False,
+) -> Learner:
+    """Meta-train ``model`` with a context ``c [size]``, which starts at 0 for every task and alone adapts.
+
+    It enters by the user's row, ``row + c M``, with M learned: before dense layers that is to concatenate the context
+    to their input, in a dot product it moves the user's vector. What a task owns is ``size`` numbers.
+
+    Args:
+      size: C, length of the context.
+      table: the table whose rows it moves.
+      inner_lr, inner_steps, rule, loss, first_order: as for `maml`.
+
+    Returns:
+      A learner; ``adapted["rest"]["context/start"]`` is the context ``[C]``.
+
+    Raises:
+      MetarecError: the model has no such table, or as `maml`.
+    """
+    if table not in model.tables:
+        raise MetarecError(f"cavia: the model has no table {table!r}, it has {sorted(model.tables)}; give one of them")
+    steps = maml(
+        with_context(model, size, table),
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        rule=rule,
+        loss=loss,
+        only=(START,),
+        first_order=first_order,
+    )
+
+    def init(key: Array) -> Params:
+        params = steps.init(key)
+        return {**params, "context": {"map": params["context"]["map"]}}
+
+    def at_zero(params: Params) -> Params:
+        mapping = params["context"]["map"]
+        return {**params, "context": {"map": mapping, "start": jnp.zeros_like(mapping[:, 0])}}
+
+    def adapt(params: Params, support: Examples, key: Array) -> Any:
+        return steps.adapt(at_zero(params), support, key)
+
+    def predict(params: Params, adapted: Any, inputs: Inputs) -> Array:
+        return steps.predict(at_zero(params), adapted, inputs)
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, Any]:
+        return steps.loss(at_zero(params), task, key)
+
+    return Learner(init, adapt, predict, meta_loss, steps.tables)
+
+
+def with_context(model: Model, size: int, table: str) -> Model:
+    """``model`` with a context in its parameters: ``{"start": c [size], "map": M [size, D]}``, rows become row + c M.
+
+    M is drawn with variance ``1 / size``: ``M' M`` is about I, so that a rate for the context does what it would do to
+    the row itself.
+    """
+
+    def init(key: Array) -> Params:
+        k_model, k_map = jax.random.split(key)
+        mapping = jax.random.normal(k_map, (size, model.tables[table].size)) / size**0.5
+        return {**model.init(k_model), "context": {"start": jnp.zeros((size,)), "map": mapping}}
+
+    def apply(params: Params, inputs: Inputs) -> Array:
+        shift = params["context"]["start"] @ params["context"]["map"]
+        rows, local = params["tables"][table], dict(inputs)
+        columns = [c for c in model.tables[table].columns if c in inputs]
+        parts = [rows[:1]]  # the unknown row stays local row 0
+        for c in columns:
+            first = sum(part.shape[0] for part in parts)
+            slots = first + jnp.arange(inputs[c].size, dtype=jnp.int32).reshape(inputs[c].shape)
+            local[c] = jnp.where(inputs[c] == 0, 0, slots)
+            parts.append(rows[inputs[c].reshape(-1)])
+        body = {name: part for name, part in params.items() if name != "context"}
+        moved = jnp.concatenate(parts) + shift[None]
+        return model.apply({**body, "tables": {**params["tables"], table: moved}}, local)
+
+    return Model(init, apply, model.tables)

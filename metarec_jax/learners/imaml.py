@@ -1,0 +1,103 @@
+"""Implicit MAML: the derivative at the end of adaptation alone, whatever the path there; memory for one inner step.
+
+Source: Rajeswaran, Finn, Kakade and Levine, "Meta-Learning with Implicit Gradients", 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from metarec_jax import losses, tree
+from metarec_jax.core import Array, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners.maml import maml
+from metarec_jax.learners.rules import Rule
+
+
+def imaml(
+    model: Model,
+    *,
+    inner_lr: float = 0.1,
+    inner_steps: int = 16,
+    proximal: float = 1.0,
+    cg_steps: int = 8,
+    loss: Callable[..., Array] = losses.mse,
+    only: Sequence[str] | None = None,
+) -> Learner:
+    """Meta-train through the minimum of ``L_support(q) + proximal / 2 |q - p|^2``, reached by gradient steps from p.
+
+    At the minimum q, ``dq/dp = proximal (H + proximal I)^-1`` with H the Hessian of ``L_support`` there, so that the
+    meta-gradient is ``proximal (H + proximal I)^-1 grad L_query(q)``, by conjugate gradients; and what does not adapt
+    has its derivative by the same theorem. Both are as good as q is near the minimum: a small ``proximal`` wants more
+    steps.
+
+    Args:
+      inner_lr, inner_steps: of plain gradient steps; their rate must be below ``2 / (largest curvature + proximal)``.
+      proximal: how strongly parameters are held at their start.
+      cg_steps: conjugate-gradient steps at the most, a Hessian-vector product each; exact from as many on as H has
+        different eigenvalues.
+      loss, only: as for `maml`.
+
+    Returns:
+      A learner; ``adapt`` and ``predict`` are those of `maml` with the rule `towards_start`.
+
+    Raises:
+      MetarecError: ``proximal`` not above 0, ``cg_steps`` below 1, or as `maml`.
+    """
+    if not proximal > 0 or cg_steps < 1:
+        raise MetarecError(f"imaml: proximal is {proximal} and cg_steps {cg_steps}; give one above 0, and 1 or more")
+    rule = towards_start(inner_lr, proximal)
+    steps = maml(model, inner_steps=inner_steps, rule=rule, loss=loss, only=only)
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        body = {name: part for name, part in params.items() if name != "rule"}
+        start, _ = tree.partition(body, only)
+
+        def support_gradient(moving: dict[str, Array]) -> dict[str, Array]:
+            def support_loss(moving: dict[str, Array]) -> Array:
+                scores = model.apply(tree.merge(body, moving), task.support.inputs)
+                return loss(scores, task.support.target, where=task.support.mask)
+
+            return jax.grad(support_loss)(moving)
+
+        def slope(moving: dict[str, Array]) -> dict[str, Array]:
+            """0 at the minimum; over ``proximal``, so that it is near the identity where little is known."""
+            grads = support_gradient(moving)
+            return jax.tree.map(lambda q, p, g: q - p + g / proximal, moving, start, grads)
+
+        def descend(_: Any, moving: dict[str, Array]) -> dict[str, Array]:
+            def step(_: Array, carry: Any) -> Any:
+                moving, state = carry
+                return rule.update({}, support_gradient(moving), state, moving)
+
+            return jax.lax.fori_loop(0, inner_steps, step, (moving, rule.start({}, moving)))[0]
+
+        def conjugate(product: Callable[[Any], Any], right: Any) -> Any:
+            return jax.scipy.sparse.linalg.cg(product, right, tol=1e-7, maxiter=cg_steps)[0]
+
+        def solve(product: Callable[[Any], Any], right: Any) -> Any:  # cg alone cannot be transposed in here
+            return jax.lax.custom_linear_solve(product, right, conjugate, symmetric=True)
+
+        moved = jax.lax.custom_root(slope, start, descend, solve)
+        scores = model.apply(tree.merge(body, moved), task.query.inputs)
+        value = loss(scores, task.query.target, where=task.query.mask)
+        return value, {"query_loss": value}
+
+    return steps._replace(loss=meta_loss)
+
+
+def towards_start(lr: float, strength: float) -> Rule:
+    """Gradient descent that is drawn back: ``moving <- moving - lr * (gradient + strength * (moving - start))``.
+
+    >>> rule = towards_start(0.5, 2.0)
+    >>> state = rule.start({}, {"a": 3.0})
+    >>> rule.update({}, {"a": 4.0}, state, {"a": 2.0})[0]["a"]  # 2 - 0.5 (4 + 2 (2 - 3))
+    1.0
+    """
+
+    def update(params: Any, grads: Any, start: Any, moving: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda q, g, p: q - lr * (g + strength * (q - p)), moving, grads, start), start
+
+    return Rule(lambda moving: {}, lambda params, moving: moving, update)

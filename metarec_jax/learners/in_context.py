@@ -1,0 +1,89 @@
+"""In-context learning: a transformer reads the support, and each query looks at it.
+
+Source: Müller et al., "Transformers Can Do Bayesian Inference", 2022 (which tokens see which); for ratings, Fang et
+al., "All-in-One: Heterogeneous Interaction Modeling for Cold-Start Rating Prediction" (HIRE), 2024, whose tokens are
+the pairs of several users and items; here they are one user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.learners import evidence as shows
+from metarec_jax.networks import transformer
+
+
+def in_context(
+    model: Model,
+    *,
+    width: int = 32,
+    layers: int = 2,
+    heads: int = 2,
+    prior: float = 3.0,
+    prior_weight: float = 0.5,
+    loss: Callable[..., Array] = losses.mse,
+    expected: shows.Expected = shows.itself,
+) -> Learner:
+    """Meta-train a transformer that predicts a query from the support before its eyes: adaptation is one reading.
+
+    ``score = apply + n / (n + prior) t(v; support)`` with n the weight of the support; ``prior``, learned, shrinks a
+    short support towards the model's own score, and an empty one predicts exactly it.
+
+    A support token is its item vector and its residual ``target - expected(apply)``. Tokens of the support see each
+    other; a query token, whose residual is masked, sees the support and no other query. No position is told, so that
+    the order of the support does not matter.
+
+    Args:
+      model: with ``features``, such as `content_model`.
+      width: of a token, a multiple of ``heads``; layers, heads: of the transformer.
+      prior: where it starts, in examples.
+      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+
+    Returns:
+      A learner whose ``adapted`` is the keys and values of the support in each layer,
+      ``[layers, S, heads, width / heads]``, and its weights ``[S]``.
+
+    Raises:
+      MetarecError: the model has no ``features``, or ``width`` cannot be shared by the heads.
+    """
+    model = shows.scaled(model, "in_context")
+    vectors = shows.features_of(model, "in_context")
+    if layers < 1 or heads < 1 or width < 1 or width % heads:
+        raise MetarecError(
+            f"in_context: width {width}, layers {layers}, heads {heads}; give 1 or more, the width a multiple of heads"
+        )
+    net = transformer(model.num_features, width, layers, heads)
+
+    def init(key: Array) -> Params:
+        k_model, k_net = jax.random.split(key)
+        own = {
+            "net": net.init(k_net),
+            "log_scale": jnp.asarray(shows.LOG_SCALE, jnp.float32),
+            "log_prior": jnp.asarray(np.log(prior), jnp.float32),
+            "log_unknown_trust": jnp.zeros((), jnp.float32),
+        }
+        return {**model.init(k_model), "in_context": own}
+
+    def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
+        own = params["in_context"]
+        shown = shows.evidence(model, params, support, own["log_unknown_trust"], expected)
+        keys, values = net.apply(own["net"], *shown, method="read")
+        return {"keys": keys, "values": values, "weight": shown.weight}
+
+    def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
+        own, weight = params["in_context"], adapted["weight"]
+        x = vectors(params, inputs)
+        change = net.apply(own["net"], x, adapted["keys"], adapted["values"], weight, method="answer")
+        n = weight.sum()
+        return model.apply(params, inputs) + n / (n + jnp.exp(own["log_prior"])) * change
+
+    return shows.learner(init, adapt, predict, loss, model, prior_weight)

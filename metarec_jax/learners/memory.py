@@ -1,0 +1,130 @@
+"""Memory: a user starts from what users with the same profile needed before, and goes on by gradient steps.
+
+Source: Dong et al., "MAMO: Memory-Augmented Meta-Optimization for Cold-start Recommendation", 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.learners import evidence as shows
+
+_SHORT = 1e-4
+"""Added to squared lengths: a profile of which nothing is known is 0, and alike all slots."""
+_LONGEST = 5.0
+"""Longest inner gradient, as in MAMO: P and d are multiplied, and steps on both run away without it."""
+_UNROLL_UP_TO = 5
+
+
+def memory(
+    model: Model,
+    *,
+    slots: int = 8,
+    inner_lr: float = 0.3,
+    inner_steps: int = 5,
+    prior_weight: float = 0.5,
+    loss: Callable[..., Array] = losses.mse,
+) -> Learner:
+    """Meta-train memories that give a user of some profile a start, and the rates of the gradient steps from there.
+
+    ``score = apply + <d, [P v, 1]>`` for an item vector v. The attention of a profile p on the slots,
+    ``a = softmax_k(sharpness cos(p, key_k))``, reads two memories:
+
+    - the feature-specific one gives the user's vector and bias, ``d_0 = sum_k a_k user_k``,
+    - the task-specific one the matrix in which the user sees items, ``P_0 = I + sum_k a_k preference_k``.
+
+    Then ``inner_steps`` gradient steps on the loss of the support, clipped to length 5, with a learned rate for each
+    number of d and one for P. The profile is the user's rows side by side: of all columns that start with ``user_`` and
+    have a table.
+
+    What differs from MAMO: the memories and keys are meta-parameters with a gradient, where MAMO moves them by running
+    averages after each user, which a learner that is a pure function cannot; d stands for the parameters of MAMO's user
+    embedding, and the scorer is the model's own beside that product, not layers that adapt too. Numeric features of the
+    user enter through the model alone. Without a profile (users known by an unknown id only) the reading is the same
+    for all users: Meta-SGD of a user's vector and matrix.
+
+    Args:
+      model: with ``features``, such as `content_model`.
+      slots: of the memories.
+      inner_lr: where the rates of d start, and that of P at a tenth; inner_steps: gradient steps on the support.
+      prior_weight: of the loss before the first step in the objective, beside that after the last.
+      loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
+
+    Returns:
+      A learner whose ``adapted`` is ``{"user": [D + 1], "preference": [D, D]}``.
+
+    Raises:
+      MetarecError: the model has no ``features``, no slot, or ``inner_steps`` below 0.
+    """
+    vectors = shows.features_of(model, "memory")
+    if slots < 1 or inner_steps < 0:
+        raise MetarecError(f"memory: slots is {slots}, inner_steps {inner_steps}; give 1 or more, and 0 or more")
+    size = model.num_features
+    columns = [(table, c) for table, t in sorted(model.tables.items()) for c in t.columns if c.startswith("user_")]
+
+    def init(key: Array) -> Params:
+        k_model, k_keys, k_preference = jax.random.split(key, 3)
+        width = sum(model.tables[table].size for table, _ in columns)
+        own = {
+            "key": jax.random.normal(k_keys, (slots, width)),
+            "log_sharpness": jnp.asarray(np.log(4.0), jnp.float32),
+            "user": jnp.zeros((slots, size + 1), jnp.float32),
+            "preference": 0.01 * jax.random.normal(k_preference, (slots, size, size)),
+            "log_rate": {
+                "user": jnp.full(size + 1, np.log(inner_lr), jnp.float32),
+                "preference": jnp.asarray(np.log(inner_lr / 10), jnp.float32),
+            },
+        }
+        return {**model.init(k_model), "memory": own}
+
+    def profile(params: Params, inputs: Inputs) -> Array:
+        """The first example's user rows; all examples of a task have the same."""
+        rows = [_mean_row(params["tables"][table], inputs[c][0]) for table, c in columns if c in inputs]
+        return jnp.concatenate(rows) if rows else jnp.zeros(0)
+
+    def read(params: Params, inputs: Inputs) -> dict[str, Array]:
+        own, p = params["memory"], profile(params, inputs)
+        length = lambda v: jnp.sqrt(jnp.sum(v * v, axis=-1) + _SHORT)  # noqa: E731
+        alike = (own["key"] @ p) / (length(own["key"]) * length(p))
+        attention = jax.nn.softmax(jnp.exp(own["log_sharpness"]) * alike)
+        preference = jnp.einsum("k,kij->ij", attention, own["preference"])
+        return {"user": attention @ own["user"], "preference": jnp.eye(size, dtype=preference.dtype) + preference}
+
+    def score(prior: Array, v: Array, moving: dict[str, Array]) -> Array:
+        return prior + (v @ moving["preference"].T) @ moving["user"][:-1] + moving["user"][-1]
+
+    def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
+        prior, v = model.apply(params, support.inputs), vectors(params, support.inputs)
+
+        def step(moving: dict[str, Array], _: None) -> tuple[dict[str, Array], None]:
+            grads = jax.grad(lambda m: loss(score(prior, v, m), support.target, where=support.mask))(moving)
+            length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)) + _SHORT)
+            shrink = jnp.minimum(1.0, _LONGEST / length)
+            rates = params["memory"]["log_rate"]
+            return jax.tree.map(lambda p, rate, g: p - jnp.exp(rate) * shrink * g, moving, rates, grads), None
+
+        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
+        return jax.lax.scan(step, read(params, support.inputs), None, length=inner_steps, unroll=unroll)[0]
+
+    def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
+        return score(model.apply(params, inputs), vectors(params, inputs), adapted)
+
+    def before(params: Params, inputs: Inputs) -> Array:
+        return predict(params, read(params, inputs), inputs)
+
+    return shows.learner(init, adapt, predict, loss, model, prior_weight, before)
+
+
+def _mean_row(table: Array, ids: Array) -> Array:
+    """The row of one id, or the mean row of the values that are not padding, as the model takes it."""
+    if ids.ndim == 0:
+        return table[ids]
+    real = (ids > 0).astype(table.dtype)
+    return (real @ table[ids]) / jnp.maximum(real.sum(), 1.0)

@@ -1,0 +1,132 @@
+"""Proto-MAML: the user's head starts at the prototypes of the support, then takes gradient steps.
+
+Source: Triantafillou et al., "Meta-Dataset: A Dataset of Datasets for Learning to Learn from Few Examples", 2020.
+There a class has a prototype c, the mean of its features, and its head starts at ``w = 2 c, b = -|c|^2``, which scores
+as a prototypical network does. Here there are two classes: what the user likes better than the prior says, and what
+less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners.maml import maml
+from metarec_jax.learners.rules import Rule
+
+
+def protomaml(
+    model: Model,
+    *,
+    inner_lr: float = 0.1,
+    inner_steps: int = 1,
+    rule: Rule | None = None,
+    loss: Callable[..., Array] = losses.mse,
+    only: Sequence[str] = (),
+    first_order: bool = False,
+) -> Learner:
+    """Meta-train features and a prior; a task's head starts at its prototypes and adapts by gradient steps.
+
+    ``score = apply(params, x) + <w, features(params, x)> + b``, and (w, b) starts at `prototypes` of the support. The
+    derivative goes through that start as well.
+
+    Args:
+      model: with ``features``, such as `content_model`.
+      inner_lr, inner_steps, rule, loss, first_order: as for `maml`; 0 steps leave the prototypes as they are.
+      only: path prefixes of the model's parameters that adapt beside the head.
+
+    Returns:
+      A learner; ``adapted["rest"]`` holds the head, ``"head/weight" [D]`` and ``"head/bias" []``.
+
+    Raises:
+      MetarecError: the model has no ``features``, or as `maml`.
+    """
+    if model.features is None:
+        raise MetarecError(
+            "protomaml wants a model with features (vectors the score is linear in), such as content_model"
+        )
+    features = model.features
+    empty = {"weight": jnp.zeros((model.num_features,)), "bias": jnp.zeros(())}
+
+    def apply(params: Params, inputs: Inputs) -> Array:
+        head = params["head"]
+        return model.apply(params, inputs) + features(params, inputs) @ head["weight"] + head["bias"]
+
+    steps = maml(
+        Model(lambda key: {**model.init(key), "head": empty}, apply, model.tables),
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        rule=rule,
+        loss=loss,
+        only=("head", *only),
+        first_order=first_order,
+    )
+
+    def init(key: Array) -> Params:
+        params = {name: part for name, part in steps.init(key).items() if name != "head"}
+        return {
+            **params,
+            "prototypes": {
+                "log_gain": jnp.zeros(()),
+                "log_prior": jnp.zeros(()),
+                "level": jnp.asarray(0.5, jnp.float32),
+            },
+        }
+
+    def headed(params: Params, head: dict[str, Array]) -> Params:
+        return {**{name: part for name, part in params.items() if name != "prototypes"}, "head": head}
+
+    def start(params: Params, support: Examples) -> Params:
+        pull = jax.grad(lambda scores: loss(scores, support.target, where=support.mask))
+        liking = -support.mask.sum() * pull(model.apply(params, support.inputs))
+        return headed(params, prototypes(params["prototypes"], features(params, support.inputs), liking, support.mask))
+
+    def adapt(params: Params, support: Examples, key: Array) -> Any:
+        return steps.adapt(start(params, support), support, key)
+
+    def predict(params: Params, adapted: Any, inputs: Inputs) -> Array:
+        return steps.predict(headed(params, empty), adapted, inputs)
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, Any]:
+        return steps.loss(start(params, task.support), task, key)
+
+    return Learner(init, adapt, predict, meta_loss, steps.tables)
+
+
+def prototypes(learned: dict[str, Array], phi: Array, liking: Array, mask: Array) -> dict[str, Array]:
+    """The head of two prototypes: ``w = 2 g (c+ - c-)``, ``b = g (|c-|^2 - |c+|^2) + level * sum a / (k + n)``.
+
+    ``c+ = sum_i a_i^+ phi_i / (k + sum_i a_i^+)`` is the mean of the features with positive a, weighted by it and drawn
+    to 0 by a prior weight k; and so c-. With a in {-1, 1}, ``k = 0`` and ``level = 0`` it scores ``g (|phi - c-|^2 -
+    |phi - c+|^2)``, as a prototypical network does. Without support it is 0.
+
+    Args:
+      learned: ``{"log_gain": log g, "log_prior": log k, "level"}``.
+      phi: ``[n, D]``.
+      liking: a ``[n]``, how much better each example was liked than the prior says: minus the gradient of its loss with
+        respect to its score (for mse twice the residual).
+      mask: ``[n]``.
+
+    Returns:
+      ``{"weight": [D], "bias": []}``.
+
+    >>> learned = {"log_gain": jnp.array(0.0), "log_prior": jnp.array(-jnp.inf), "level": jnp.array(0.0)}
+    >>> head = prototypes(learned, jnp.array([[3.0], [1.0]]), jnp.array([1.0, -1.0]), jnp.ones(2))
+    >>> head["weight"].tolist(), float(head["bias"])  # (x - 1)^2 - (x - 3)^2 = 4 x - 8
+    ([4.0], -8.0)
+    """
+    prior, gain = jnp.exp(learned["log_prior"]), jnp.exp(learned["log_gain"])
+
+    def centre(weight: Array) -> Array:
+        total = prior + weight.sum()
+        return weight @ phi / jnp.where(total > 0, total, 1.0)
+
+    up, down = centre(jax.nn.relu(liking)), centre(jax.nn.relu(-liking))
+    count = prior + mask.sum()
+    level = learned["level"] * liking.sum() / jnp.where(count > 0, count, 1.0)
+    return {"weight": 2 * gain * (up - down), "bias": gain * (down @ down - up @ up) + level}
