@@ -287,12 +287,13 @@ def mesh_sizes(text: str | None) -> dict[str, int]:
 
 
 def build_mesh(sizes: Mapping[str, int]) -> Mesh | None:
-    """The mesh of these sizes; by default all devices that there are, and none for a single one."""
+    """The mesh of these sizes, by default of all devices that there are; None for a single one."""
     import jax
 
     from metarec_jax.training import sharding
 
-    return sharding.make_mesh(**sizes) if sizes or jax.device_count() > 1 else None
+    mesh = sharding.make_mesh(**sizes) if sizes or jax.device_count() > 1 else None
+    return None if mesh is None or mesh.size == 1 else mesh
 
 
 def negatives(config: TaskConfig, data: Interactions) -> int:

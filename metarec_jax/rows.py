@@ -21,7 +21,7 @@ LARGE = 4096
 
 
 def rounded(num_rows: int) -> int:
-    """Rows to allocate for a table of ``num_rows``: up to a 64th more, so that a power of two of devices can share them.
+    """Rows to allocate for a table of ``num_rows``: up to a 64th more, so that 2, 4, 8, ... devices can share them.
 
     A table below `LARGE` stays as it is. No id points at the rows beyond ``num_rows``.
 

@@ -16,6 +16,10 @@ if version("jaxlib").startswith("0.10."):  # later ones abort on the flag
     _FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_FAST_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
+from metarec_jax.cpu import tune_cpu  # noqa: E402
+
+tune_cpu()  # as the command line does: a child process, which inherits the flags, then computes the same bits
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

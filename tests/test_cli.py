@@ -18,6 +18,7 @@ from metarec_jax.training.progress import read_history
 
 SMALL = ["--steps", "40", "--tasks", "8", "--support", "2", "8", "--query", "4", "--size", "2"]
 SMALL += ["--validate-every", "20", "--save-every", "10", "--scenarios", "user_cold"]
+SMALL += ["--mesh", "data=1,model=1"]  # the tests have eight devices; most users have one
 
 
 @pytest.fixture(scope="module", autouse=True)
