@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from metarec_jax.config_gradients import build_gradient
 from metarec_jax.config_readers import READERS, build_reader
-from metarec_jax.options import Checked, error, known, meant, option
+from metarec_jax.options import Checked, entries, error, known, meant, option
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -205,8 +205,9 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """
     sections = typing.get_type_hints(Config)
     parts = {}
-    for name, given in values.items():
+    for name, given in entries(values, "the configuration").items():
         known(name, sections, "the configuration")
+        entries(given, f"section {name!r}")
         names = [f.name for f in dataclasses.fields(sections[name])]
         for key in given:
             known(key, names, f"section {name!r}")

@@ -25,27 +25,15 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import find_column
-from metarec_jax.data.interactions import Interactions, Vocabulary
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.published import read_states
 
 SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
 
 _TRAIN, _VALIDATION, _TEST = 0, 1, 2
 _NEVER = np.iinfo(np.int64).max
-_STATE_NAMES = ("state", "scenario", "split", "partition", "part", "subset")
-_STATES = {
-    "warm": "train",
-    "warm_up": "train",
-    "train": "train",
-    "meta_training": "train",
-    "user_cold": "user_cold",
-    "item_cold": "item_cold",
-    "both_cold": "both_cold",
-    "user_and_item_cold": "both_cold",
-}
 
 
 class Split(NamedTuple):
@@ -137,7 +125,7 @@ def read_partition(
     published, items that training never saw included.
 
     Args:
-      path: a Parquet, CSV or TSV file.
+      path: a Parquet file, or delimited text with a header.
       data: where given, its vocabularies and features are used, and its ids must be those of the file; rows with ids
         that it lacks are dropped and counted. Else the file's own ids, sorted.
       state_col: the column of states; default: the first named state, scenario, split, ..., or ending in ``_state``.
@@ -149,8 +137,7 @@ def read_partition(
     """
     if not 0 <= validation < 1:
         raise MetarecError(f"validation is {validation}; it is a share of the warm users, 0 or more and below 1")
-    frame = _table(Path(path))
-    table, state = _partition_rows(frame, data, Path(path), state_col)
+    table, state, unknown = read_states(Path(path), data, state_col)
     warm = state == "train"
     scenarios = tuple(s for s in SCENARIOS if (state == s).any())
     if not warm.any() or not scenarios:
@@ -158,7 +145,7 @@ def read_partition(
             f"{path}: the states give {int(warm.sum())} warm rows and the test scenarios {scenarios}; both are wanted; "
             "check state_col"
         )
-    dropped = {} if len(table) == len(frame) else {"rows with ids that the data lacks": len(frame) - len(table)}
+    dropped = {"rows with ids that the data lacks": unknown} if unknown else {}
     train, chosen = table.take(warm), {}
     if validation:
         rows, held_out, left = _masks(train, scenarios, "random", 0.0, validation, np.random.default_rng(seed))
@@ -316,58 +303,3 @@ def _usable(parts: Split) -> Split:
                     f"which has {len(rows)} rows; raise {which}=, or leave {scenario!r} out"
                 )
     return parts
-
-
-def _table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise MetarecError(f"{path} is no file; give the partition's Parquet, CSV or TSV file")
-    try:
-        if path.suffix in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",")
-    except (OSError, ValueError) as error:
-        raise MetarecError(f"{path} cannot be read as a table ({error}); give a Parquet, CSV or TSV file") from error
-
-
-def _partition_rows(
-    frame: pd.DataFrame, data: Interactions | None, path: Path, state_col: str | None
-) -> tuple[Interactions, np.ndarray]:
-    names = [str(c) for c in frame.columns]
-    found = {role: find_column(names, role, None, path.name) for role in ("user", "item", "rating", "timestamp")}
-    state_col = state_col or next((c for c in names if c.lower() in _STATE_NAMES or c.lower().endswith("_state")), None)
-    wanted = {"user": found["user"], "item": found["item"], "state": state_col}
-    if missing := [role for role, column in wanted.items() if column not in names]:
-        raise MetarecError(f"{path} has the columns {', '.join(names)}, and none for {', '.join(missing)}; name it so")
-    numbers = [column for role in ("rating", "timestamp") if (column := found[role]) is not None]
-    frame = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
-    if blank := [str(c) for c in (*wanted.values(), *numbers) if frame[c].isna().any()]:
-        raise MetarecError(f"{path} has cells without a usable value in {', '.join(blank)}; drop or fill these rows")
-    spelled = frame[state_col].astype(str)
-    names_of = {s: _STATES.get(s.lower().removesuffix("_state")) for s in spelled.unique()}
-    if unknown := [s for s, known in names_of.items() if known is None]:
-        raise MetarecError(f"{path}: {state_col} says {unknown[:5]}; known states are {', '.join(_STATES)}")
-    users, items = frame[found["user"]].to_numpy(), frame[found["item"]].to_numpy()
-    base = data if data is not None else Interactions(*_NO_ROWS, _vocabulary(users), _vocabulary(items), name=path.stem)
-    user, item = base.users.encode(users), base.items.encode(items)
-    for side, rows, given, known in (("user", user, users, base.users), ("item", item, items, base.items)):
-        if not rows.any():
-            raise MetarecError(
-                f"no {side} of {path.name}, such as {given[:1].tolist()}, is in the data, which has "
-                f"{known.ids[:1].tolist()}; read data whose ids are those of the partition, or give data=None"
-            )
-    kept = (user > 0) & (item > 0)
-
-    def values(role: str, kind: type) -> np.ndarray | None:
-        return None if found[role] is None else frame[found[role]].to_numpy(kind)[kept]
-
-    rating, timestamp = values("rating", np.float32), values("timestamp", np.int64)
-    table = replace(base, user=user[kept], item=item[kept], rating=rating, timestamp=timestamp)
-    return table, spelled.map(names_of).to_numpy(str)[kept]
-
-
-_NO_ROWS = (np.zeros(0, np.int32), np.zeros(0, np.int32), None, None)
-
-
-def _vocabulary(values: np.ndarray) -> Vocabulary:
-    whole = np.issubdtype(values.dtype, np.integer)
-    return Vocabulary(np.unique(values.astype(np.int64) if whole else values.astype(str)))

@@ -283,10 +283,16 @@ def load_params(
 
 
 def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -> tuple[int, dict[str, float]] | None:
-    """The step of the newest checkpoint and the metrics stored beside it; None where there is none."""
+    """The step of the newest sound checkpoint and the metrics stored beside it; None where there is none.
+
+    Raises:
+      MetarecError: its metadata is not what this library writes.
+    """
     root = Path(directory).absolute() / "checkpoints" / which
-    steps = folders.steps(root)
-    return (steps[-1], _metadata(root / str(steps[-1]))["metrics"]) if steps else None
+    for step in folders.steps(root)[::-1]:
+        if folders.damage(root / str(step)) is None:
+            return step, leaves.metadata(root / str(step))["metrics"]
+    return None
 
 
 def _newest(
@@ -321,7 +327,7 @@ def _newest(
 def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str | None, Any]:
     """What is damaged in a step whose files are as they were marked, why it is refused, or what it holds."""
     try:
-        described = _metadata(folder)["leaves"]
+        described = leaves.metadata(folder)["leaves"]
         chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
         if like is not None and (differs := leaves.mismatch(list(chosen.values()), like)):
             return None, f"does not fit this program: {differs}. {_ADVICE}", None
@@ -380,13 +386,9 @@ def _start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]
 def _holds(folder: Path, described: list[dict[str, Any]]) -> bool:
     """Whether a step is there whole, with these leaves to the bit."""
     try:
-        return folders.is_whole(folder) and _metadata(folder)["leaves"] == described
+        return folders.is_whole(folder) and leaves.metadata(folder)["leaves"] == described
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
 
 
 def _name(k: int) -> str:

@@ -84,13 +84,14 @@ def together(advice: str) -> Iterator[None]:
       advice: what to do, for the line.
     """
     host = coordinator_host()
-    try:
-        with watch.watched(host, advice):
+    with watch.watched(host, advice):
+        try:
             yield
-    except (jax.errors.JaxRuntimeError, processes.Lost):
-        if processes.count() == 1:
-            raise
-        watch.end("another process of this run", advice)
+        except (jax.errors.JaxRuntimeError, processes.Lost):
+            if processes.count() == 1:
+                raise
+            watch.wait_for_news()  # a collective may fail before the watch has heard who has gone
+            watch.end("another process of this run", advice)
 
 
 def coordinator_host() -> str:

@@ -7,12 +7,16 @@ has only its own part, and hands that on where it lies.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from metarec_jax.core import MetarecError
 
 
 class Leaf(NamedTuple):
@@ -167,3 +171,24 @@ def _expected(like: Any) -> tuple[list[int] | None, str]:
     if isinstance(like, bool | int | float):
         return [], str(np.asarray(like).dtype)
     return list(like.shape), str(like.dtype)
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """What was stored beside the arrays: their descriptions, and metrics.
+
+    Raises:
+      MetarecError: it is no such thing.
+    """
+    path = folder / "_CHECKPOINT_METADATA"
+    try:
+        found = json.loads(path.read_bytes())["custom_metadata"]
+        metrics, described = found["metrics"], found["leaves"]
+        if all(map(_is_number, metrics.values())) and all(isinstance(d["path"], str) for d in described):
+            return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise MetarecError(f"{path} is not what this library writes; delete the checkpoint, and the one before is used")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

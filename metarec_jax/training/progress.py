@@ -158,16 +158,16 @@ class Progress:
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a JSONL metrics file; a last line cut short by a kill is left out. [] where there is no file."""
+    """The lines of a JSONL metrics file; what is no JSON (cut by a kill) is left out. [] where there is no file."""
     lines = []
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and isinstance(found.get("step"), int):
             lines.append(found)

@@ -13,6 +13,7 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -21,7 +22,7 @@ from metarec_jax.training import processes
 
 LOST = 75
 """Exit status where another process has gone: EX_TEMPFAIL, "start it again"."""
-_BYE, _PATIENCE = b"bye\n", 30.0
+_BYE, _PATIENCE, _NEWS = b"bye\n", 30.0, 3.0
 
 
 @contextlib.contextmanager
@@ -45,6 +46,11 @@ def watched(host: str, advice: str) -> Iterator[None]:
         for line in lines:
             with contextlib.suppress(OSError):
                 line.sendall(_BYE)
+
+
+def wait_for_news() -> None:
+    """Give the watch a moment to hear which process has gone: it ends this one. Returns where it heard of none."""
+    time.sleep(_NEWS)
 
 
 def end(who: str, advice: str) -> None:
