@@ -204,7 +204,7 @@ def test_rules_refuse():
 # MAML++
 
 
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("first_order", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_maml_plus_plus_anneals(first_order):
     """k = 4, half way: weights (1 - 1/2) / 4 = 1/8 for steps 1 to 3, and 5/8; the first half takes no second derivative."""
     model, task = seed_world()
@@ -428,7 +428,7 @@ def test_features_are_wanted(make):
 # As a run configures them
 
 
-@pytest.mark.parametrize("head", ["dot", "mlp"])
+@pytest.mark.parametrize("head", ["dot", pytest.param("mlp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "given",
     [

@@ -88,6 +88,7 @@ def test_a_few_ratings_of_a_new_user_beat_any_prior(name):
     assert after < 0.93 * min(before, best_prior)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLICKS)
 def test_clicks(name):
     """Scores are logits, residuals target - sigmoid(score): the logistic loss falls below that before adaptation."""
@@ -104,7 +105,7 @@ def test_clicks(name):
     assert after < 0.97 * before
 
 
-@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("implicit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_by_name(implicit):
     """As the command line names them: built for ratings and for clicks, each loss is finite."""
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2, implicit=implicit, seed=2).data

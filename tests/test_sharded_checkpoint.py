@@ -221,7 +221,7 @@ def test_four_processes_resume_what_two_saved_and_one_resumes_from_them(together
         child.check(checkpoints.restore(like)[1], step + 1, like)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_of_one_of_two_processes_in_the_middle_of_saving(tmp_path, victim):
     """Whatever moment it strikes, the step found is whole, and at most two behind the last that was asked for."""
     run, last, draw = tmp_path / "run", 0, random.Random(victim)
