@@ -17,7 +17,14 @@ import numpy as np
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import Catalogue
-from metarec_jax.factorization import als_factors, bias_terms, implicit_als_factors, neighbours, similarities
+from metarec_jax.factorization import (
+    als_factors,
+    bias_terms,
+    implicit_als_factors,
+    item_weights,
+    neighbours,
+    similarities,
+)
 
 Factory = Callable[..., Method]
 
@@ -196,6 +203,64 @@ def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     return _bias_predict(params, adapted, inputs) + moved / (total + params["shrinkage"])
 
 
+def ease(
+    train: Interactions,
+    known: Catalogue,
+    *,
+    reg: float = 1000.0,
+    dense_limit: int = 20_000,
+) -> Method:
+    """EASE: an item's score is a linear function of the other items that the user has, learned in closed form.
+
+    Clicks: x_u B, the sum of the support's rows of B. Ratings: bias + e_u B, e_u the residuals of the support's ratings
+    under the bias model, and B of the matrix of such residuals. B is what `factorization.item_weights` solves for:
+    min |X - X B|^2 + reg |B|^2 with a zero diagonal.
+
+    Args:
+      reg: ridge, in users (clicks) or squared ratings (ratings). It wants to be larger, the shorter the supports are.
+      dense_limit: item rows for which the square matrix, and its inverse, are made.
+
+    Raises:
+      MetarecError: more item rows than ``dense_limit``.
+
+    Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019.
+    """
+    _check(train, known, "ease")
+    rows = train.items.num_rows
+    if rows > dense_limit:
+        raise MetarecError(
+            f"ease would make a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; use item_knn, "
+            "which keeps a few neighbours of each item, or raise dense_limit"
+        )
+    if train.rating is None:
+        values, params = np.ones(len(train), np.float32), {}
+    else:
+        mu, item_bias, user_bias = bias_terms(train)
+        values = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
+        params = _bias_params(train, 5.0, 2.0)
+    weights = item_weights(train, values, reg)
+    return Method(params | {"weights": jnp.asarray(weights)}, _ease_adapt, _ease_predict)
+
+
+def _ease_adapt(params: Any, support: Examples, key: Array) -> Any:
+    """Ids and values of the support; padding has value 0."""
+    target, weight = _weighted(support)
+    ids = jnp.where(weight > 0, support.inputs["item_id"], 0)
+    if "mu" not in params:
+        return {"id": ids, "value": weight * target}
+    user = _bias_adapt(params, support, key)
+    return user | {"id": ids, "value": weight * (target - _bias_predict(params, user, {"item_id": ids}))}
+
+
+def _ease_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
+    items, ids, value, weights = inputs["item_id"], adapted["id"], adapted["value"], params["weights"]
+    if 4 * items.shape[0] < weights.shape[0]:
+        total = value @ weights[ids[:, None], items[None]]
+    else:  # most of the catalogue: one product with a vector over all items
+        total = (jnp.zeros(weights.shape[0]).at[ids].add(value) @ weights)[items]
+    return _bias_predict(params, adapted, inputs) + total if "mu" in params else total
+
+
 def als(
     train: Interactions,
     known: Catalogue,
@@ -256,6 +321,6 @@ def _implicit_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
 
 
 BASELINES: Mapping[str, Factory] = MappingProxyType(
-    {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, als)}
+    {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, ease, als)}
 )
 """The factories by name. ``item_mean``, ``user_mean`` and ``bias`` want ratings."""

@@ -186,9 +186,78 @@ def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
     return data.data(section(**given), data_dir=data_dir, as_json=json)
 
 
+def compare(
+    options: Any,
+    learners: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="NAME [NAME ...]",
+            help="meta-learners, apart or joined by commas; options of one follow it, as maml:inner_steps=1:rule=sgd",
+        ),
+    ] = ("ridge", "maml", "protonet", "neural_process"),  # one of each family
+    baselines: Annotated[
+        tuple[str, ...] | None,
+        tyro.conf.arg(
+            metavar="NAME [NAME ...]",
+            help_behavior_hint="",
+            help="baselines beside the trivial ones; by default all that are quick. Only if named: ease and, trained "
+            "for as many steps as the learners, sgd_mf, factorization_machine, two_tower, deepfm",
+        ),
+    ] = None,
+    seeds: Annotated[int, tyro.conf.arg(help="splits of the users, each with a training and a draw of its own")] = 1,
+    max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
+    support_curve: Annotated[
+        tuple[int, ...], tyro.conf.arg(metavar="[INT ...]", help="also measured with so many ratings shown")
+    ] = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50),
+    recommend: Annotated[bool, tyro.conf.arg(help="say which method to take, and why")] = False,
+    max_ms: Annotated[
+        float | None,
+        tyro.conf.arg(metavar="MS", help_behavior_hint="", help="with --recommend: milliseconds that a user may take"),
+    ] = None,
+    max_mib: Annotated[
+        float | None,
+        tyro.conf.arg(metavar="MIB", help_behavior_hint="", help="with --recommend: MiB that parameters may take"),
+    ] = None,
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="folder; default: runs/compare-NAME")
+    ] = None,
+    fresh: Annotated[bool, tyro.conf.arg(help="measure everything anew, whatever the folder holds")] = False,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> int:
+    """Measure many methods on one data set, under several seeds, in one table; say which to take.
+
+    Every method and seed is measured once and kept: a broken or a longer command continues.
+
+    For example:
+
+      metarec compare ml-100k --learners ridge,maml --seeds 3
+      metarec compare ratings.csv --user-col uid --recommend --max-ms 1
+      metarec compare ml-100k --learners maml maml:first_order=true --baselines als deepfm
+    """
+    from metarec_jax.commands import compare
+
+    return compare.compare(
+        configured(options),
+        learners=learners,
+        baselines=baselines,
+        seeds=seeds,
+        max_users=max_users,
+        support_curve=support_curve,
+        recommend=recommend,
+        max_ms=max_ms,
+        max_mib=max_mib,
+        out=out,
+        fresh=fresh,
+        data_dir=data_dir,
+        as_json=json,
+    )
+
+
 # The options are made, not written, so their types cannot be either.
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.arg(name=""))
 fit.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[misc]
+compare.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[misc]
 data.__annotations__["options"] = Annotated[(typing.get_type_hints(Options)["data"], *_FLAT)]  # type: ignore[misc]
 
 
@@ -273,6 +342,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "fit": fit,
     "evaluate": evaluate,
     "recommend": recommend,
+    "compare": compare,
     "data": data,
     "prepare": prepare,
     "doctor": doctor,

@@ -95,11 +95,12 @@ class LearnerConfig(Checked):
 
     name: Literal[
         "ridge", "logistic", "maml", "maml_plus_plus", "reptile", "imaml", "cavia", "protomaml", "memory",
-        "protonet", "matching", "neural_process", "in_context", "hypernetwork"
+        "protonet", "matching", "neural_process", "in_context", "hypernetwork", "item_map"
     ] = option(
         "ridge",
         "closed form on learned vectors (ridge; logistic: of clicks); gradient steps (maml to memory); nearness to "
-        "what was liked (protonet, matching); or networks that read the support",
+        "what was liked (protonet, matching); networks that read the support; item_map: a map from the items of clicks "
+        "to all items, which starts at its best",
         flag="learner",
     )  # fmt: skip
     inner_lr: float | None = option(
@@ -336,6 +337,7 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
     by_squares = config.name == "ridge"  # fits its support so, whatever the loss of the query
     of_query = by_squares or config.name in READERS  # which may be measured as we report it
     fitting = ("mse" if by_squares else "bce") if data.implicit else ("mae" if of_query else "mse")
+    fitting = "sampled_softmax" if config.name == "item_map" else fitting
     return losses.LOSSES[fitting if config.loss == "auto" else config.loss]
 
 
@@ -347,12 +349,14 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     held: dict[str, Any] = {} if given.precision is None else {"precision": given.precision}
     if given.name == "ridge":
         return learners.ridge(model, loss=loss, **held)
+    if given.name in ("logistic", "item_map") and not data.implicit:
+        raise error(
+            f"learner {given.name!r} is for clicks, and the data has ratings; give --implicit, or --learner ridge"
+        )
     if given.name == "logistic":
-        if not data.implicit:
-            raise error(
-                "learner 'logistic' is for clicks, and the data has ratings; give --implicit, or --learner ridge"
-            )
         return learners.logistic(model, loss=loss, **held)
+    if given.name == "item_map":
+        return learners.item_map(data.items.num_rows, size=config.model.size, loss=loss)
     if given.name in (*READERS, "memory"):
         return build_reader(given, model, loss, clicks=data.implicit)
     return build_gradient(given, model, loss, dot=(config.model.name, config.model.head) == ("content", "dot"))
@@ -367,11 +371,15 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     if not warm_starts(config, train):
         return None
     params = learner.init(jax.random.key(config.train.seed))
+    if config.learner.name == "item_map":
+        return learners.item_map_start(params, train, seed=config.train.seed)
     return learners.warm_start(params, train, seed=config.train.seed)
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:
-    """Whether this run starts from a factorisation: ratings, the content model, dot-product head."""
+    """Whether this run starts from a factorisation (ratings, the content model, dot-product head), or item_map's."""
+    if config.learner.name == "item_map":
+        return config.train.warm_start and train.items.num_rows <= 20_000
     dot = (config.model.name, config.model.head) == ("content", "dot")
     return config.train.warm_start and dot and not train.implicit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def build_gradient(given: LearnerConfig, model: Model, loss: Callable[..., Array
 
     only = {(): ("tables/user_id",) if dot else None, ("all",): None}.get(given.only, given.only)
     alone = only == ("tables/user_id",) or given.name in ("cavia", "protomaml")
-    rate = given.inner_lr if given.inner_lr is not None else 0.3 if alone else 0.1
+    rate = inner_rate(given, dot=dot)
     of: dict[str, Any] = {"inner_steps": given.inner_steps, "loss": loss}
     if given.name == "imaml":
         return learners.imaml(model, inner_lr=rate, proximal=given.proximal, only=only, **of)
@@ -49,3 +50,24 @@ def build_gradient(given: LearnerConfig, model: Model, loss: Callable[..., Array
     if given.name == "protomaml":
         return learners.protomaml(model, only=("tables", "net") if given.only == ("all",) else given.only, **of)
     return learners.maml(model, only=only, per_step_losses=given.per_step_losses, remat=given.remat, **of)
+
+
+def inner_rate(given: LearnerConfig, *, dot: bool) -> float:
+    """The inner rate, as configured or by what adapts; `build_gradient` has the arguments."""
+    alone = given.only == ("tables/user_id",) or (given.only == () and dot) or given.name in ("cavia", "protomaml")
+    return given.inner_lr if given.inner_lr is not None else 0.3 if alone else 0.1
+
+
+def with_inner_steps(given: LearnerConfig, steps: int, *, first_order: bool = False) -> LearnerConfig | None:
+    """A learner that adapts by ``steps`` inner steps from the parameters that ``given`` trains; None where none does.
+
+    Reptile adapts as `maml` does, and so does maml_plus_plus, with a rate a step; parameters beyond those of `maml`
+    (`learners.maml_plus_plus.CLOCK`) are to be left out.
+    """
+    if given.name not in (*STEPPERS, "maml_plus_plus"):
+        return None
+    name = "maml" if given.name in ("reptile", "maml_plus_plus") else given.name
+    rule = "lslr" if given.name == "maml_plus_plus" else given.rule
+    return dataclasses.replace(
+        given, name=name, rule=rule, inner_steps=steps, first_order=first_order, per_step_losses=False
+    )

@@ -14,6 +14,21 @@ _REDUCE = "--xla_cpu_experimental_ynn_fusion_type="
 """Sums over tasks by XLA's own loops: the library that XLA prefers took 480 us for [512, 64] -> [64]."""
 
 
+THREADS_ENOUGH = 8
+"""Threads of XLA's pool with which two programs may run at once: with two, two programs that both solve batches of
+linear systems were seen to wait for ever (jax 0.10.2). ``NPROC`` says how many there are; else one a core."""
+
+
+def runs_together() -> int:
+    """How many programs may run at once without waiting for each other's threads: 2, or 1 where there are few threads.
+
+    >>> runs_together() in (1, 2)
+    True
+    """
+    given = os.environ.get("NPROC", "")
+    return 2 if (int(given) if given.isdecimal() else os.cpu_count() or 1) >= THREADS_ENOUGH else 1
+
+
 def tune_cpu() -> bool:
     """Let XLA vectorise loops over embedding rows on a CPU; call it before JAX computes anything.
 

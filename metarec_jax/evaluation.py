@@ -22,6 +22,7 @@ import pandas as pd
 
 from metarec_jax import metrics
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
+from metarec_jax.cpu import runs_together
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
 from metarec_jax.results import ALL, Report
 
@@ -282,7 +283,8 @@ class _Runner:
 
             one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
             shape = (task.support.mask.shape, task.query.mask.shape, rank_catalogue)
-            with ThreadPoolExecutor(1 if shape in self.shapes else 2) as pool:  # XLA compiles two programs at once
+            at_once = 1 if shape in self.shapes else runs_together()  # XLA compiles two programs at once
+            with ThreadPoolExecutor(at_once) as pool:
                 for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
                     scores[name][index] = np.asarray(found)[: len(index)]
                     if rank_catalogue:

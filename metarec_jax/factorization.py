@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve, lapack
 from scipy.sparse import csr_matrix
 
 from metarec_jax.core import MetarecError
@@ -265,6 +266,101 @@ def similarities(train: Feedback, values: np.ndarray, shrinkage: float) -> np.nd
     for first, block in _similar_blocks(train, values, shrinkage):
         out[first : first + block.shape[0]] = block.toarray()
     return out
+
+
+def item_weights(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
+    """The item weights of EASE: ``argmin_B |X - X B|^2 + reg |B|^2`` with a zero diagonal.
+
+    With P = (X^T X + reg I)^-1: ``B_ij = -P_ij / P_jj`` for i != j. X has a row for each user. An item that training
+    never saw has a column of zeros there, and so a row and a column of zeros in B.
+
+    Args:
+      values: float32 ``[N]``, one for each interaction: the entries of X.
+      reg: ridge, above 0.
+
+    Returns:
+      float32 ``[rows, rows]``; row i says how much item i adds to each score.
+
+    Raises:
+      MetarecError: ``reg`` is not above 0.
+
+    Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019.
+    """
+    if not reg > 0:
+        raise MetarecError(f"item_weights: reg is {reg}; give a ridge above 0")
+    shape = (train.users.num_rows, train.items.num_rows)
+    x = csr_matrix((values, (train.user, train.item)), shape=shape, dtype=np.float32)
+    gram = (x.T @ x).toarray()
+    gram[np.diag_indices_from(gram)] += np.float32(reg)
+    factor, bad = lapack.spotrf(gram, lower=False, overwrite_a=True)
+    if bad:
+        raise MetarecError(f"item_weights: with reg {reg} the matrix is singular to rounding; give a larger reg")
+    upper, _ = lapack.spotri(factor, lower=False, overwrite_c=True)
+    inverse = np.triu(upper) + np.triu(upper, 1).T
+    weights = inverse / -np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    return weights
+
+
+def support_map(
+    train: Feedback, *, support: int, reg: float, size: int, iterations: int = 8, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best linear map of rank ``size`` from a random support of a user's items to the rest of them.
+
+    ``argmin_{b, M} E sum_u |q_u - b - s_u M|^2 + reg |M|^2``, where s_u is the 0-1 row of ``support`` of the user's m
+    items, all choices alike, and q_u that of the others. With p = support / m, the expectations are sums over users:
+    ``E s's`` has p on the diagonal and p (support - 1) / (m - 1) beside it, for items that both are the user's, and
+    ``E s'q`` has p (m - support) / (m - 1), and 0 on the diagonal. ``M = (cov(s, s) + reg I)^-1 cov(s, q)``, projected
+    on the directions of q in which it explains most: the best of that rank (reduced-rank regression).
+
+    Args:
+      train: interactions; a rating, if any, is ignored. Users with no more than ``support`` items are left out.
+      support: size of the supports, 1 or more; reg: ridge, in users, above 0; size: rank.
+      iterations: of the subspace iteration that finds those directions; seed: of its start.
+
+    Returns:
+      bias float32 ``[rows]``, inward and outward ``[rows, size]``: M = inward outward'. 0 for items never seen.
+
+    Raises:
+      MetarecError: numbers out of range, or no user with more than ``support`` items.
+
+    Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975.
+    """
+    rows = train.items.num_rows
+    if support < 1 or not reg > 0 or not 1 <= size < rows:
+        raise MetarecError(f"support_map: support {support}, reg {reg}, size {size}; give 1.., above 0, 1..{rows - 1}")
+    ones = np.ones(len(train.user), np.float32)
+    x = csr_matrix((ones, (train.user, train.item)), shape=(train.users.num_rows, rows), dtype=np.float32)
+    x.data[:] = 1.0  # an item that a user had twice counts once
+    m = np.asarray(x.sum(1), np.float64).ravel()
+    if not (m > support).any():
+        raise MetarecError(f"no user has more than {support} items (the most is {m.max():.0f}); give a smaller support")
+    x, m = x[m > support], m[m > support]
+    p, users = support / m, len(m)
+
+    def gram(weight: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+        weighted = x.multiply(weight[:, None].astype(np.float32)).tocsr()
+        out = np.asarray((x.T @ weighted).toarray(), np.float32)
+        np.fill_diagonal(out, diagonal)
+        return out
+
+    s_mean, q_mean = x.T @ p / users, x.T @ (1 - p) / users
+    seen = x.T @ p
+    left = gram(p * (support - 1) / (m - 1), seen + reg) - np.float32(users) * np.outer(s_mean, s_mean).astype(
+        np.float32
+    )
+    right = gram(p * (m - support) / (m - 1), np.zeros(rows)) - np.float32(users) * np.outer(s_mean, q_mean).astype(
+        np.float32
+    )
+    factor = cho_factor(left, overwrite_a=True)
+    directions = np.random.default_rng(seed).normal(size=(rows, min(rows, size + 16))).astype(np.float32)
+    for _ in range(iterations):  # of right' left^-1 right, by products with a few columns
+        directions = np.linalg.qr(right.T @ cho_solve(factor, right @ directions))[0]
+    explained = cho_solve(factor, right @ directions)
+    _, turn = np.linalg.eigh((right @ directions).T @ explained)
+    best = turn[:, ::-1][:, :size]
+    inward, outward = explained @ best, directions @ best
+    return (q_mean - (s_mean @ inward) @ outward.T).astype(np.float32), inward, outward
 
 
 def neighbours(train: Feedback, values: np.ndarray, shrinkage: float, top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,12 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from metarec_jax.diagnostics import Convergence
 from metarec_jax.metrics import higher_is_better
 from metarec_jax.results import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """For the methods that are no baselines: Okabe and Ito's palette, which colour-blind readers tell apart."""
 _BEST, _OTHER, _INK, _SOFT = "#3C3C3C", "#8C8C8C", "#222222", "#6B6B6B"
+_DIVERGED = 2.0
+"""Where the plot of an inner loop ends, in shares of the first value."""
 _SCENARIOS = {
     "user_cold": "New users",
     "item_cold": "New items",
@@ -236,6 +239,39 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
         tasks = max(e.tasks for e in values.values())
         among = f", {candidates(report, scenario)}" if metric.startswith("catalogue_") else ""
         _named(ax, scenario_title(scenario), "", f"{tasks:,} tasks{among}")
+    return _save(figure, path)
+
+
+def inner_loop(found: Mapping[str, Convergence], path: Path) -> bool:
+    """Support loss, query loss and gradient norm by inner step, a colour a learner; a ring where training stops.
+
+    Losses are shares of their own value before the first step. False, and no file, without a learner.
+    """
+    if not found:
+        return False
+    figure, axes = _figure(3, 3.6)
+    told = "means over validation tasks; the ring: the steps trained with; what leaves a panel at its top has diverged"
+    _title(figure, "Convergence of the inner loop", told)
+    panels = (
+        ("Support", "loss, as a share of that before adapting", "support_loss"),
+        ("Query", "loss, as a share of that before adapting", "query_loss"),
+        ("Inner gradient", "norm, as a share of the first", "gradient_norm"),
+    )
+    for ax, (title, ylabel, what) in zip(axes, panels, strict=True):
+        ends, highest = [], 1.0
+        for k, (name, c) in enumerate(found.items()):
+            values = np.array(getattr(c, what)) / (getattr(c, what)[0] or 1.0)
+            shown = np.where(np.isfinite(values), np.clip(values, None, _DIVERGED), _DIVERGED)
+            color = COLORS[k % len(COLORS)]
+            ax.plot(c.steps, shown, color=color, lw=2, marker="o", ms=3)
+            ax.plot(c.trained, shown[c.steps.index(c.trained)], "o", ms=10, mfc="none", mec=color, mew=1.4)
+            ends.append((float(shown[-1]), name.replace(":", "\n"), color))
+            highest = max(highest, float(shown.max()))
+        ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.08 * highest)
+        _named(ax, title, ylabel)
+        _end_labels(ax, ends)
+        ax.set_xlabel("inner steps", color=_SOFT)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return _save(figure, path)
 
 

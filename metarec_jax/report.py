@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from metarec_jax import plots
+from metarec_jax import diagnostics, plots
+from metarec_jax.diagnostics import Convergence
 from metarec_jax.metrics import higher_is_better
+from metarec_jax.pages import Section, Table, write_page
 from metarec_jax.plots import metric_title, scenario_title
 from metarec_jax.results import Difference, Estimate, Report
 
 _GAINS = {"exp": "2^r - 1", "linear": "r", "square": "r^2 - 1", "binary": "1 for a relevant item, else 0"}
-
-
-class Table(NamedTuple):
-    """Text cells; ``best`` are the (row, column) of the cells to mark."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    best: frozenset[tuple[int, int]] = frozenset()
-
-
-class Section(NamedTuple):
-    """A part of a report: a title, what is said, then a plot or a table."""
-
-    title: str
-    says: tuple[str, ...] = ()
-    table: Table | None = None
-    image: str | None = None
 
 
 def main_metrics(report: Report) -> list[str]:
@@ -58,19 +41,50 @@ def metric_table(report: Report, metric: str) -> Table:
 
 def terminal_table(report: Report) -> str:
     """The main metrics as aligned text; ``*`` marks the best of a column."""
+    blocks = [*metric_blocks(report), "\n".join(findings(report))]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def metric_blocks(report: Report) -> list[str]:
+    """Each main metric as aligned text under a line that names it; ``*`` marks the best of a column."""
     blocks = []
     for metric in main_metrics(report):
-        header, rows, best = metric_table(report, metric)
-        lines = [
-            header,
-            *(tuple(c + (" *" if (r, k) in best else "  ") for k, c in enumerate(row)) for r, row in enumerate(rows)),
-        ]
-        widths = [max(len(line[k].rstrip()) for line in lines) for k in range(len(header))]
-        text = ["  ".join(c.rstrip().ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         direction = "higher is better" if higher_is_better(metric) else "lower is better"
-        blocks.append("\n".join([f"{metric_title(metric)}: {_mean_of(metric)}, {direction}, * best", *text]))
-    blocks.append("\n".join(findings(report)))
-    return "\n\n".join(block for block in blocks if block)
+        told = f"{metric_title(metric)}: {_mean_of(metric)}, {direction}, * best"
+        blocks.append(f"{told}\n{aligned(metric_table(report, metric))}")
+    return blocks
+
+
+def comparison_table(report: Report, metric: str) -> Table:
+    """Every method that is no baseline less the best baseline, paired, with 95% interval; marked where it is better."""
+    found = {(d.method, d.scenario): d for d in report.compare([metric])}
+    scenarios = [s for s in report.scenarios if any(key[1] == s for key in found)]
+    rivals = [report.best_baseline(metric, s) for s in scenarios]
+    ours = [m for m in report.methods if any(key[0] == m for key in found)]
+    rows, better = [], set()
+    for r, name in enumerate(ours):
+        cells = [found.get((name, s)) for s in scenarios]
+        rows.append((name, *("-" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in cells)))
+        better |= {(r, k + 1) for k, d in enumerate(cells) if d is not None and d.better}
+    header = ("method", *(f"{scenario_title(s)}, against {b}" for s, b in zip(scenarios, rivals, strict=True)))
+    return Table(header, tuple(rows), frozenset(better))
+
+
+def aligned(table: Table) -> str:
+    """A table as text; ``*`` marks its best cells.
+
+    >>> print(aligned(Table(("method", "MAE"), (("als", "0.7"), ("random", "1.4")), frozenset({(0, 1)}))))
+    method  MAE
+    als     0.7 *
+    random  1.4
+    """
+    header, rows, best = table
+    marked = [tuple(c + (" *" if (r, k) in best else "  ") for k, c in enumerate(row)) for r, row in enumerate(rows)]
+    lines = [header, *marked]
+    widths = [max(len(line[k].rstrip()) for line in lines) for k in range(len(header))]
+    return "\n".join(
+        "  ".join(c.rstrip().ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def findings(report: Report) -> list[str]:
@@ -141,6 +155,8 @@ def write_report(
     data_facts: Mapping[str, Any] | None = None,
     title: str | None = None,
     by_inner_steps: Report | None = None,
+    convergence: Mapping[str, Convergence] | None = None,
+    inner_lr: Mapping[str, float | None] | None = None,
 ) -> Path:
     """Write ``report.md``, ``report.html`` (one file, plots inside) and ``plots/*.png`` into a folder, which is made.
 
@@ -150,30 +166,29 @@ def write_report(
       data_facts: facts of the data set, printed as a table.
       title: of the page; the name of the folder by default.
       by_inner_steps: an evaluation of the same parameters after other numbers of inner steps; they name its methods.
+      convergence: of the inner loop, by learner; inner_lr: the rates trained with, for the remedy.
 
     Returns:
       The path of ``report.html``.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    sections = _sections(report, folder / "plots", history or [], config or {}, data_facts or {}, by_inner_steps)
-    title = title or f"Report of {folder.resolve().name}"
-    (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
-    page = folder / "report.html"
-    page.write_text(_page(title, sections, folder), encoding="utf-8")
-    return page
+    plots_in = folder / "plots"
+    sections = [
+        Section("What was found", tuple(findings(report))),
+        *measured_sections(report, plots_in),
+        *_steps_sections(report, by_inner_steps),
+        *convergence_sections(convergence or {}, plots_in, inner_lr or {}),
+        *_training_sections(history or [], plots_in),
+        *method_sections(report),
+        *(facts_section(name, facts) for name, facts in (("Data", data_facts), ("Configuration", config)) if facts),
+    ]
+    return write_page(folder, "report", title or f"Report of {folder.resolve().name}", sections)
 
 
-def _sections(
-    report: Report,
-    folder: Path,
-    history: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any],
-    data_facts: Mapping[str, Any],
-    by_inner_steps: Report | None,
-) -> list[Section]:
-    metrics = main_metrics(report)
-    sections = [Section("What was found", tuple(findings(report)))]
+def measured_sections(report: Report, folder: Path) -> list[Section]:
+    """Every main metric by scenario, then by the support shown; the plots go into ``folder``, named ``plots``."""
+    metrics, sections = main_metrics(report), []
     for metric in metrics:
         name = f"scenarios_{metric.replace('@', '_')}.png"
         drawn = metric != "rmse_pooled" and plots.scenario_dots(report, metric, folder / name)
@@ -184,20 +199,49 @@ def _sections(
     images = [f"cold_start_{m.replace('@', '_')}.png" for m in curves[:2]]
     drawn_curves = [n for m, n in zip(curves, images, strict=False) if plots.cold_start_curve(report, m, folder / n)]
     sections.append(Section("How many ratings until it is good", tuple(adaptation_findings(report))))
-    sections += [Section("", (), None, f"plots/{name}") for name in drawn_curves]
-    if by_inner_steps is not None:
-        said = "The trained parameters, adapted by so many inner steps; 0 is the prior, before any rating is seen."
-        sections.append(Section("Over inner steps", (said,), metric_table(by_inner_steps, metrics[0])))
-    if plots.learning_curve(history, folder / "learning_curve.png"):
-        sections.append(Section("Training", (_selection(history),), None, "plots/learning_curve.png"))
-    sections.append(Section("How it was measured", tuple(_method_notes(report))))
-    sections.append(Section("Tasks", (), _counts_table(report)))
-    sections.append(Section("Time", (), _times_table(report)))
-    for name, facts in (("Data", data_facts), ("Configuration", config)):
-        if facts:
-            table = Table(("", "value"), tuple((str(k), _text(v)) for k, v in facts.items()))
-            sections.append(Section(name, (), table))
-    return sections
+    return sections + [Section("", (), None, f"plots/{name}") for name in drawn_curves]
+
+
+def convergence_sections(
+    found: Mapping[str, Convergence], folder: Path, inner_lr: Mapping[str, float | None]
+) -> list[Section]:
+    """Curves of the inner loop, and what they say of each learner; none where no learner takes inner steps."""
+    if not found:
+        return []
+    said = [
+        f"{name}: {line}" if len(found) > 1 else line
+        for name, curves in found.items()
+        for line in diagnostics.findings(curves, inner_lr=inner_lr.get(name))
+    ]
+    drawn = plots.inner_loop(found, folder / "inner_loop.png")
+    return [Section("Convergence of the inner loop", tuple(said), None, "plots/inner_loop.png" if drawn else None)]
+
+
+def method_sections(report: Report) -> list[Section]:
+    """How it was measured, on which tasks, and the time it took."""
+    return [
+        Section("How it was measured", tuple(_method_notes(report))),
+        Section("Tasks", (), _counts_table(report)),
+        Section("Time", (), _times_table(report)),
+    ]
+
+
+def facts_section(name: str, facts: Mapping[str, Any]) -> Section:
+    """Named facts as a table."""
+    return Section(name, (), Table(("", "value"), tuple((str(k), _text(v)) for k, v in facts.items())))
+
+
+def _steps_sections(report: Report, by_inner_steps: Report | None) -> list[Section]:
+    if by_inner_steps is None:
+        return []
+    said = "The trained parameters, adapted by so many inner steps; 0 is the prior, before any rating is seen."
+    return [Section("Over inner steps", (said,), metric_table(by_inner_steps, main_metrics(report)[0]))]
+
+
+def _training_sections(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Section]:
+    if not plots.learning_curve(history, folder / "learning_curve.png"):
+        return []
+    return [Section("Training", (_selection(history),), None, "plots/learning_curve.png")]
 
 
 def _comparison(d: Difference, report: Report) -> str:
@@ -319,80 +363,3 @@ def _text(value: Any, inner: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 10_000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
-
-
-def _markdown(title: str, sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", ""]
-    for section in sections:
-        lines += [f"## {section.title}", ""] if section.title else []
-        lines += [f"- {said}" for said in section.says] + ([""] if section.says else [])
-        lines += [f"![{section.title or 'plot'}]({section.image})", ""] if section.image else []
-        if section.table:
-            header, rows, best = section.table
-            cells = [
-                [f"**{_escaped(c)}**" if (r, k) in best else _escaped(c) for k, c in enumerate(row)]
-                for r, row in enumerate(rows)
-            ]
-            lines += [f"| {' | '.join(row)} |" for row in ([*map(_escaped, header)], ["---"] * len(header), *cells)] + [
-                ""
-            ]
-    return "\n".join(lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
-
-
-def _page(title: str, sections: Sequence[Section], folder: Path) -> str:
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for section in sections:
-        name = html.escape(section.title)
-        body += [f"<h2>{name}</h2>"] if name else []
-        body += ["<ul>", *(f"<li>{html.escape(said)}</li>" for said in section.says), "</ul>"] if section.says else []
-        if section.image:
-            data = base64.b64encode((folder / section.image).read_bytes()).decode("ascii")
-            body.append(f'<figure><img alt="{name or "plot"}" src="data:image/png;base64,{data}"></figure>')
-        if section.table:
-            header, rows, best = section.table
-            body.append(
-                "<div class=scroll><table><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in header) + "</tr>"
-            )
-            for r, row in enumerate(rows):
-                marks = (" class=best" if (r, k) in best else "" for k in range(len(row)))
-                body.append(
-                    "<tr>" + "".join(f"<td{m}>{html.escape(c)}</td>" for c, m in zip(row, marks, strict=True)) + "</tr>"
-                )
-            body.append("</table></div>")
-    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --ground: #fff; --mark: #e7f2fb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #30363d; --ground: #14171b; --mark: #16324a; }
-}
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-ul { padding-left: 1.2rem; margin: .6rem 0; } li { margin: .3rem 0; }
-figure { margin: 1rem 0; } img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 600; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
-td.best { font-weight: 700; background: var(--mark); }
-</style>
-</head>
-<body>
-BODY
-</body>
-</html>
-"""

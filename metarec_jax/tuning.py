@@ -7,7 +7,7 @@ tasks are put on the device once for all.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.baselines import BASELINES, Factory
+from metarec_jax.baselines import BASELINES, Factory, ease
 from metarec_jax.core import Array, Examples, MetarecError, Method, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
@@ -24,11 +24,13 @@ _Grid = Mapping[str, Sequence[float]]
 _GRIDS: Mapping[str, _Grid] = {
     "bias": {"reg_user": (0.5, 1.0, 2.0, 5.0), "reg_item": (2.0, 5.0, 10.0)},
     "item_knn": {"shrinkage_predict": (0.03, 0.1, 0.3), "shrinkage": (5.0, 20.0, 100.0)},
+    "ease": {"reg": (30.0, 100.0, 300.0)},
     "als": {"reg": (2.0, 5.0, 10.0), "size": (8, 16, 32)},
 }
 _CLICK_GRIDS: Mapping[str, _Grid] = {
     "item_knn": {"shrinkage": (1.0, 20.0, 100.0)},
-    "als": {"size": (16, 32, 64), "alpha": (2.0, 10.0, 40.0), "reg": (1.0, 5.0, 50.0)},
+    "ease": {"reg": (1000.0, 3000.0, 10_000.0, 30_000.0)},
+    "als": {"size": (16, 32, 64), "alpha": (2.0, 10.0, 40.0), "reg": (5.0, 50.0, 200.0)},
 }
 
 
@@ -78,8 +80,8 @@ def tune(
     grids = _CLICK_GRIDS if train.implicit else _GRIDS
     tasks = {s: t for s, t in validation_tasks.items() if len(t)}
     wanted = [name for name in _names(train, names) if tasks and name in grids]
-    part, found = _some_users(train, tuning_rows), {}
-    held = [_on_device(t, known) for t in tasks.values()] if wanted else []
+    part, found = some_users(train, tuning_rows), {}
+    held = [on_device(t, known) for t in tasks.values()] if wanted else []
     for name in wanted:
         found[name], score = _search(BASELINES[name], grids[name], part, known, held)
         if say is not None:
@@ -89,14 +91,22 @@ def tune(
 
 
 def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
-    suitable = [n for n in BASELINES if not (train.implicit and n in ("item_mean", "user_mean", "bias"))]
     for name in names or ():
         if name not in BASELINES:
             raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
-    return suitable if names is None else list(names)
+    return suitable(train) if names is None else list(names)
 
 
-def _some_users(train: Interactions, rows: int) -> Interactions:
+def suitable(train: Interactions) -> list[str]:
+    """The baselines that suit the data. Of ratings `ease` is slow and no good; it wants a square matrix of items."""
+    left_out = {"item_mean", "user_mean", "bias"} if train.implicit else {"ease"}
+    if train.items.num_rows > inspect.signature(ease).parameters["dense_limit"].default:
+        left_out.add("ease")
+    return [name for name in BASELINES if name not in left_out]
+
+
+def some_users(train: Interactions, rows: int) -> Interactions:
+    """The whole histories of random users, about so many interactions."""
     if len(train) <= rows:
         return train
     users = np.random.default_rng(0).permutation(train.users.num_rows)
@@ -107,23 +117,30 @@ def _some_users(train: Interactions, rows: int) -> Interactions:
     return part if len(part) else train
 
 
-_Held = Sequence[tuple[int, Task]]
+Held = Sequence[tuple[int, Task]]
 """Device batches of one scenario, each with its number of real tasks."""
+_columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
 
 
-def _on_device(tasks: TaskSet, known: Catalogue, size: int = 128) -> _Held:
-    """Batches of one shape, so that a method is compiled once; with the ids alone, as baselines know no content."""
-    user_row, item_row = np.asarray(known.user_row), np.asarray(known.item_row)
+def on_device(
+    tasks: TaskSet, known: Catalogue, size: int = 128, columns: Collection[str] = ("user_id", "item_id")
+) -> Held:
+    """Batches of one shape, so that a method is compiled once.
+
+    Args:
+      columns: the input columns that are wanted; the closed forms know no content.
+    """
     held = []
     for start in range(0, len(tasks), size):
         count = min(size, len(tasks) - start)
         some = tasks.take(np.minimum(np.arange(start, start + size), len(tasks) - 1))
-        user_id = jnp.asarray(user_row[some.user][:, None])
+        user = jnp.asarray(some.user)
 
-        def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, user_id: Array = user_id) -> Examples:
+        def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, user: Array = user) -> Examples:
             width = ((0, 0), (0, (1 << max(3, (item.shape[1] - 1).bit_length())) - item.shape[1]))
-            ids, targets, real = (jnp.asarray(np.pad(a, width)) for a in (item_row[item], target, mask))
-            return Examples({"user_id": user_id, "item_id": ids}, targets, real)
+            rows, targets, real = (jnp.asarray(np.pad(a, width)) for a in (item, target, mask))
+            every = _columns(known, user, rows)
+            return Examples({name: every[name] for name in columns}, targets, real)
 
         support = part(some.support_item, some.support_target, some.support_mask)
         held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask))))
@@ -131,7 +148,7 @@ def _on_device(tasks: TaskSet, known: Catalogue, size: int = 128) -> _Held:
 
 
 def _search(
-    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[_Held]
+    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[Held]
 ) -> tuple[dict[str, Any], float]:
     """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
     defaults = inspect.signature(factory).parameters
@@ -142,7 +159,7 @@ def _search(
         at = tuple(settings.values())
         if at not in scores:
             method = factory(train, known, **settings)
-            scores[at] = float(np.mean([_quality(method, of_scenario, known, train) for of_scenario in held]))
+            scores[at] = float(np.mean([quality(method, of_scenario, known, train) for of_scenario in held]))
         return scores[at]
 
     for argument, values in grid.items():
@@ -150,18 +167,18 @@ def _search(
     return chosen, score(chosen)
 
 
-def _quality(method: Method, held: _Held, known: Catalogue, train: Interactions) -> float:
-    """Mean over tasks of MAE, or of -nDCG@10 where the feedback is implicit."""
+def quality(method: Method, held: Held, known: Catalogue, train: Interactions) -> float:
+    """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks: smaller is better."""
     params, adapt, predict, _ = method
     key, each = jax.random.key(0), []
     pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
     for count, task in held:
         if train.rating is None:
-            quality = -_click_quality(adapt, predict, params, known, pool, task, key)
+            of_task = -_click_quality(adapt, predict, params, known, pool, task, key)
         else:
             low, high = train.rating.min(), train.rating.max()
-            quality = _rating_quality(adapt, predict, params, task, low, high, key)
-        each.append(np.asarray(quality)[:count])
+            of_task = _rating_quality(adapt, predict, params, task, low, high, key)
+        each.append(np.asarray(of_task)[:count])
     return float(np.concatenate(each).mean())
 
 

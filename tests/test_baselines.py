@@ -11,6 +11,7 @@ from metarec_jax.baselines import (
     BASELINES,
     als,
     bias,
+    ease,
     item_knn,
     item_mean,
     popularity,
@@ -20,8 +21,15 @@ from metarec_jax.baselines import (
 from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, make_tasks
-from metarec_jax.factorization import als_factors, bias_terms, implicit_als_factors, neighbours, similarities
-from metarec_jax.tuning import fit_baselines
+from metarec_jax.factorization import (
+    als_factors,
+    bias_terms,
+    implicit_als_factors,
+    item_weights,
+    neighbours,
+    similarities,
+)
+from metarec_jax.tuning import fit_baselines, suitable
 
 KEY = jax.random.key(0)
 
@@ -62,7 +70,7 @@ def checkerboard(users=40, items=20):
 RATED = planted(noise=0.2)[0]
 KNOWN = catalogue(RATED)
 CLICKED = checkerboard()
-CASES = [*((n, RATED) for n in BASELINES), *((n, CLICKED) for n in ("random", "popularity", "item_knn", "als"))]
+CASES = [*((n, RATED) for n in BASELINES), *((n, CLICKED) for n in ("random", "popularity", "item_knn", "ease", "als"))]
 IDS = [f"{n}-{'clicks' if d.implicit else 'ratings'}" for n, d in CASES]
 
 
@@ -193,7 +201,9 @@ def test_implicit_als_half_steps_and_fold_in_are_the_dense_weighted_normal_equat
         )
 
 
-@pytest.mark.parametrize("make", [als, item_knn, lambda d, k: item_knn(d, k, top=9)], ids=["als", "knn", "knn-top"])
+@pytest.mark.parametrize(
+    "make", [als, item_knn, lambda d, k: item_knn(d, k, top=9), ease], ids=["als", "knn", "knn-top", "ease"]
+)
 def test_checkerboard_items_of_the_own_parity_come_first(make):
     method = make(CLICKED, catalogue(CLICKED))
     for parity in (0, 1):
@@ -223,6 +233,51 @@ def test_item_knn_by_arithmetic_and_top_neighbours_equal_the_dense_matrix():
     prior = predict(base, given, [5, 9, 2, 7])
     moved = s @ (np.array([5.0, 1.0, 4.0]) - prior[:3]) / (s.sum() + 0.1)
     np.testing.assert_allclose(predict(one, given, [7])[0], prior[3] + moved, atol=1e-5)
+
+
+def matrix(data, values):
+    x = np.zeros((data.users.num_rows, data.items.num_rows))
+    x[data.user, data.item] = values
+    return x
+
+
+@pytest.mark.parametrize("data", [RATED, CLICKED], ids=["residuals", "clicks"])
+def test_ease_weights_are_the_stationary_point_under_a_zero_diagonal(data):
+    """The Lagrangian of |X - X B|^2 + reg |B|^2 with diag(B) = 0: (G + reg I) B = G - diag(gamma), one gamma an item. Column
+    by column that is the ridge regression of an item on all others, which NumPy solves."""
+    values = np.ones(len(data), np.float32) if data.implicit else data.rating - np.float32(3.0)
+    weights, x = item_weights(data, values, 7.0), matrix(data, values)
+    gram = x.T @ x
+    assert (np.diag(weights) == 0).all()
+    left = (gram + 7.0 * np.eye(len(gram))) @ weights - gram
+    np.testing.assert_allclose(left - np.diag(np.diag(left)), 0, atol=2e-3)  # but for gamma, on the diagonal alone
+    for item in (1, 5, 12):
+        others = [i for i in range(len(gram)) if i != item]
+        ridge = gram[np.ix_(others, others)] + 7.0 * np.eye(len(others))
+        np.testing.assert_allclose(weights[others, item], np.linalg.solve(ridge, gram[others, item]), atol=1e-4)
+
+
+def test_ease_by_arithmetic_over_few_items_and_over_the_catalogue():
+    """Clicks: the sum of the support's rows of B. Ratings: the bias model's score, plus residuals times rows of B."""
+    method = ease(CLICKED, catalogue(CLICKED), reg=3.0)
+    weights = item_weights(CLICKED, np.ones(len(CLICKED), np.float32), 3.0)
+    given = support([4, 6, 11], [1.0] * 3, 2)
+    want = weights[[4, 6, 11]].sum(0)
+    for items in ([2, 0, 7], np.arange(21)):
+        np.testing.assert_allclose(predict(method, given, items), want[items], atol=1e-6)
+    method, base = ease(RATED, KNOWN, reg=3.0), bias(RATED, KNOWN)
+    given = support([5, 9, 2], [5.0, 1.0, 4.0], 3)
+    residual = np.array([5.0, 1.0, 4.0]) - predict(base, given, [5, 9, 2])
+    want = predict(base, given, np.arange(81)) + residual @ np.asarray(method.params["weights"])[[5, 9, 2]]
+    for items in ([7, 0], np.arange(81)):
+        np.testing.assert_allclose(predict(method, given, items), want[items], atol=1e-5)
+
+
+def test_ease_of_items_never_seen_says_nothing_of_them():
+    """Item 21 is in the vocabulary and in no row: it has weight on none, and none on it."""
+    weights = item_weights(frame(CLICKED.user, CLICKED.item, num_items=21), np.ones(len(CLICKED), np.float32), 3.0)
+    assert (weights[21] == 0).all()
+    assert (weights[:, 21] == 0).all()
 
 
 def test_random_is_a_function_of_key_and_item_and_unknown_items_are_not_tied():
@@ -278,7 +333,10 @@ def test_tuning_takes_the_value_that_is_best_on_validation():
 
 def test_clicks_are_tuned_by_ranking_and_only_what_suits_them_is_fitted():
     said: list[str] = []
-    assert set(fit_baselines(CLICKED, catalogue(CLICKED))) == {"random", "popularity", "item_knn", "als"}
+    assert set(fit_baselines(CLICKED, catalogue(CLICKED))) == {"random", "popularity", "item_knn", "ease", "als"}
+    assert "ease" not in fit_baselines(RATED, KNOWN)  # asked for by name alone
+    assert "ease" not in suitable(frame([1], [1], num_items=20_000))  # 20,001 rows: one more than its dense_limit
+    assert "ease" in suitable(frame([1], [1], num_items=19_999))
     clicks = {"user_cold": make_tasks(CLICKED, query=2, seed=0)}
     assert "nDCG@10" in (
         fit_baselines(CLICKED, catalogue(CLICKED), clicks, names=["item_knn"], say=said.append) and said[-1]
@@ -294,5 +352,9 @@ def test_bad_input_is_refused_in_one_message():
         als(RATED.take(np.zeros(len(RATED), bool)), KNOWN)
     with pytest.raises(MetarecError, match="make the catalogue from the same data"):
         random(RATED, catalogue(CLICKED))
+    with pytest.raises(MetarecError, match=r"81 x 81 item rows, and dense_limit is 80; use item_knn"):
+        ease(RATED, KNOWN, dense_limit=80)
+    with pytest.raises(MetarecError, match="reg is 0; give a ridge above 0"):
+        ease(RATED, KNOWN, reg=0)
     with pytest.raises(MetarecError, match="use implicit_als_factors"):
         als_factors(replace(RATED, rating=None))

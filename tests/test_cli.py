@@ -66,7 +66,7 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "data", "doctor"])
+@pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "compare", "data", "doctor"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -82,7 +82,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("fit", "evaluate", "recommend", "data", "doctor"):
+    for command in ("fit", "evaluate", "recommend", "compare", "data", "doctor"):
         assert command in done.stdout
 
 

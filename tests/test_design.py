@@ -13,21 +13,35 @@ import metarec_jax
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
     {"core", "tree", "rows", "cpu"},
-    {"losses", "metrics", "models", "networks", "factorization", "intervals", "data"},
-    {"learners", "baselines", "tuning", "training", "evaluation", "results", "online"},
-    {"report", "plots"},
+    {"losses", "metrics", "models", "ctr_models", "networks", "factorization", "intervals", "data"},
+    {
+        "learners",
+        "baselines",
+        "tuning",
+        "training",
+        "evaluation",
+        "results",
+        "online",
+        "diagnostics",
+        "comparison",
+        "cells",
+    },
+    {"report", "plots", "pages", "plain"},
     {"config", "config_gradients", "config_readers", "options", "runs"},
     {"commands", "doctor"},
     {"cli"},
 ]
-LEFT, RIGHT = {"learners", "baselines", "tuning"}, {"training", "evaluation", "results", "online"}
+LEFT, RIGHT = (
+    {"learners", "baselines", "tuning"},
+    {"training", "evaluation", "results", "online", "diagnostics", "comparison", "cells"},
+)
 DOORS = {
-    "flax": {"models", "networks"},
+    "flax": {"models", "ctr_models", "networks"},
     "orbax": {"training/checkpoint"},
     "matplotlib": {"report", "plots"},
     "rax": {"metrics"},
     "tyro": {"cli"},
-    "pandas": {"data", "evaluation", "results", "report"},
+    "pandas": {"data", "evaluation", "results", "report", "comparison"},
     "pyarrow": {"data"},
     "tensorboardX": {"training/progress"},
     "urllib": {"data/datasets"},

@@ -57,6 +57,7 @@ def one(batch: Task, k: int = 0) -> Task:
 def every_learner() -> dict[str, Learner]:
     """The shared table of properties runs over these."""
     dot, mlp, seed = content("dot"), content("mlp"), seed_model()
+    ages = models.content_model({"user_age": COLUMNS["user_age"]}, size=3, head="mlp", hidden=(4,))
     return {
         "maml": learners.maml(dot, inner_lr=0.05, inner_steps=2),
         "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
@@ -80,6 +81,12 @@ def every_learner() -> dict[str, Learner]:
         "cavia": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
         "protomaml": learners.protomaml(dot, inner_lr=0.05, inner_steps=2),
         "logistic": learners.logistic(dot, newton_steps=4, loss=losses.mse),
+        "fine_tune": learners.fine_tune(dot, lr=0.05, steps=2),
+        "item_map": learners.item_map(600, size=3, loss=losses.mse),
+        "meta_embedding": learners.meta_embedding(dot, ages, column="user_id", inner_lr=0.05, loss=losses.mse),
+        "mwuf": learners.mwuf(dot, ages, column="user_id", other="item_id", hidden=4, inner_lr=0.05, loss=losses.mse),
+        "cvar": learners.cvar(dot, ages, column="user_id", latent=2, loss=losses.mse),
+        "dropout_net": learners.dropout_net(dot, column="user_id", inner_lr=0.05, loss=losses.mse),
         "protonet": learners.protonet(dot),
         "matching": learners.matching(dot),
         "relation": learners.matching(mlp, similarity="relation", hidden=4),

@@ -14,12 +14,14 @@ import numpy as np
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
+from metarec_jax.commands.diagnose import diagnose, rate_of
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.results import Report
+from metarec_jax.training.launch import cpu_devices
 from metarec_jax.training.progress import read_history
 
 VALIDATION_USERS = 1000
@@ -49,6 +51,7 @@ def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> i
         if number < 1:
             raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
     compile_cache()
+    cpu_devices(1)
     phases = Phases()
     with phases("open"):
         run = runs.open_run(directory)
@@ -68,7 +71,7 @@ def measured(directory: Path) -> dict[str, Any] | None:
 
 def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
     """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
-    from metarec_jax import results
+    from metarec_jax import diagnostics, results
     from metarec_jax.evaluation import evaluate
     from metarec_jax.report import terminal_table, write_report
     from metarec_jax.tuning import fit_baselines
@@ -93,17 +96,18 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
                 fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users),
                 run.known,
                 rating_range=rating_range(run.data),
-                relevant=_relevant(run.data),
+                relevant=relevant_from(run.data),
                 catalogue_ranking=True,
                 curve=_CURVE,
                 baselines=tuple(baselines),
-                ranking_only=_ranking_only(run.data, methods),
+                ranking_only=ranking_only(run.data, methods),
                 seed=seed,
             )
             for seed in range(seeds)
         ]
         report: Report = results.merge(reports)
         by_steps = _by_inner_steps(run, parts, max_users)
+        curves = diagnose(config, run.data, own.params, run.known, held)
     with phases("report"):
         report.save(run.directory / "evaluation")
         write_report(
@@ -114,12 +118,18 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
             data_facts=describe(run.data),
             title=f"{run.data.name}: {config.learner.name}",
             by_inner_steps=by_steps,
+            convergence=None if curves is None else {config.learner.name: curves},
+            inner_lr={config.learner.name: rate_of(config)},
         )
         found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
         if by_steps is not None:
             found["by_inner_steps"] = by_steps.to_json()["results"]
+        if curves is not None:
+            found["convergence"] = diagnostics.to_json(curves)
         runs.write_json(run.directory / "evaluation" / "summary.json", found)
     print(terminal_table(report))
+    if curves is not None and (warning := diagnostics.remedy(curves, inner_lr=rate_of(config))):
+        print(warning)
     print(f"report: {run.directory / 'report.html'}")
     print(phases)
     return found
@@ -139,9 +149,9 @@ def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | Non
         fixed_tasks(run.config, parts, part, seed=0, max_users=max_users),
         run.known,
         rating_range=rating_range(run.data),
-        relevant=_relevant(run.data),
+        relevant=relevant_from(run.data),
         catalogue_ranking=run.data.implicit,
-        ranking_only=_ranking_only(run.data, methods),
+        ranking_only=ranking_only(run.data, methods),
     )
 
 
@@ -173,11 +183,11 @@ def rating_range(data: Interactions) -> tuple[float, float] | None:
     return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
 
 
-def _relevant(data: Interactions) -> float:
+def relevant_from(data: Interactions) -> float:
     """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
     span = rating_range(data)
     return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
 
 
-def _ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
+def ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
     return tuple(methods) if data.implicit else ("popularity",)

@@ -82,9 +82,9 @@ def read_states(
         data = Interactions(nothing, nothing, None, None, Vocabulary(user.ids), Vocabulary(item.ids), name=path.stem)
     rows = {"user": _rows(path, "user", user, data.users), "item": _rows(path, "item", item, data.items)}
     kept = (rows["user"] > 0) & (rows["item"] > 0)
-    given = {name: rows[name][kept] for name in ("user", "item")}
-    given |= {name: values[name][kept] if name in values else None for name in ("rating", "timestamp")}
-    return replace(data, **given), parts[kept], int((~kept).sum())
+    rating, timestamp = (values[r][kept] if r in values else None for r in ("rating", "timestamp"))
+    table = replace(data, user=rows["user"][kept], item=rows["item"][kept], rating=rating, timestamp=timestamp)
+    return table, parts[kept], int((~kept).sum())
 
 
 def _parts(path: Path, column: str, state: Coded) -> np.ndarray:

@@ -53,8 +53,8 @@ def warm_start(
         factors = als_factors(train, size=size, reg=reg, iterations=iterations, seed=seed)
     rows = np.column_stack([factors.item_bias, factors.item_factors]).astype(np.float64)
     count = np.bincount(train.item, minlength=train.items.num_rows).astype(np.float64)
-    names, blocks = _content(train)
-    fit, base, content = _regress(blocks, rows, count / (count + _POPULARITY), content_reg)
+    names, blocks = content_blocks(train)
+    fit, base, content = regress(blocks, rows, count / (count + _POPULARITY), content_reg)
     own = np.where(count[:, None] > 0, rows - (fit - base), 0.0)  # the constant is in no content row
     own[0] = base  # an unknown item: what content does not say, on average
     new = {name: np.zeros(table.shape) for name, table in tables.items() if name.startswith("user_")}
@@ -67,7 +67,7 @@ def warm_start(
     return {**params, "tables": {**tables, **{k: jnp.asarray(v, jnp.float32) for k, v in new.items()}}, "net": net}
 
 
-def _content(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
+def content_blocks(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
     """For each categorical or multi-valued item feature, the matrix [items, values] that averages as the model does."""
     names, blocks = [], []
     for name, feature in train.item_features.items():
@@ -82,7 +82,7 @@ def _content(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
     return names, blocks
 
 
-def _regress(
+def regress(
     blocks: list[sparse.csr_matrix], target: np.ndarray, weight: np.ndarray, reg: float, sweeps: int = 60
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Weighted ridge of ``target [n, d]`` on content and a constant, by conjugate gradients on all columns at once.

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError
+from metarec_jax.cpu import THREADS_ENOUGH
 from metarec_jax.training import processes, watch
 
 _HEARTBEAT_SECONDS = 8
@@ -120,7 +121,7 @@ def cpu_devices(count: int) -> None:
     elif count > 1:
         with contextlib.suppress(RuntimeError):  # it computes already
             jax.config.update("jax_num_cpu_devices", count)
-    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * count + 2)))
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * count + 2, THREADS_ENOUGH)))
 
 
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:

@@ -1,0 +1,342 @@
+"""``metarec compare``: many methods, many seeds, one table. Each cell is measured once; a broken run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import cells, runs
+from metarec_jax import config as configs
+from metarec_jax.cells import Cell
+from metarec_jax.commands.compare_entries import Entry, all_entries, baseline_of, learner_of, names_of
+from metarec_jax.commands.compare_report import tell
+from metarec_jax.commands.compiled import compile_cache
+from metarec_jax.commands.diagnose import diagnose
+from metarec_jax.commands.evaluate import VALIDATION_USERS, fixed_tasks, ranking_only, rating_range, relevant_from
+from metarec_jax.comparison import cost
+from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.splits import Split
+from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue
+from metarec_jax.plain import fit_plain
+from metarec_jax.training import launch
+from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.training.loop import fit
+from metarec_jax.training.progress import StopSignal
+from metarec_jax.training.validation import validator
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class World(NamedTuple):
+    """What all methods of one seed share."""
+
+    parts: Split
+    known: Catalogue
+    source: TaskSource
+    held: Mapping[str, TaskSet]
+    tasks: Mapping[str, TaskSet]
+
+
+def compare(
+    config: configs.Config,
+    *,
+    learners: Sequence[str],
+    baselines: Sequence[str] | None,
+    seeds: int,
+    max_users: int,
+    support_curve: Sequence[int],
+    recommend: bool,
+    max_ms: float | None,
+    max_mib: float | None,
+    out: Path | None,
+    fresh: bool,
+    data_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure what is not measured yet, cell by cell, then write and print the table."""
+    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
+        if number < 1:
+            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
+    for name, bound in (("--max-ms", max_ms), ("--max-mib", max_mib)):
+        if bound is not None and not bound > 0:
+            raise MetarecError(f"{name} must be above 0, and is {bound:g}; leave it out for no bound")
+    if any(k < 0 for k in support_curve):
+        raise MetarecError(f"--support-curve has {min(support_curve)}; give numbers of support examples, 0 or more")
+    ours = [learner_of(config, name) for name in names_of(learners)]
+    plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
+    compile_cache()
+    launch.cpu_devices(1)
+    data = _load(config, data_dir)
+    counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
+    print(f"{data.name}: {runs.summary({'counts': counts})}")
+    entries = all_entries(config, data, ours, plain)
+    folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
+    if fresh:
+        shutil.rmtree(folder / "cells", ignore_errors=True)
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetarecError(f"{folder} cannot hold a comparison ({error.strerror}); give --out another") from error
+    table = _measure(entries, data, seeds, max_users, tuple(support_curve), folder / "cells")
+    found = tell(
+        table,
+        [entry.name for entry in entries],
+        {entry.name: entry.config for entry in entries if entry.kind == "learner"},
+        data,
+        folder,
+        recommend=recommend,
+        max_ms=max_ms,
+        max_mib=max_mib,
+    )
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def _load(config: configs.Config, data_dir: Path | None) -> Interactions:
+    store = configs.open_store(config.data)
+    if store is None:
+        return configs.build_data(config.data, data_dir=data_dir)
+    from metarec_jax.data import store as stores
+    from metarec_jax.training import memory
+
+    free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
+    if free is not None and needed > free / 2:
+        raise MetarecError(
+            f"{store.path} would take about {memory.spoken(needed)} of memory, of {memory.spoken(free)} that are free, "
+            "and a comparison wants the data in memory; compare on a part of it, then train with metarec fit"
+        )
+    return stores.load(store)
+
+
+def _measure(
+    entries: Sequence[Entry], data: Interactions, seeds: int, max_users: int, curve: tuple[int, ...], folder: Path
+) -> dict[tuple[str, int], Cell]:
+    """All cells, by name and seed: read where they are, else measured."""
+    base, wanted = runs.identity(entries[0].config, data), []
+    table: dict[tuple[str, int], Cell] = {}
+    for seed in range(seeds):
+        for entry in entries:
+            identity = _identity(entry, seed, base, max_users, curve)
+            where = cells.place(folder, entry.name, seed, identity)
+            if (known := cells.read(where, identity)) is not None:
+                table[entry.name, seed] = known
+            else:
+                wanted.append((entry, seed, identity, where))
+    total, done = len(entries) * seeds, len(entries) * seeds - len(wanted)
+    if done:
+        _say(f"{done} of {total} cells are measured already")
+    seconds: dict[tuple[str, int], float] = {}
+    built: dict[str, Learner] = {}
+    world: tuple[int, World] | None = None
+    for k, (entry, seed, identity, where) in enumerate(wanted):
+        _say(f"cell {done + k + 1} of {total}: {entry.name}, seed {seed}{_left(seconds, wanted[k:])}")
+        began = time.perf_counter()
+        seeded = _seeded(entry.config, seed)
+        if world is None or world[0] != seed:
+            world = seed, _world(seeded, data, seed, max_users)
+        training = where.with_name(f"{where.name}.training")
+        cell, keep = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity)
+        if keep:
+            cells.write(where, cell, identity)
+        shutil.rmtree(training, ignore_errors=True)
+        seconds[entry.name, seed] = time.perf_counter() - began
+        _say(f"  {f'failed: {cell.failed}' if cell.failed else 'measured'} ({seconds[entry.name, seed]:.1f} s)")
+        table[entry.name, seed] = cell
+    return table
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _left(seconds: Mapping[tuple[str, int], float], wanted: Sequence[tuple[Entry, int, Any, Any]]) -> str:
+    """About how long the cells still to be measured will take, by those of the same method, else of all methods."""
+    if not seconds:
+        return ""
+    every = sum(seconds.values()) / len(seconds)
+    left = 0.0
+    for entry, *_ in wanted:
+        own = [s for (name, _), s in seconds.items() if name == entry.name]
+        left += sum(own) / len(own) if own else every
+    return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
+
+
+def _seeded(config: configs.Config, seed: int) -> configs.Config:
+    """Another split of users, and another start and draw of training, for each seed."""
+    parts = dataclasses.replace(config.split, seed=config.split.seed + seed)
+    return dataclasses.replace(
+        config, split=parts, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
+    )
+
+
+def _identity(
+    entry: Entry, seed: int, base: Mapping[str, Any], max_users: int, curve: tuple[int, ...]
+) -> dict[str, Any]:
+    """All that the numbers of a cell depend on; what a closed form does not read is no part of it.
+
+    Args:
+      base: the identity of a run on the same data, for its digests and the version.
+    """
+    settings = configs.to_dict(_seeded(entry.config, seed))
+    settings["data"].pop("name")
+    for unread in {"baseline": ("model", "learner", "train"), "trained": ("model", "learner"), "learner": ()}[
+        entry.kind
+    ]:
+        settings.pop(unread)
+    measured = {"max_users": max_users, "curve": list(curve), "validation_users": VALIDATION_USERS}
+    return {**base, "config": settings, "method": entry.name, "seed": seed, "measured": measured}
+
+
+def _world(config: configs.Config, data: Interactions, seed: int, max_users: int) -> World:
+    parts = configs.build_split(config.split, data)
+    known = catalogue(data, parts.train, config.tasks.user_rows)
+    held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+    tasks = fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users)
+    if not tasks:
+        raise MetarecError(
+            f"no test task in {', '.join(parts.test) or 'any scenario'}; give --scenarios that the data has users for, "
+            "or a larger --test"
+        )
+    return World(parts, known, configs.build_source(config.tasks, parts.train), held, tasks)
+
+
+def _cell(
+    entry: Entry,
+    config: configs.Config,
+    data: Interactions,
+    world: World,
+    seed: int,
+    curve: tuple[int, ...],
+    built: dict[str, Learner],
+    training: Path,
+    identity: Mapping[str, Any],
+) -> tuple[Cell, bool]:
+    """A cell, and whether to keep it: a failure before training began may pass, such as a lack of memory."""
+    from metarec_jax.evaluation import evaluate
+
+    began: list[str] = []
+    try:
+        if entry.kind == "learner":
+            if entry.name not in built:  # one for all seeds, so that evaluating compiles once
+                built[entry.name] = configs.build_learner(config, data)
+            method, seconds = _train(config, built[entry.name], data, world, training, identity, began.append)
+        else:
+            start = time.perf_counter()
+            method = fit_plain(
+                entry.name,
+                world.parts.train,
+                world.known,
+                world.held,
+                steps=config.train.steps,
+                seed=config.train.seed,
+                say=_indented,
+            )
+            jax.block_until_ready(method.params)
+            seconds = time.perf_counter() - start
+        report = evaluate(
+            {entry.name: method},
+            world.tasks,
+            world.known,
+            rating_range=rating_range(data),
+            relevant=relevant_from(data),
+            catalogue_ranking=True,
+            curve=curve,
+            baselines=() if entry.kind == "learner" else (entry.name,),
+            ranking_only=ranking_only(data, {entry.name: method}),
+            seed=seed,
+        )
+        took = cost(
+            method,
+            world.tasks,
+            world.known,
+            train_seconds=seconds,
+            batch_ms=1e3 * report.times[entry.name]["seconds_per_user"],
+        )
+        curves = None
+        if entry.kind == "learner":
+            curves = diagnose(config, data, method.params, world.known, world.held)
+    except (MetarecError, jax.errors.JaxRuntimeError) as error:
+        return Cell(None, None, failed=" ".join(str(error).split())[:500]), bool(began)
+    return Cell(report, took, curves), True
+
+
+def _train(
+    config: configs.Config,
+    learner: Learner,
+    data: Interactions,
+    world: World,
+    folder: Path,
+    identity: Mapping[str, Any],
+    begun: Callable[[str], None],
+) -> tuple[Method, float]:
+    """A learner trained as `metarec fit` trains it, on one device, and the seconds that took; interrupted, it resumes.
+
+    Raises:
+      KeyboardInterrupt: a signal came; the state is saved in ``folder``.
+    """
+    before, began, settings = _elapsed(folder), time.perf_counter(), config.train
+
+    def spent() -> float:
+        return before + time.perf_counter() - began
+
+    spoken = began
+
+    def noted(step: int, row: Mapping[str, float]) -> None:
+        nonlocal spoken
+        runs.write_json(folder / "elapsed.json", {"seconds": spent()})
+        if time.perf_counter() - spoken > _SECONDS_BETWEEN_LINES:
+            spoken = time.perf_counter()
+            _say(f"  step {step} of {settings.steps}, {spent():.0f} s")
+
+    params = configs.build_params(config, learner, world.parts.train)
+    optimizers = configs.build_optimizers(config, world.parts.train)
+    validate = validator(learner, world.held, world.known, rating_range=rating_range(data)) if world.held else None
+    checkpoints: Any
+    with StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
+        found = fit(
+            learner,
+            world.source,
+            steps=settings.steps,
+            optimizer=optimizers.dense,
+            rows=optimizers.rows,
+            seed=settings.seed,
+            params=params,
+            validate=validate,
+            validate_every=settings.validate_every,
+            monitor="error",
+            patience=settings.patience,
+            checkpoints=checkpoints,
+            save_every=settings.save_every,
+            progress=noted,
+            say=begun,
+            stop=lambda: bool(stop),
+            micro_batches=settings.micro_batches,
+            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+        )
+    if found.stopped == "interrupted":
+        _say(f"  {stop.name or 'stopped'}: saved at step {found.step}; the same command again continues")
+        raise KeyboardInterrupt
+    return found.method, spent()
+
+
+def _elapsed(folder: Path) -> float:
+    """Seconds that earlier parts of this training took."""
+    try:
+        return float(json.loads((folder / "elapsed.json").read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _indented(text: str) -> None:
+    _say(f"  {text}")

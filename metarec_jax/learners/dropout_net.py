@@ -1,0 +1,84 @@
+"""DropoutNet: train with the id hidden at random, so that a new id is nothing unheard of.
+
+Source: Volkovs, Yu and Poutanen, "DropoutNet: Addressing Cold Start in Recommender Systems", 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners import made_rows as made
+
+
+def dropout_net(
+    model: Model,
+    *,
+    column: str = "item_id",
+    drop: float = 0.5,
+    start: str = "unknown",
+    inner_lr: float = 0.1,
+    inner_steps: int = 1,
+    loss: Callable[..., Array] = losses.bce,
+) -> Learner:
+    """Plain training on all examples alike, with an example's id replaced by the unknown one with chance ``drop``.
+
+    ``loss(task) = loss(apply(p, x'), y)`` over support and query together, where x' has row 0 in the place of some ids:
+    row 0 is trained to stand for the mean id (the paper sets the mean of all rows there). `adapt` starts from that row
+    and takes gradient steps on the support.
+
+    With ``drop=0`` and ``start="own"`` it is the plain model, and a new id starts from the row that `init` drew for it.
+
+    Args:
+      model: with a table for ``column``.
+      column: the id that is dropped, and whose row adapts: all examples of a task to adapt to share it.
+      drop: chance of dropping, for each example.
+      start: "unknown": adapt from row 0; "own": from the id's own row.
+      inner_lr, inner_steps: the steps on the support.
+      loss: of training and of adaptation, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+
+    Returns:
+      A learner whose ``adapted`` is the row, ``[size]``.
+
+    Raises:
+      MetarecError: the model has no table for ``column``, ``drop`` is not in [0, 1), ``start`` is neither of the two,
+        or ``inner_steps`` is below 0.
+    """
+    if not 0 <= drop < 1 or start not in ("unknown", "own") or inner_steps < 0:
+        raise MetarecError(
+            f"dropout_net: drop is {drop}, start {start!r}, inner_steps {inner_steps}; give 0 <= drop < 1, 'unknown' "
+            "or 'own', and 0 or more"
+        )
+    table, _ = made.table_of(model, column, "dropout_net")
+    scores = made.with_row(model.apply, table, column)
+
+    def adapt(params: Params, support: Examples, key: Array) -> Array:
+        row = params["tables"][table][0 if start == "unknown" else support.inputs[column][0]]
+        return made.descend(made.support_loss(scores, loss, params, support), row, inner_lr, inner_steps)
+
+    def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
+        return scores(params, adapted, inputs)
+
+    def pooled(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        def scores_of(part: Examples, key: Array) -> Array:
+            ids = part.inputs[column]
+            if drop:
+                ids = jnp.where(jax.random.bernoulli(key, drop, ids.shape), 0, ids)
+            return model.apply(params, {**part.inputs, column: ids})
+
+        support, query = task
+        keys = jax.random.split(key)
+        both = jnp.concatenate([scores_of(support, keys[0]), scores_of(query, keys[1])])
+        target, mask = (jnp.concatenate([getattr(part, n) for part in task]) for n in ("target", "mask"))
+        value = loss(both, target, where=mask)
+        if query.inputs[column].shape[0] > 1:  # a batch of anybody's examples, as of `data.epochs`: no one to adapt to
+            return value, {"query_loss": loss(both[support.mask.shape[0] :], query.target, where=query.mask)}
+        fixed = jax.lax.stop_gradient(params)
+        after = made.support_loss(scores, loss, fixed, query)(adapt(fixed, support, key))
+        return value, {"query_loss": after}
+
+    return Learner(model.init, adapt, predict, pooled, made.unmoved(model.tables))

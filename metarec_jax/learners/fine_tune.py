@@ -1,0 +1,75 @@
+"""Plain training and fine-tuning: what a model is worth without meta-learning.
+
+Source: the usual way to serve a new user with a trained network; that it is hard to beat: Chen et al., "A Closer Look
+at Few-shot Classification", 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
+from metarec_jax.learners.maml import maml
+from metarec_jax.learners.rules import Rule
+
+
+def fine_tune(
+    model: Model,
+    *,
+    lr: float = 0.1,
+    steps: int = 5,
+    rule: Rule | None = None,
+    loss: Callable[..., Array] = losses.mse,
+    only: Sequence[str] | None = None,
+) -> Learner:
+    """Train ``model`` on all examples of a task alike, and fine-tune it on the support of a new user.
+
+    ``loss(task) = loss(apply(p, x), y)`` over support and query together, nothing adapted: pooled training, in batches
+    of users. `adapt` then takes gradient steps on the support, as `maml` does: of the user's row
+    (``only=("tables/user_id",)``: the fold-in of matrix factorisation by gradients), of the last layer, of everything.
+
+    Args:
+      lr, steps: of fine-tuning by SGD; with 0 steps, `adapt` changes nothing.
+      rule: an inner rule in place of SGD (`learners.rules`); what it would learn of its own stays as it starts.
+      loss: of training and of fine-tuning, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the parameters that fine-tuning moves; None moves all. Training moves all.
+
+    Returns:
+      A learner whose ``adapted`` is that of `maml`. Its ``query_loss`` is taken after fine-tuning on the support, which
+      with many steps takes longer than training does: train with 0 steps where only the parameters are wanted.
+
+    Raises:
+      MetarecError: as `maml`.
+
+    >>> from metarec_jax.models import meta_recommender
+    >>> learner = fine_tune(meta_recommender(4, 6, size=2), steps=0)
+    >>> params = learner.init(jax.random.key(0))
+    >>> part = Examples({"user_id": jnp.array([1]), "item_id": jnp.array([2])}, jnp.array([3.0]), jnp.ones(1))
+    >>> scores = learner.predict(params, learner.adapt(params, part, jax.random.key(0)), part.inputs)
+    >>> loss, _ = learner.loss(params, Task(part, part), jax.random.key(0))
+    >>> bool(abs(loss - (scores[0] - 3.0) ** 2) < 1e-5)
+    True
+    """
+    tuned = maml(model, inner_lr=lr, inner_steps=steps, rule=rule, loss=loss, only=only, first_order=True)
+
+    def pooled(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        body = {name: part for name, part in params.items() if name != "rule"}
+
+        def scores_of(part: Examples) -> Array:
+            return model.apply(body, part.inputs)
+
+        support, query = task
+        scores = [scores_of(support), scores_of(query)]
+        both = jnp.concatenate(scores), jnp.concatenate([support.target, query.target])
+        value = loss(*both, where=jnp.concatenate([support.mask, query.mask]))
+        if steps == 0:
+            return value, {"query_loss": loss(scores[1], query.target, where=query.mask)}
+        fixed = jax.lax.stop_gradient(params)
+        after = tuned.predict(fixed, tuned.adapt(fixed, support, key), query.inputs)
+        return value, {"query_loss": loss(after, query.target, where=query.mask)}
+
+    return tuned._replace(loss=pooled)

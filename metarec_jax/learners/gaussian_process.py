@@ -1,0 +1,287 @@
+"""A user is a draw of a Gaussian process over items; its kernels come from all users, its few weights are meta-learned.
+
+The query is predicted by ``m(q) + k(q, S) (k(S, S) + D)^-1 (r - m(S))``. Mean and kernels are counted from the ratings
+of all users; what is learned is how much each of them counts, some twenty numbers, so that a few hundred users suffice.
+While they are learned, a user's own ratings are taken out of everything that was counted: without that, a kernel that
+has seen the answer would be trusted too much.
+
+Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5; the meta-learning
+view: Harrison et al., "Meta-Learning Priors for Efficient Online Bayesian Regression", 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import sparse
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Params, Task
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.tasks import Catalogue, task_source
+from metarec_jax.factorization import bias_terms
+from metarec_jax.learners.warm_start import content_blocks, regress
+
+_WANTED = "gaussian_process wants ratings, and the data is implicit feedback; use ridge or logistic"
+
+
+def gaussian_process(
+    train: Interactions,
+    known: Catalogue,
+    *,
+    steps: int = 200,
+    lr: float = 0.05,
+    loss: Callable[..., Array] = losses.mse,
+    tasks: int = 32,
+    support: tuple[int, int] = (1, 64),
+    cold_tasks: float = 0.2,
+    seed: int = 0,
+    dense_limit: int = 10_000,
+) -> Method:
+    """Count mean and kernels on ``train`` and meta-learn their weights on tasks of its users.
+
+    Kernels of items i, j, each with a learned weight: a constant (the user's bias); agreement of the residuals of those
+    who rated both, scaled by the items' norms or by their numbers of ratings; how many rated both; products of
+    popularity and of mean; shared values of each categorical item feature; nearness in each numeric one. The mean is
+    the item's, drawn towards what its content says, plus what users with the same features thought of it, plus how near
+    the item is to what the user has rated at all.
+
+    Args:
+      train: ratings; its item and user features are used.
+      known: the catalogue of the data.
+      steps, lr, tasks, support, cold_tasks: of the learning of the weights by Adam: steps, rate, users a step, fewest
+        and most support ratings, share of tasks whose items are all taken for unknown.
+      loss: of the query.
+      seed: of the tasks.
+      dense_limit: most item rows; there are two matrices of item rows squared.
+
+    Raises:
+      MetarecError: implicit feedback, nothing to train on, or more item rows than ``dense_limit``.
+    """
+    if train.rating is None:
+        raise MetarecError(_WANTED)
+    if train.items.num_rows > dense_limit:
+        raise MetarecError(
+            f"gaussian_process keeps two matrices of item rows squared, and there are {train.items.num_rows} "
+            "item rows; give dense_limit, or use ridge"
+        )
+    statistics = counted(train)
+    weights = _start(statistics)
+    source = task_source(
+        train, tasks=tasks, support=support, query=10, user_rows="own", item_drop=0.05, cold_tasks=cold_tasks
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps, 0.1))
+    state = optimizer.init(weights)
+
+    @jax.jit
+    def step(weights: Params, state: Any, statistics: Params, data: Any, key: Array) -> tuple[Params, Any, Array]:
+        batch = source.draw(data, key)
+
+        def mean_loss(weights: Params) -> Array:
+            each = jax.vmap(partial(task_loss, weights, statistics, loss=loss))(batch)
+            return each.mean()
+
+        value, gradient = jax.value_and_grad(mean_loss)(weights)
+        change, state = optimizer.update(gradient, state)
+        return optax.apply_updates(weights, change), state, value
+
+    for key in jax.random.split(jax.random.key(seed), steps):
+        weights, state, value = step(weights, state, statistics, source.data, key)
+    if not np.isfinite(value):
+        raise MetarecError(f"gaussian_process ended with loss {value}; lower lr, {lr}")
+    return Method({"weights": weights, "statistics": statistics}, adapt, predict)
+
+
+def counted(train: Interactions) -> Params:
+    """What mean and kernels are made of.
+
+    Returns:
+      ``gram[i, j] = sum_u e_ui e_uj`` of the residuals e of the bias model, ``pairs[i, j]`` the users who rated both,
+      both ``[items, items]``; ``mu``, ``item_bias``, ``user_bias`` of the bias model; ``rest [items]`` the sum of an
+      item's ratings less ``mu``, users' biases and what its content says; ``content``: that, by feature value;
+      ``groups``: by user feature and its value, the same sums by item and the counts, ``[values, items]``.
+    """
+    if not len(train):
+        raise MetarecError("gaussian_process wants ratings to count, and got none; give it a training part with rows")
+    assert train.rating is not None
+    mu, item_bias, user_bias = bias_terms(train)
+    shape = (train.users.num_rows, train.items.num_rows)
+    residual = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
+    of_users = sparse.csr_matrix((residual, (train.user, train.item)), shape=shape)
+    who = sparse.csr_matrix((np.ones(len(train), np.float32), (train.user, train.item)), shape=shape)
+    count = np.bincount(train.item, minlength=shape[1])
+    level = np.bincount(train.item, train.rating - mu - user_bias[train.user], minlength=shape[1])
+    names, blocks = content_blocks(train)
+    numeric = {n: f for n, f in train.item_features.items() if f.vocabulary is None}
+    columns = [sparse.csr_matrix(f.values.reshape(shape[1], -1).astype(np.float64)) for f in numeric.values()]
+    weight = count / (count + 5.0)
+    fit, base, parts = regress([*blocks, *columns], (level / np.maximum(count, 1))[:, None], weight, 2.0)
+    content = dict(zip([*names, *numeric], (jnp.asarray(part[:, 0], jnp.float32) for part in parts), strict=True))
+    rest = np.where(count > 0, level - count * fit[:, 0], 0.0)
+    groups = {}
+    for name, feature in train.user_features.items():
+        if feature.vocabulary is not None and feature.values.ndim == 1:
+            values = feature.values[train.user]
+            at, size = (values, train.item), (feature.vocabulary.num_rows, shape[1])
+            beyond = train.rating - np.float32(mu) - user_bias[train.user] - fit[train.item, 0]
+            sums = sparse.csr_matrix((beyond, at), shape=size).toarray()
+            ones = sparse.csr_matrix((np.ones_like(beyond), at), shape=size).toarray()
+            groups[name] = {"sum": jnp.asarray(sums), "count": jnp.asarray(ones)}
+    popularity = np.log1p(count[count > 0])
+    found = {
+        "gram": (of_users.T @ of_users).toarray(),
+        "pairs": (who.T @ who).toarray(),
+        "rest": rest,
+        "item_bias": item_bias,
+        "user_bias": user_bias,
+        "mu": mu,
+        "base": base[0],
+        "popularity": np.array([popularity.mean(), popularity.std() + 1e-3]),
+    }
+    return {name: jnp.asarray(a, jnp.float32) for name, a in found.items()} | {"content": content, "groups": groups}
+
+
+def _start(statistics: Params) -> Params:
+    """Weights before learning: logarithms of what must be positive."""
+    kernels = {"constant": -1.5, "gram": -0.7, "covariance": -2.0, "pairs": -1.0, "popularity": -3.0, "mean": -3.0}
+    kernels |= dict.fromkeys(statistics["content"], -2.0)
+    shrinkage = {"gram": 2.5, "covariance": 2.5, "pairs": 2.0, "rest": 1.5} | dict.fromkeys(statistics["groups"], 3.0)
+    weights = {
+        "kernels": kernels,
+        "shrinkage": shrinkage,
+        "mean": {
+            "content": 1.0,
+            "rest": 1.0,
+            "popularity": 0.0,
+            "near": 0.0,
+            **dict.fromkeys(statistics["groups"], 0.5),
+        },
+        "noise": 0.0,
+        "unknown": {"noise": -2.0, "content": 0.0},
+        "length": dict.fromkeys(statistics["content"], 0.0),
+    }
+    return jax.tree.map(jnp.float32, weights)
+
+
+def adapt(params: Params, support: Examples, key: Array) -> Params:
+    """The support's items and the weight of each in every prediction."""
+    return _condition(params["weights"], params["statistics"], support, None)
+
+
+def predict(params: Params, adapted: Params, inputs: Inputs) -> Array:
+    """Posterior means ``[n]``."""
+    return _posterior(params["weights"], params["statistics"], adapted, inputs, None)
+
+
+def task_loss(weights: Params, statistics: Params, task: Task, *, loss: Callable[..., Array]) -> Array:
+    """Loss of the query of a user of the training part, his ratings taken out of the statistics."""
+    own_s, own_q = (_own(statistics, part) for part in (task.support, task.query))
+    adapted = _condition(weights, statistics, task.support, own_s)
+    scores = _posterior(weights, statistics, adapted, task.query.inputs, own_q)
+    return loss(scores, task.query.target, where=task.query.mask)
+
+
+def _own(statistics: Params, part: Examples) -> tuple[Array, Array]:
+    """What a user gave to the statistics of each item: a rating less mu and the user's bias, and 1; nothing where the
+    item is unknown."""
+    there = jnp.where((part.inputs["item_id"] > 0) & (part.mask > 0), 1.0, 0.0)
+    level = part.target - statistics["mu"] - statistics["user_bias"][part.inputs["user_id"]]
+    return jnp.where(there > 0, level, 0.0), there
+
+
+def _sides(weights: Params, statistics: Params, inputs: Inputs, own: tuple[Array, Array] | None) -> Params:
+    """Of each item ``[n]``: what its mean and its kernels with others are made of."""
+    item = inputs["item_id"]
+    level, there = (jnp.zeros(item.shape),) * 2 if own is None else own
+    residual = level - there * statistics["item_bias"][item]
+    count = statistics["pairs"][item, item] - there
+    square = statistics["gram"][item, item] - residual**2
+    center, scale = statistics["popularity"]
+    popular = jnp.where(item > 0, (jnp.log1p(count) - center) / scale, 0.0)
+    content, columns = statistics["base"] * jnp.ones(item.shape), {}
+    for name, coefficients in statistics["content"].items():
+        x = inputs[name]
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = x[:, None] if x.ndim == 1 else x
+            real = (x > 0).astype(jnp.float32)
+            content += (coefficients[x] * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
+        else:
+            content += x @ coefficients
+        columns[name] = x
+    beyond = level - there * content
+    shrinkage = {name: jnp.exp(value) for name, value in weights["shrinkage"].items()}
+    of = weights["mean"]
+    rest = (statistics["rest"][item] - beyond) / (count + shrinkage["rest"])
+    deviation = of["content"] * content + of["rest"] * rest
+    for name, group in statistics["groups"].items():
+        value = inputs[name][0]
+        by = group["count"][value, item] - there
+        said = group["sum"][value, item] - beyond - by * rest
+        deviation += jnp.where(value > 0, of[name] * said / (by + shrinkage[name]), 0.0)
+    return {
+        "item": item,
+        "columns": columns,
+        "residual": residual,
+        "there": there,
+        "popularity": popular,
+        "mean": deviation,
+        "prior": statistics["mu"] + deviation + of["popularity"] * popular,
+        "gram": 1 / jnp.sqrt(jnp.maximum(square, 0.0) + shrinkage["gram"]),
+        "covariance": 1 / jnp.sqrt(count + shrinkage["covariance"]),
+        "pairs": 1 / jnp.sqrt(count + shrinkage["pairs"]),
+        "content": jnp.where(item > 0, 1.0, jnp.exp(weights["unknown"]["content"])),
+    }
+
+
+def _kernel(weights: Params, statistics: Params, a: Params, b: Params) -> tuple[Array, Array]:
+    """``k(a, b)`` and how near the items are in who rated them, both ``[n, m]``."""
+    outer = lambda x, y: x[:, None] * y[None]  # noqa: E731
+    scale = {name: jnp.exp(value) for name, value in weights["kernels"].items()}
+    at = (a["item"][:, None], b["item"][None])
+    gram = statistics["gram"][at] - outer(a["residual"], b["residual"])
+    near = (statistics["pairs"][at] - outer(a["there"], b["there"])) * outer(a["pairs"], b["pairs"])
+    total = scale["constant"] + scale["pairs"] * near
+    total += gram * (scale["gram"] * outer(a["gram"], b["gram"]))
+    total += gram * (scale["covariance"] * outer(a["covariance"], b["covariance"]))
+    for name in ("popularity", "mean"):
+        total += scale[name] * outer(a[name], b[name])
+    both = outer(a["content"], b["content"])
+    for name, x in a["columns"].items():
+        total += scale[name] * both * _alike(x, b["columns"][name], jnp.exp(weights["length"][name]))
+    return total, near
+
+
+def _alike(x: Array, y: Array, length: Array) -> Array:
+    """Categorical: shared values over the root of the numbers of values. Numeric: exp(-|x - y|^2 / 2 length^2)."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        same = (x[:, None, :, None] == y[None, :, None, :]) & (x > 0)[:, None, :, None]
+        counts = [jnp.maximum((z > 0).sum(1), 1).astype(jnp.float32) for z in (x, y)]
+        return same.sum((2, 3)) / jnp.sqrt(counts[0][:, None] * counts[1][None])
+    return jnp.exp(-jnp.square(x[:, None] - y[None]).sum(-1) / (2 * length**2))
+
+
+def _condition(weights: Params, statistics: Params, support: Examples, own: Any) -> Params:
+    sides = _sides(weights, statistics, support.inputs, own)
+    mask = support.mask
+    kernel, near = _kernel(weights, statistics, sides, sides)
+    near = near * mask[None] * (1 - jnp.eye(mask.shape[0]))
+    level = jax.lax.rsqrt(jnp.maximum(mask.sum(), 1.0))
+    prior = sides["prior"] + weights["mean"]["near"] * near.sum(1) * level
+    noise = jnp.exp(weights["noise"]) * jnp.where(sides["item"] > 0, 1.0, 1 + jnp.exp(weights["unknown"]["noise"]))
+    left = kernel * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, noise, 1.0))
+    right = jnp.where(mask > 0, support.target - prior, 0.0)
+    solved = jax.scipy.linalg.solve(left, right, assume_a="pos")
+    return {"sides": sides, "weight": solved, "mask": mask, "level": level}
+
+
+def _posterior(weights: Params, statistics: Params, adapted: Params, inputs: Inputs, own: Any) -> Array:
+    sides = _sides(weights, statistics, inputs, own)
+    kernel, near = _kernel(weights, statistics, sides, adapted["sides"])
+    near = (near * adapted["mask"][None]).sum(1) * adapted["level"]
+    return sides["prior"] + weights["mean"]["near"] * near + kernel @ (adapted["weight"] * adapted["mask"])

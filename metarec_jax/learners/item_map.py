@@ -1,0 +1,107 @@
+"""Item map: the user is the sum of the support's item vectors, learned for supports as short as a new user's.
+
+Source: asymmetric factor models (Paterek, "Improving regularized singular value decomposition for collaborative
+filtering", 2007); of the closed-form start: Steck, "Autoencoders that don't overfit towards the Identity", 2020, whose
+random drop-out of a history is here the draw of a support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Params, Table, Task
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.factorization import support_map
+
+
+def item_map(
+    num_items: int,
+    *,
+    size: int = 64,
+    loss: Callable[..., Array] = losses.sampled_softmax,
+    table_scale: float = 0.1,
+) -> Learner:
+    """Meta-train two vectors for each item, for when it is in the support and for when it is asked for. For clicks.
+
+    ``score(j) = b_j + <sum_{i in support} t_i a_i, v_j>``
+
+    It knows ids alone: an item never seen has the unknown row. An empty support predicts ``b``, a popularity.
+
+    Args:
+      num_items: rows of the table, the unknown one included (`Vocabulary.num_rows`).
+      size: length of ``a_i`` and of ``v_j``: the rank of the map from support to catalogue.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      table_scale: standard deviation of the initial rows.
+
+    Returns:
+      A learner whose ``adapted`` is ``{"vector": [size]}``. `item_map_start` has its parameters in closed form.
+
+    Raises:
+      MetarecError: a size below 1.
+
+    >>> learner = item_map(4, size=1)
+    >>> params = {"tables": {"item_id": jnp.array([[0.0, 0, 0], [0, 2, 0], [0, 3, 0], [7, 0, 10]])}}  # b, a, v
+    >>> support = Examples({"item_id": jnp.array([1, 2])}, jnp.ones(2), jnp.ones(2))
+    >>> adapted = learner.adapt(params, support, jax.random.key(0))
+    >>> learner.predict(params, adapted, {"item_id": jnp.array([3])}).tolist()  # 7 + (2 + 3) 10
+    [57.0]
+    """
+    if size < 1:
+        raise MetarecError(f"item_map: size is {size}; give 1 or more")
+    tables = {"item_id": Table(num_items, 2 * size + 1, ("item_id",), adapted=False)}
+
+    def init(key: Array) -> Params:
+        rows = table_scale * jax.random.normal(key, (num_items, 2 * size + 1))
+        return {"tables": {"item_id": rows.at[:, 0].set(0.0).at[0].set(0.0)}}
+
+    def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
+        value = jnp.where(support.mask > 0, support.mask * support.target, 0.0)
+        return {"vector": value @ params["tables"]["item_id"][support.inputs["item_id"], 1 : size + 1]}
+
+    def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
+        rows = params["tables"]["item_id"][inputs["item_id"]]
+        return rows[:, 0] + rows[:, size + 1 :] @ adapted["vector"]
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        scores = predict(params, adapt(params, task.support, key), task.query.inputs)
+        value = loss(scores, task.query.target, where=task.query.mask)
+        return value, {"query_loss": value}
+
+    return Learner(init, adapt, predict, meta_loss, tables)
+
+
+def item_map_start(
+    params: Params, train: Interactions, *, support: int = 5, reg: float = 1.0, dense_limit: int = 20_000, seed: int = 0
+) -> Params:
+    """The parameters of an `item_map` that solve its meta-objective under squared error, in closed form.
+
+    The objective is ``E sum_users |x_query - (b + x_support M)|^2 + reg |M|^2`` over random supports of ``support``
+    items and all of the catalogue, ``x_query`` the rest of the user's items: `factorization.support_map`.
+    Nothing need be trained after it; `fit` may go on from here with another loss.
+
+    Args:
+      params: from ``init``: the rank is read off the table.
+      support: size of the supports it is learned for; it serves others well.
+      reg: ridge, in users.
+      dense_limit: item rows for which a square matrix is made.
+      seed: of the iteration for the best rank.
+
+    Raises:
+      MetarecError: more item rows than ``dense_limit``, or a rank above the number of items.
+    """
+    table = params["tables"]["item_id"]
+    rows, size = train.items.num_rows, (table.shape[1] - 1) // 2
+    if rows > dense_limit:
+        raise MetarecError(
+            f"item_map_start would make a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; "
+            "train item_map from random rows, or raise dense_limit"
+        )
+    bias, inward, outward = support_map(train, support=support, reg=reg, size=size, seed=seed)
+    made = np.zeros(table.shape, np.float32)
+    made[:rows] = np.column_stack([bias, inward, outward])
+    return {**params, "tables": {**params["tables"], "item_id": jnp.asarray(made)}}

@@ -1,0 +1,202 @@
+"""Rows made for one id: what the learners of cold items share.
+
+A task is of one id (an item with many users, or a user with many items), in a column that all its examples share. Its
+row in the model's table is replaced by a vector ``[size]`` that was made for it. So the row is all that a task owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
+
+CONTENT = "content_"
+"""Tables of a content reader are called so, and after it as the reader calls them."""
+
+WithRow = Callable[[Params, Array, Inputs], Array]
+
+
+class Reader(NamedTuple):
+    """What is known of a task's id beside interactions, as a vector.
+
+    Attributes:
+      init: ``init(key) -> (tables, net)``; the tables join those of the model, the net is ``params["content"]``.
+      read: ``read(params, inputs) -> [D]``.
+      tables: what the engine may gather.
+      size: D.
+    """
+
+    init: Callable[[Array], tuple[dict[str, Array], Any]]
+    read: Callable[[Params, Inputs], Array]
+    tables: dict[str, Table]
+    size: int
+
+
+def table_of(model: Model, column: str, learner: str) -> tuple[str, int]:
+    """Name and row length of the table that ``column`` indexes. Raises MetarecError where there is none."""
+    for name, table in model.tables.items():
+        if column in table.columns:
+            return name, table.size
+    known = sorted(c for table in model.tables.values() for c in table.columns)
+    raise MetarecError(f"{learner}: the model has no table for the column {column!r}; its columns are {known}")
+
+
+def with_row(function: Callable[[Params, Inputs], Array], table: str, column: str) -> WithRow:
+    """``f(params, row, inputs)``: the function with ``row [size]`` in the place of the row that ``column`` names.
+
+    >>> score = lambda params, inputs: params["tables"]["item"][inputs["item_id"], 0] + inputs["user_x"]
+    >>> params, inputs = {"tables": {"item": jnp.zeros((9, 1))}}, {"item_id": jnp.array([7]), "user_x": jnp.arange(3.0)}
+    >>> with_row(score, "item", "item_id")(params, jnp.array([5.0]), inputs).tolist()
+    [5.0, 6.0, 7.0]
+    """
+
+    def call(params: Params, row: Array, inputs: Inputs) -> Array:
+        own = jnp.stack([params["tables"][table][0], row])
+        inputs = {**inputs, column: jnp.ones((1,), jnp.int32)}
+        return function({**params, "tables": {**params["tables"], table: own}}, inputs)
+
+    return call
+
+
+def reader(content: Model, learner: str) -> Reader:
+    """The reader of a model over content columns: its ``features`` of the first example, which all share."""
+    features = content.features
+    if features is None:
+        raise MetarecError(f"{learner}: the content model has no features; give content_model(columns, head='mlp')")
+
+    def init(key: Array) -> tuple[dict[str, Array], Any]:
+        params = content.init(key)
+        return {CONTENT + name: rows for name, rows in params["tables"].items()}, params["net"]
+
+    def read(params: Params, inputs: Inputs) -> Array:
+        tables = {name: params["tables"][CONTENT + name] for name in content.tables}
+        return features({"tables": tables, "net": params["content"]}, inputs)[0]
+
+    return Reader(init, read, {CONTENT + name: table for name, table in content.tables.items()}, content.num_features)
+
+
+def descend(value: Callable[[Array], Array], row: Array, lr: Array | float, steps: int) -> Array:
+    """``row`` after ``steps`` of gradient descent on ``value``.
+
+    >>> round(float(descend(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(1), 0.25, 2)[0]), 4)  # 0, 1/2, 3/4
+    0.75
+    """
+
+    def step(row: Array, _: None) -> tuple[Array, None]:
+        return row - lr * jax.grad(value)(row), None
+
+    return jax.lax.scan(step, row, None, length=steps, unroll=max(steps, 1) if steps <= 5 else 1)[0]
+
+
+def linear(key: Array, inputs: int, outputs: int, scale: float = 1.0) -> dict[str, Array]:
+    """Weights of ``x @ kernel + bias``, drawn with variance ``scale^2 / inputs``; the bias starts at 0."""
+    kernel = scale * jax.random.normal(key, (inputs, outputs)) / max(inputs, 1) ** 0.5
+    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+
+
+def affine(weights: Mapping[str, Array], x: Array) -> Array:
+    """``x @ kernel + bias`` of one vector ``[inputs]``."""
+    return x @ weights["kernel"] + weights["bias"]
+
+
+def frozen(params: Params, *own: str) -> Params:
+    """Parameters of which only those named ``own``, the reader's net and the reader's tables are learned."""
+    learned = {"content", *own}
+    held = {name: part if name in learned else jax.lax.stop_gradient(part) for name, part in params.items()}
+    tables = params["tables"]
+    held["tables"] = {n: t if n.startswith(CONTENT) else jax.lax.stop_gradient(t) for n, t in tables.items()}
+    return held
+
+
+def unmoved(*tables: Mapping[str, Table]) -> dict[str, Table]:
+    """All these tables, none of whose rows changes in a task.
+
+    A column that indexes two of them (the model's and the reader's) has one local id for both: in a view without merged
+    repeats, slots are numbered by the column alone.
+    """
+    return {name: table._replace(adapted=False) for part in tables for name, table in part.items()}
+
+
+def on_base(params: Params, base: Params) -> Params:
+    """``params`` of a learner with the model's part of them taken from a trained ``base``.
+
+    >>> on_base({"tables": {"a": 0, "content_a": 1}, "net": 2, "content": 3}, {"tables": {"a": 7}, "net": 8})
+    {'tables': {'a': 7, 'content_a': 1}, 'net': 8, 'content': 3}
+    """
+    own = {name: part for name, part in base.items() if name in params and name != "tables"}
+    tables = {name: rows for name, rows in base["tables"].items() if name in params["tables"]}
+    return {**params, **own, "tables": {**params["tables"], **tables}}
+
+
+def support_loss(
+    scores: WithRow, loss: Callable[..., Array], params: Params, examples: Examples
+) -> Callable[[Array], Array]:
+    """The loss of some examples as a function of the row."""
+
+    def value(row: Array) -> Array:
+        return loss(scores(params, row, examples.inputs), examples.target, where=examples.mask)
+
+    return value
+
+
+def made(model: Model, content: Model, *, column: str = "item_id") -> Model:
+    """The model with the row of ``column`` made of content: ``row = own kernel of reader(content) + bias``.
+
+    Any learner runs on it: with `logistic` an item is that row, and a closed form for what its first clicks add. The
+    model's own rows of the column are not read, so that items that were never rated and others are trained for alike.
+
+    Args:
+      model: with a table for ``column``.
+      content: a model with ``features`` over the content columns of that side, ``content_model(columns, head="mlp")``.
+
+    Raises:
+      MetarecError: no such table, or no features.
+    """
+    table, size = table_of(model, column, "made")
+    know = reader(content, "made")
+    features = model.features
+
+    def init(key: Array) -> Params:
+        k_model, k_reader, k_row = jax.random.split(key, 3)
+        params = model.init(k_model)
+        tables, net = know.init(k_reader)
+        own = {"content": net, "made": linear(k_row, know.size, size, 0.1)}
+        return {**params, "tables": {**params["tables"], **tables}, **own}
+
+    def laid(function: Callable[[Params, Inputs], Array]) -> Callable[[Params, Inputs], Array]:
+        placed = with_row(function, table, column)
+        return lambda params, inputs: placed(params, affine(params["made"], know.read(params, inputs)), inputs)
+
+    tables = unmoved(model.tables, know.tables)
+    return Model(init, laid(model.apply), tables, None if features is None else laid(features), model.num_features)
+
+
+def with_cold_loss(
+    learner: Learner, model: Model, alpha: float = 0.5, loss: Callable[..., Array] = losses.bce
+) -> Learner:
+    """``alpha L_query(model) + (1 - alpha) loss``: the learner, also asked to be good before it has seen anything.
+
+    Where supports are of 0 to 40 examples, one task in 41 is cold: what is made of content alone is hardly trained for.
+
+    Args:
+      model: that which the learner adapts, such as one of `made`.
+      loss: of the model's own score, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+
+    Raises:
+      MetarecError: ``alpha`` is not in [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise MetarecError(f"alpha is {alpha}; give 0 to 1")
+
+    def both(params: Params, task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
+        value, told = learner.loss(params, task, key)
+        inputs, target, mask = task.query
+        cold = loss(model.apply(params, inputs), target, where=mask)
+        return (1 - alpha) * value + alpha * cold, {**told, "cold_loss": cold}
+
+    return learner._replace(loss=both)

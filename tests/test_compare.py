@@ -1,0 +1,435 @@
+"""`metarec compare`: cells are measured once, what is broken or unsuitable is told, and the choice follows its rule."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metarec_jax import cells, cli, results
+from metarec_jax import config as configs
+from metarec_jax.baselines import item_mean, random
+from metarec_jax.cells import Cell
+from metarec_jax.commands import compare as command
+from metarec_jax.commands.compare_entries import all_entries, baseline_of, learner_of
+from metarec_jax.commands.compare_report import advice
+from metarec_jax.commands.evaluate import fixed_tasks, rating_range, relevant_from
+from metarec_jax.comparison import Cost, by_support, choose, gap, join, over_seeds, overall
+from metarec_jax.core import MetarecError
+from metarec_jax.data.splits import split
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.data.tasks import catalogue, make_tasks
+from metarec_jax.evaluation import evaluate
+from metarec_jax.results import ALL, Report
+
+SMALL = [
+    "--steps",
+    "4",
+    "--tasks",
+    "4",
+    "--support",
+    "2",
+    "8",
+    "--query",
+    "4",
+    "--size",
+    "2",
+    "--scenarios",
+    "user_cold",
+]
+SMALL += ["--inner-steps", "1", "--support-curve", "2", "--baselines", "item_mean"]
+TRIVIAL = {"random", "popularity", "item_mean", "user_mean", "bias"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_folder(tmp_path_factory):
+    """A working directory and caches of its own, for this module, with 60 users' ratings in it."""
+    folder = tmp_path_factory.mktemp("compare")
+    data = synthetic(60, 30, ratings_per_user=(12, 20), size=2).data
+    with (folder / "stars.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["user_id", "item_id", "rating"])
+        for user, item, rating in zip(data.user, data.item, data.rating, strict=True):
+            rows.writerow([f"u{user}", f"i{item}", f"{rating:g}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("METAREC_DATA_DIR", str(folder / "cache"))
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        yield folder
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What is trained or fitted, in order: "learner" for each training, names for baselines."""
+    done = []
+    fit, fit_plain = command.fit, command.fit_plain
+    monkeypatch.setattr(command, "fit", lambda *a, **k: done.append("learner") or fit(*a, **k))
+    monkeypatch.setattr(command, "fit_plain", lambda name, *a, **k: done.append(name) or fit_plain(name, *a, **k))
+    return done
+
+
+def run(*options):
+    return cli.main(["compare", "stars.csv", *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def compared(own_folder):
+    """The folder of a comparison of MAML with the trivial baselines."""
+    assert run("--learners", "maml") == 0
+    return own_folder / "runs" / "compare-stars"
+
+
+def found(folder):
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_the_table_has_every_method_and_what_each_costs(compared):
+    told = found(compared)
+    assert set(told["results"]) == {"maml"} | TRIVIAL
+    assert told["seeds"] == [0]
+    assert told["main_metric"] == "mae"
+    assert told["failed"] == {}
+    assert {d["method"] for d in told["comparison"]} == {"maml"}
+    # Ids alone: 61 + 31 rows of 2 numbers in float32, and more.
+    assert all(cost["latency_ms"] > 0 and cost["train_seconds"] > 0 for cost in told["costs"].values())
+    assert told["costs"]["maml"]["parameters_mib"] > 90 * 2 * 4 / 2**20
+    assert told["costs"]["item_mean"]["user_kib"] == 0
+    assert told["convergence"]["maml"]["steps"] == [0, 1, 2, 3]
+    for name in ("compare.md", "compare.html", "plots/cold_start_mae.png", "plots/inner_loop.png"):
+        assert (compared / name).is_file()
+    assert "Convergence of the inner loop" in (compared / "compare.md").read_text()
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(compared, work, capsys):
+    before = found(compared)
+    assert run("--learners", "maml") == 0
+    assert work == []
+    assert found(compared) == before
+    said = capsys.readouterr()
+    assert "6 of 6 cells are measured already" in said.err
+    assert "MAE less that of the best baseline" in said.out
+
+
+def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation(compared, tmp_path, work):
+    """Seed 1 splits the users by split seed 0 + 1, and draws support and query with seed 1."""
+    shutil.copytree(compared / "cells", tmp_path / "cells")
+    assert run("--learners", "maml", "--seeds", "2", "--out", str(tmp_path)) == 0
+    assert work.count("learner") == 1
+    assert sorted(set(work) - {"learner"}) == sorted(TRIVIAL)
+    assert len(work) == 6
+    assert found(tmp_path)["seeds"] == [0, 1]
+    told = results.load(next((tmp_path / "cells").glob("item_mean-seed1-*"))).summary()["item_mean"]["user_cold"]["mae"]
+    config = configs.Config(
+        data=configs.DataConfig(name="stars.csv"),
+        split=configs.SplitConfig(scenarios=("user_cold",), seed=1),
+        tasks=configs.TaskConfig(query=4),
+    )
+    data = configs.build_data(config.data)
+    parts = configs.build_split(config.split, data)
+    known = catalogue(data, parts.train)
+    tasks = fixed_tasks(config, parts, parts.test, seed=1, max_users=1000)
+    fitted = {"item_mean": item_mean(parts.train, known)}
+    span, relevant = rating_range(data), relevant_from(data)
+    direct = evaluate(fitted, tasks, known, rating_range=span, relevant=relevant, seed=1)
+    assert told == direct.summary()["item_mean"]["user_cold"]["mae"]
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({"train": configs.TrainConfig(lr=0.01)}, {"ridge", "deepfm"}),
+        ({"learner": configs.LearnerConfig(inner_steps=2)}, {"ridge"}),
+        ({"model": configs.ModelConfig(size=3)}, {"ridge"}),
+        ({"tasks": configs.TaskConfig(query=3)}, {"ridge", "deepfm", "als"}),
+        ({"data": configs.DataConfig(name="another/path.csv")}, set()),
+    ],
+)
+def test_another_setting_measures_the_cells_that_read_it(change, anew):
+    def identities(config):
+        rows = [learner_of(config, "ridge"), baseline_of(config, "deepfm"), baseline_of(config, "als")]
+        base = {"data": "digest", "version": "1"}
+        return {row.name: command._identity(row, 0, base, 100, (1,)) for row in rows}
+
+    before, after = identities(configs.Config()), identities(dataclasses.replace(configs.Config(), **change))
+    assert {name for name in before if before[name] != after[name]} == anew
+
+
+def test_a_damaged_cell_is_measured_again(compared, work):
+    before = found(compared)["results"]
+    rows = next((compared / "cells").glob("user_mean-seed0-*")) / "per_task.parquet"
+    rows.write_bytes(rows.read_bytes()[:-9])
+    assert run("--learners", "maml") == 0
+    assert work == ["user_mean"]
+    assert found(compared)["results"] == before
+
+
+@pytest.mark.slow
+def test_the_report_of_a_fit_has_the_curves_of_its_inner_loop(tmp_path, capsys):
+    """One inner step, at the default rate, lowers the loss of the support."""
+    options = [*SMALL[: SMALL.index("--support-curve")], "--learner", "maml", "--mesh", "data=1,model=1"]
+    assert cli.main(["fit", "stars.csv", *options, "--out", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert told["convergence"]["trained"] == 1
+    assert told["convergence"]["support_loss"][1] < told["convergence"]["support_loss"][0]
+    assert "## Convergence of the inner loop" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "plots" / "inner_loop.png").is_file()
+
+
+def test_a_broken_run_continues(tmp_path, work, monkeypatch):
+    """Interrupted in the fourth of six cells: the three before are kept, the rest is done by the next command."""
+
+    def stopping(name, *args, **given):
+        if name == "user_mean":
+            raise KeyboardInterrupt
+        return before(name, *args, **given)
+
+    before = command.fit_plain
+    out = ["--learners", "ridge:precision=4", "--out", str(tmp_path)]
+    with monkeypatch.context() as broken:
+        broken.setattr(command, "fit_plain", stopping)
+        assert run(*out) == 130
+    assert work == ["random", "popularity", "item_mean"]
+    assert not (tmp_path / "compare.json").exists()
+    work.clear()
+    assert run(*out) == 0
+    assert work == ["user_mean", "bias", "learner"]
+    assert "ridge:precision=4" in found(tmp_path)["results"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_continues_where_it_was(tmp_path, monkeypatch):
+    """Stopped after its first chunk: saved at step 4 of 8 and resumed there; the numbers are those of an unbroken run."""
+    steps, fit = [], command.fit
+    out = ["--learners", "ridge", "--steps", "8", "--save-every", "4"]
+
+    def watched(*args, stop, progress, **given):
+        def noted(step, row):
+            steps.append(step)
+            progress(step, row)
+
+        return fit(*args, stop=lambda: stopping or stop(), progress=noted, **given)
+
+    monkeypatch.setattr(command, "fit", watched)
+    stopping = True
+    assert run(*out, "--out", str(tmp_path / "broken")) == 130
+    assert list((tmp_path / "broken" / "cells").glob("*.training"))
+    stopping = False
+    assert run(*out, "--out", str(tmp_path / "broken")) == 0
+    assert steps == [4, 8]
+    assert not list((tmp_path / "broken" / "cells").glob("*.training"))
+    assert run(*out, "--out", str(tmp_path / "whole")) == 0
+    broken, whole = (found(tmp_path / name)["results"]["ridge"] for name in ("broken", "whole"))
+    assert broken == whole
+
+
+def test_what_diverges_and_what_does_not_suit_is_told_and_the_others_go_on(tmp_path, work, capsys):
+    """An inner rate of 1e30 makes the loss infinite in training: kept as a failure. logistic wants clicks: refused
+    before training, so that it is asked again each time."""
+    command = ["--learners", "maml:inner_lr=1e30:rule=sgd:only=all,logistic,ridge", "--out", str(tmp_path)]
+    assert run(*command) == 0
+    told = found(tmp_path)
+    bad = "maml:inner_lr=1e30:rule=sgd:only=all"
+    assert set(told["failed"]) == {bad, "logistic"}
+    assert "lower the learning rate or the inner rate" in told["failed"][bad]
+    assert "is for clicks" in told["failed"]["logistic"]
+    assert set(told["results"]) == {"ridge"} | TRIVIAL
+    out = capsys.readouterr().out
+    assert f"not in the table: {bad}: the loss of step" in out
+    assert work.count("learner") == 2
+    work.clear()
+    assert run(*command) == 0
+    assert work == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--learners", "rigde"], "perhaps you meant 'ridge'"),
+        (["--baselines", "asl"], "perhaps you meant 'als'"),
+        (["--learners", "maml:inner_step=1"], "perhaps you meant 'inner_steps'"),
+        (["--learners", "maml:inner_steps=-1"], "learner.inner_steps must be 0 or more, got -1"),
+        (["--learners", "maml:inner_steps=one"], "learner.inner_steps wants a whole number"),
+        (["--seeds", "0"], "--seeds must be 1 or more"),
+        (["--max-ms", "0"], "--max-ms must be above 0"),
+        (["--support-curve", "-1"], "--support-curve has -1"),
+    ],
+)
+def test_bad_words_end_before_any_work(options, said, tmp_path, work, capsys):
+    assert cli.main(["compare", "stars.csv", *options, "--out", str(tmp_path / "none")]) == 2
+    assert said in capsys.readouterr().err
+    assert work == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_rows_are_in_order_of_simplicity():
+    data = synthetic(20, 10, ratings_per_user=(5, 6)).data
+    config = configs.Config()
+    ours = [learner_of(config, name) for name in ("neural_process", "maml:inner_steps=1", "protonet", "ridge")]
+    names = [entry.name for entry in all_entries(config, data, ours, None)]
+    assert [n for n in names if n in ("item_mean", "als", "ridge", "protonet", "maml:inner_steps=1", "neural_process")] == [
+        "item_mean", "als", "ridge", "protonet", "maml:inner_steps=1", "neural_process"
+    ]  # fmt: skip
+    assert ours[1].config.learner.inner_steps == 1
+    clicks = synthetic(20, 10, ratings_per_user=(5, 6), implicit=True).data
+    assert not {"bias", "item_mean", "user_mean"} & {e.name for e in all_entries(config, clicks, [], None)}
+
+
+def test_reports_joined_are_as_if_from_one_call():
+    data = synthetic(60, 30, ratings_per_user=(12, 20), size=2).data
+    parts = split(data, ["user_cold"], test=0.3, validation=0.0)
+    known = catalogue(data, parts.train)
+    methods = {"item_mean": item_mean(parts.train, known), "random": random(parts.train, known)}
+    given = {"rating_range": rating_range(data), "catalogue_ranking": True, "curve": (2,), "bootstrap": 50}
+    whole, apart = [], []
+    for seed in (0, 1):
+        tasks = {"user_cold": make_tasks(parts.test["user_cold"], query=4, seed=seed)}
+        whole.append(evaluate(methods, tasks, known, baselines=("random",), seed=seed, **given))
+        each = [evaluate({n: m}, tasks, known, baselines=("random",), seed=seed, **given) for n, m in methods.items()]
+        apart.append(join(each))
+        if seed:
+            with pytest.raises(MetarecError, match="not measured on the same tasks"):
+                join(
+                    [each[0], whole[0]._replace() if hasattr(whole[0], "_replace") else apart[0]][:1]
+                    + [_renamed(apart[0])]
+                )
+    one, other = over_seeds(apart), results.merge(whole)
+    columns = ["method", "scenario", "seed", "task", "shown"]
+    pd.testing.assert_frame_equal(
+        one.per_task.sort_values(columns, ignore_index=True), other.per_task.sort_values(columns, ignore_index=True)
+    )
+    assert one.summary() == other.summary()
+    assert one.baselines == other.baselines == ("random",)
+    with pytest.raises(MetarecError, match="repeat"):
+        join([each[0], each[0]])
+
+
+def _renamed(report):
+    frame = report.per_task[report.per_task["method"] == "random"].copy()
+    frame["method"] = pd.Categorical(["other"] * len(frame), ["other"])
+    return Report(frame, report.settings | {"ranking_only": []}, (), {"other": {}})
+
+
+def made_up(means, tasks=40, noise=0.01, scenarios=("user_cold",), curve=()):
+    """Errors by method: a mean, or one a scenario, of ``tasks`` users, plus noise drawn for each method."""
+    rng, rows = np.random.default_rng(0), []
+    for k, scenario in enumerate(scenarios):
+        for shown in (ALL, *curve):
+            for name, mean in means.items():
+                mean = mean(shown) if callable(mean) else mean[k] if isinstance(mean, tuple) else mean
+                error = np.full(tasks, np.nan) if mean is None else mean + noise * rng.normal(size=tasks)
+                facts = {
+                    "method": name,
+                    "scenario": scenario,
+                    "seed": 0,
+                    "task": np.arange(tasks),
+                    "user": np.arange(tasks),
+                }
+                rows.append(pd.DataFrame(facts | {"shown": shown, "support": 9, "queries": 5, "mae": error}))
+    frame = pd.concat(rows, ignore_index=True)
+    frame["method"] = pd.Categorical(frame["method"], list(means))
+    frame["scenario"] = pd.Categorical(frame["scenario"], list(scenarios))
+    settings = {"bootstrap": 200, "curve": list(curve), "ranking_only": [], "topn": [5], "catalogue_topn": []}
+    return Report(frame, settings, tuple(means)[:1], {name: {} for name in means})
+
+
+def costs(names, **ms):
+    return {name: Cost(1.0, ms.get(name, 0.1), 0.01, 2.0 * ms.get(name, 0.1), 0.1) for name in names}
+
+
+def test_the_best_is_taken_where_it_is_shown_to_be_better():
+    report = made_up({"bias": 0.9, "ridge": 0.7, "maml": 0.8})
+    choice = choose(report, costs(report.methods), "mae", report.methods)
+    assert (choice.method, choice.best, choice.gap) == ("ridge", "ridge", None)
+    assert list(choice.over_simpler) == ["bias"]
+    assert choice.over_simpler["bias"].mean == pytest.approx(0.2, abs=0.01)
+    said = advice(choice, report, costs(report.methods), {})
+    assert said[0].startswith("Take ridge: MAE 0.7")
+    assert "bias, the nearest, by 0.1" in said[1] or "bias, the nearest, by 0.2" in said[1]
+
+
+def test_the_simpler_is_taken_where_the_advantage_may_be_none():
+    """maml leads by 0.001 with noise of 0.1 over 40 users: the interval reaches zero, so ridge, which is simpler, stays.
+
+    bias is 0.2 worse, far beyond 2 * sqrt(2) * 0.1 / sqrt(40) = 0.045."""
+    report = made_up({"bias": 0.9, "ridge": 0.701, "maml": 0.7}, noise=0.1)
+    # Noise may turn the order of two near means: whichever is best, the simpler of the two is taken.
+    choice = choose(report, costs(report.methods), "mae", report.methods)
+    assert choice.method == "ridge"
+    assert list(choice.over_simpler) == ["bias"]
+    reverse = choose(report, costs(report.methods), "mae", ["maml", "ridge", "bias"])
+    assert reverse.method == "maml"
+    other = {choice.best, reverse.best}
+    assert len(other) == 1
+    loser = choice if choice.best == "maml" else reverse
+    assert loser.gap.low <= 0 < loser.gap.high
+    said = advice(loser, report, costs(report.methods), {"cavia": "diverged"})
+    assert f"its advantage over {loser.method}, which is simpler" in said[1]
+    assert "cavia (diverged)" in said[-1]
+    assert len(said) <= 5
+
+
+def test_budgets_leave_methods_out():
+    report = made_up({"popularity": None, "bias": 0.9, "ridge": 0.7, "maml": 0.6})
+    took = costs(report.methods, ridge=1.0, maml=5.0)
+    assert choose(report, took, "mae", report.methods).method == "maml"
+    choice = choose(report, took, "mae", report.methods, max_ms=2.0)
+    assert choice.method == "ridge"
+    assert choice.left_out == {"popularity": "has no mae", "maml": "5 ms a user, over 2"}
+    assert choose(report, took, "mae", report.methods, max_mib=1.0).method == "bias"
+    with pytest.raises(MetarecError, match="no method is within the budgets"):
+        choose(report, took, "mae", report.methods, max_ms=0.01)
+
+
+def test_scenarios_count_alike():
+    """0.2 better in one scenario, 0.1 worse in the other: 0.05 better over both, whatever noise there is, none here."""
+    report = made_up({"a": (0.5, 0.8), "b": (0.7, 0.7)}, noise=0.0, scenarios=("user_cold", "item_cold"))
+    assert overall(report, "a", "mae") == pytest.approx(0.65)
+    ahead = gap(report, "a", "b", "mae")
+    assert ahead.mean == pytest.approx(0.05)
+    assert (ahead.low, ahead.high) == (pytest.approx(0.05), pytest.approx(0.05))
+
+
+def test_the_best_by_support():
+    """als: 1.0 - 0.1 k, ridge: 0.9 - 0.05 k for k ratings shown: ridge is better below 2, als above."""
+    report = made_up(
+        {"als": lambda k: 1.0 - 0.1 * (9 if k == ALL else k), "ridge": lambda k: 0.9 - 0.05 * (9 if k == ALL else k)},
+        noise=0.0,
+        curve=(0, 1, 4),
+    )
+    assert by_support(report, "mae", "user_cold", report.methods) == [(0, "ridge"), (1, "ridge"), (4, "als")]
+    assert by_support(report, "mae", "user_cold", ["als"]) == [(0, "als"), (1, "als"), (4, "als")]
+
+
+def test_a_cell_is_whole_or_not_there(tmp_path):
+    report = made_up({"ridge": 0.7})
+    identity = {"seed": 0, "config": {"lr": None}}
+    where = cells.place(tmp_path, "a/b c", 3, identity)
+    assert where.parent == tmp_path
+    assert where.name.startswith("a-b-c-seed3-")
+    assert cells.read(where, identity) is None
+    cell = Cell(report, Cost(1.0, 2.0, 3.0, 4.0, 5.0))
+    cells.write(where, cell, identity)
+    cells.write(where, cell, identity)  # over itself
+    again = cells.read(where, identity)
+    assert again.cost == cell.cost
+    assert again.convergence is again.failed is None
+    pd.testing.assert_frame_equal(again.report.per_task, report.per_task)
+    assert cells.read(where, {"seed": 1}) is None
+    cells.write(where, Cell(None, None, failed="diverged"), identity)
+    assert cells.read(where, identity) == Cell(None, None, failed="diverged")
+    (where / "cell.json").write_text("[1")
+    assert cells.read(where, identity) is None
+    assert [p.name for p in tmp_path.iterdir()] == [where.name]
+
+
+def test_a_cell_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cells.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        cells.write(tmp_path / "x", Cell(made_up({"ridge": 0.7}), Cost(1.0, 2.0, 3.0, 4.0, 5.0)), {})
+    assert list(tmp_path.iterdir()) == []
