@@ -22,6 +22,7 @@ from melu_content import with_content
 
 from metarec_jax import learners, losses, models, results
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.cpu import tune_cpu
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split, read_partition
 from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue, make_tasks, task_source
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--validation", action="store_true", help="measure on validation users, for choosing settings")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parser.parse_args()
+    tune_cpu()
     cut = split(given.partition, given.content, 0.1)
     whole = cut if given.validation else split(given.partition, given.content, 0.0)
     held_known = catalogue(cut.train)

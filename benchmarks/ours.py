@@ -85,6 +85,7 @@ def make_state(cell: Mapping[str, Any], learner: Learner, optimizers: Optimizers
 
 def setup(cell: dict[str, Any]) -> Cell:
     """Compile a scan of outer steps; ``cell["optimizer"]``: "lazy" or "dense" rows; ``cell["tasks_from"]``."""
+    tune_cpu()  # once pinned: it asks for threads by the cores there are
     before = resident_mib()
     learner = make_learner(cell)
     source = drawn(cell) if cell.get("tasks_from") == "device" else prepared(cell)
@@ -129,5 +130,4 @@ def setup(cell: dict[str, Any]) -> Cell:
 
 
 if __name__ == "__main__":
-    tune_cpu()
     serve(setup)

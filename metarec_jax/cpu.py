@@ -15,8 +15,9 @@ _REDUCE = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 THREADS_ENOUGH = 8
-"""Threads of XLA's pool with which two programs may run at once: with two, two programs that both solve batches of
-linear systems were seen to wait for ever (jax 0.10.2). ``NPROC`` says how many there are; else one a core."""
+"""Threads of XLA's pool that a computation on several cores should find; ``NPROC`` says how many, else one a core.
+jaxlib's batched Cholesky and triangular solves wait, in a thread of the pool, for others of the pool: of two threads,
+two solves at once were seen to wait for ever (jaxlib 0.10.2, ``ParallelBatchMap``)."""
 
 
 def runs_together() -> int:
@@ -26,7 +27,12 @@ def runs_together() -> int:
     True
     """
     given = os.environ.get("NPROC", "")
-    return 2 if (int(given) if given.isdecimal() else os.cpu_count() or 1) >= THREADS_ENOUGH else 1
+    return 2 if (int(given) if given.isdecimal() else cores()) >= THREADS_ENOUGH else 1
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tune_cpu() -> bool:
@@ -34,7 +40,9 @@ def tune_cpu() -> bool:
 
     It adds to ``XLA_FLAGS``, which holds for the whole process and is read once, when JAX first computes; so the
     library never calls it by itself, and the command line does. A flag that you set yourself is left as it is. Outer
-    steps of the seed's model are 1.4 to 2 times as fast (``python -m benchmarks s1``). No effect on accelerators.
+    steps of the seed's model are 1.4 to 2 times as fast (``python -m benchmarks s1``). On few cores, but more than one,
+    it also asks for `THREADS_ENOUGH` threads (``NPROC``): without, what solves linear systems twice in one program,
+    such as an `ensemble`, may wait for ever. No effect on accelerators.
 
     Returns:
       Whether the flags stand in the environment now.
@@ -48,6 +56,8 @@ def tune_cpu() -> bool:
     if _REDUCE not in flags and _knows_reduce():
         flags = f"{flags} {_REDUCE}"
     os.environ["XLA_FLAGS"] = flags.strip()
+    if 1 < cores() < THREADS_ENOUGH:
+        os.environ.setdefault("NPROC", str(THREADS_ENOUGH))
     return _UNROLL in flags
 
 

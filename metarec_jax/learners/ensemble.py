@@ -26,6 +26,8 @@ def ensemble(
       weights: by the same names, scaled here to sum 1; None: all alike.
       unknown: weights for items unknown to training (id 0), of which methods know unlike much; None: ``weights``.
 
+    On a CPU of few cores call `tune_cpu` first: closed forms that are solved at once need threads enough.
+
     Raises:
       MetarecError: no method, weights of other names, or weights that do not sum to more than 0.
 

@@ -121,7 +121,9 @@ def cpu_devices(count: int) -> None:
     elif count > 1:
         with contextlib.suppress(RuntimeError):  # it computes already
             jax.config.update("jax_num_cpu_devices", count)
-    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 2 * count + 2, THREADS_ENOUGH)))
+    needed = max(os.cpu_count() or 1, 2 * count + 2, THREADS_ENOUGH)
+    if os.environ.get("NPROC", str(THREADS_ENOUGH)) == str(THREADS_ENOUGH):  # not set, or by `tune_cpu`
+        os.environ["NPROC"] = str(needed)
 
 
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
