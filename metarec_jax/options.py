@@ -113,3 +113,21 @@ def known(name: Any, names: Any, where: str) -> None:
 def meant(name: Any, names: Any) -> str:
     close = difflib.get_close_matches(shown(name).strip("'").lower(), [str(n) for n in names], n=1, cutoff=0.5)
     return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"
+
+
+def mesh_sizes(text: str | None) -> dict[str, int]:
+    """Sizes by axis.
+
+    Raises:
+      MetarecError: text that is not like ``data=4,model=2``.
+
+    >>> mesh_sizes("data=4,model=2"), mesh_sizes("model=8"), mesh_sizes(None)
+    ({'data': 4, 'model': 2}, {'model': 8}, {})
+    """
+    sizes: dict[str, int] = {}
+    for part in (text or "").split(",") if text is not None else []:
+        name, _, number = part.strip().partition("=")
+        if name not in ("data", "model") or name in sizes or not number.isdecimal() or not 1 <= int(number) < 2**31:
+            raise error(f"mesh: {text!r} is not understood at {part.strip()!r}; write --mesh data=4,model=2")
+        sizes[name] = int(number)
+    return sizes

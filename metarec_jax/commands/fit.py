@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from metarec_jax import config as configs
-from metarec_jax import runs
+from metarec_jax import options, runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.evaluate import VALIDATION_USERS, Phases, fixed_tasks, measure, measured, rating_range
 from metarec_jax.core import Learner, MetarecError
@@ -51,7 +51,7 @@ def fit(
     devices: Devices,
 ) -> int:
     """``metarec fit``: train (or resume), then measure and report. Of several processes the first one speaks."""
-    sizes = configs.mesh_sizes(devices.mesh)
+    sizes = options.mesh_sizes(devices.mesh)
     wanted, several = sizes.get("data", 1) * sizes.get("model", 1), devices.num_processes or launch.launched()
     launch.cpu_devices(wanted // max(several, 1))
     launch.join(devices.coordinator, devices.num_processes, devices.process_id)
