@@ -48,7 +48,7 @@ def on_device() -> TaskSource:
     return TaskSource((batches, words), draw, 4)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 12])
+@pytest.mark.parametrize("chunk", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 12))])
 def test_a_stream_trains_as_the_same_tasks_on_the_device(chunk):
     """12 steps in chunks of 1, 5 (so 5 + 5 + 2, padded) and 12."""
     a = fit(learner(), streamed(), steps=12, chunk=chunk)

@@ -53,7 +53,9 @@ def assert_same_run(many, one, digits=2e-6):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.parametrize(("data", "model"), [(1, 8), (4, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("data", "model"), [(4, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 8), (8, 1)))]
+)
 def test_eight_devices_are_one(name, data, model):
     """6 steps: tables cut in 8, in 2 (four copies of each part), and not at all."""
     if (data, model) != (4, 2) and name in ("fomaml", "meta_sgd", "reptile"):
