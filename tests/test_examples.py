@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-LONG = ("clicks", "own_data")
+LONG = ("clicks", "own_data", "own_model")
 
 
 @pytest.mark.parametrize(

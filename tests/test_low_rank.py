@@ -60,7 +60,7 @@ def test_what_is_kept_low_rank():
 @pytest.mark.parametrize(
     "options",
     [
-        {"only": ("net",), "inner_steps": 4},
+        pytest.param({"only": ("net",), "inner_steps": 4}, marks=pytest.mark.slow),
         {"inner_steps": 3},
         {"only": ("net",), "inner_steps": 2, "first_order": True},
         {"only": ("net",), "inner_steps": 3, "per_step_losses": True},
@@ -74,7 +74,7 @@ def test_the_same_derivative(options, float64):
     assert largest_difference(thin, plain) < 1e-12
 
 
-@pytest.mark.parametrize(("support", "query"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize(("support", "query"), [pytest.param(3, 1, marks=pytest.mark.slow), (1, 3)])
 def test_a_part_of_one_example(support, query, float64):
     """With one example the user's part and the items' are one product, with more they are two: rows 0:24 and 0:8, 8:24."""
     cut = lambda part, n: jax.tree.map(lambda a: a if a.shape[1] == 1 else a[:, :n], part)  # noqa: E731

@@ -74,7 +74,11 @@ def before_and_after(learner, params, task, loss):
     return float(error(0.0)), float(error(1.0))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+LONG = ("relation", "cnp", "latent", "written_head")
+"""What stands for them by default: "cosine", "tanp", "hypernetwork"."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in TRAINED])
 def test_a_few_ratings_of_a_new_user_beat_any_prior(name):
     """After a short meta-training, the root of the mean squared error on users never seen is below what it was before
     adaptation, and below what the best prior that there is can do, which knows the truth of items and groups (0.74).
@@ -105,7 +109,7 @@ def test_clicks(name):
     assert after < 0.97 * before
 
 
-@pytest.mark.parametrize("implicit", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("implicit", [pytest.param(b, marks=pytest.mark.slow) for b in (False, True)])
 def test_by_name(implicit):
     """As the command line names them: built for ratings and for clicks, each loss is finite."""
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2, implicit=implicit, seed=2).data
