@@ -69,9 +69,9 @@ def entrants(columns: dict) -> dict[str, Learner]:
     }
 
 
-def process(data: Interactions, known: Catalogue, seed: int) -> Method:
+def process(data: Interactions, seed: int) -> Method:
     return learners.gaussian_process(
-        data, known, steps=300, lr=0.07, loss=losses.mae, tasks=16, support=(3, 90), cold_tasks=0.4, seed=seed
+        data, steps=300, lr=0.07, loss=losses.mae, tasks=16, support=(3, 90), cold_tasks=0.4, seed=seed
     )
 
 
@@ -108,7 +108,7 @@ def main() -> None:
             methods[name] = train(learner, whole.train, known, seed)
             seconds.setdefault(name, []).append(time.perf_counter() - began)
         began = time.perf_counter()
-        methods["gaussian_process"] = process(whole.train, known, seed)
+        methods["gaussian_process"] = process(whole.train, seed)
         seconds.setdefault("gaussian_process", []).append(time.perf_counter() - began)
         methods["ensemble"] = joined(methods)
         print(f"seed {seed}: {', '.join(f'{n} {s[-1]:.1f} s' for n, s in seconds.items())}", file=sys.stderr)

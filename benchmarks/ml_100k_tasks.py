@@ -74,8 +74,8 @@ def ridge(train: Interactions, seed: int, steps: int = 200) -> Method:
     return found.method
 
 
-def trained(train: Interactions, known: Catalogue, seed: int) -> dict[str, Method]:
-    process = lambda loss: learners.gaussian_process(train, known, loss=loss, cold_tasks=0.0, seed=seed)  # noqa: E731
+def trained(train: Interactions, seed: int) -> dict[str, Method]:
+    process = lambda loss: learners.gaussian_process(train, loss=loss, cold_tasks=0.0, seed=seed)  # noqa: E731
     return {
         "gaussian_process": process(losses.mse),
         "gaussian_process_bpr": process(losses.bpr),
@@ -134,7 +134,7 @@ def _scores(method: Method, held: TaskSet, known: Catalogue) -> Array:
 def one_split(data: Interactions, seed: int, mode: Literal["rating", "click"]) -> Report:
     train, validation, test = cut(data, seed, mode)
     known, held = catalogue(train), tasks(validation, seed)
-    methods = trained(train, known, seed) | fit_baselines(train, known, held)
+    methods = trained(train, seed) | fit_baselines(train, known, held)
     methods["ensemble"] = mixed(methods, held["user_cold"], known, mode)
     report = measured(methods, tasks(test, seed), known, mode, seed)
     return replace(report, settings={k: v for k, v in report.settings.items() if k != "new_items"})

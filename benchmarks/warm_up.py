@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from metarec_jax.data.item_tasks import (
     item_catalogue,
     item_task_source,
     joined,
+    place_in_time,
     warm_up,
 )
 from metarec_jax.data.tasks import TaskSet, make_tasks
@@ -53,17 +55,8 @@ from metarec_jax.training.row_optimizers import lazy_adam
 STAGES = ("cold", "a", "b", "c")
 BATCH, LR = 1024, 3e-3
 META_STEPS, OURS_STEPS = 300, 1200
-WARM = {
-    "base": (0.1, 20),
-    "base_unknown": (0.1, 20),
-    "base_3_epochs": (0.1, 20),
-    "base_5_epochs": (0.1, 20),
-    "dropout_net": (0.1, 20),
-    "meta_embedding": (0.1, 20),
-    "mwuf": (0.1, 20),
-    "cvar": (0.1, 20),
-}
-"""Rate and number of the gradient steps of each method's warm-up."""
+WARM = {"inner_lr": 0.1, "inner_steps": 20}
+"""The warm-up of every method that takes gradient steps."""
 
 
 def prepared(folder: Path) -> Interactions:
@@ -77,12 +70,7 @@ def pretended(base: Interactions, seed: int = 0) -> Interactions:
     """A fifth of the base items, cut to their first 150 ratings, so that they are cold items; the others as they are."""
     items = np.unique(base.item)
     chosen = np.random.default_rng(seed).choice(items, len(items) // 5, replace=False)
-    order = np.lexsort((np.asarray(base.timestamp), base.item))
-    item = base.item[order]
-    first = np.flatnonzero(np.append(True, item[1:] != item[:-1]))
-    place = np.empty(len(item), int)
-    place[order] = np.arange(len(item)) - np.repeat(first, np.diff(np.append(first, len(item))))
-    return base.take(~np.isin(base.item, chosen) | (place < 150))
+    return base.take(~np.isin(base.item, chosen) | (place_in_time(base) < 150))
 
 
 def tasks_of(cut: WarmUp) -> list[TaskSet]:
@@ -131,36 +119,30 @@ def from_base(steps: int, support: tuple[int, int]) -> Callable[..., Params]:
     return train
 
 
-def entrants(columns: dict[str, Column], warm: dict[str, tuple[float, int]]) -> dict[str, Entrant]:
-    """Every method by name; ``warm``: rate and steps of its warm-up."""
+def entrants(columns: dict[str, Column]) -> dict[str, Entrant]:
+    """Every method by name."""
     model = ctr_models.deepfm(columns, size=16, hidden=(16, 16))
     known = {name: columns[name] for name in columns if name.startswith("item_") and name != "item_id"}
     content = models.content_model(known, size=16, head="mlp", hidden=(), table_scale=0.01)
 
-    def plain(name: str, start: str, drop: float, epochs: int) -> Entrant:
-        lr, steps = warm[name]
-        make = lambda **warm: learners.dropout_net(model, drop=drop, start=start, **warm)  # noqa: E731
-        return Entrant(make(inner_steps=0), make(inner_lr=lr, inner_steps=steps), plainly(epochs))
+    def plain(start: str, drop: float, epochs: int) -> Entrant:
+        make = partial(learners.dropout_net, model, drop=drop, start=start)
+        return Entrant(make(inner_steps=0), make(**WARM), plainly(epochs))
 
-    def generated(
-        name: str, make: Callable[..., Learner], trained: dict[str, Any], support: tuple[int, int]
-    ) -> Entrant:
-        lr, steps = warm[name]
-        train = from_base(META_STEPS, support)
-        return Entrant(make(model, content, **trained), make(model, content, inner_lr=lr, inner_steps=steps), train)
+    def generated(make: Callable[..., Learner], trained: dict[str, Any], support: tuple[int, int]) -> Entrant:
+        return Entrant(make(model, content, **trained), make(model, content, **WARM), from_base(META_STEPS, support))
 
     ours = made(model, content)
     ours_learner = with_cold_loss(learners.logistic(ours, precision=4.0, bias_precision=4.0, newton_steps=5), ours, 0.5)
-    cold_phase = {"inner_lr": warm["mwuf"][0], "inner_steps": warm["mwuf"][1]}
     return {
-        "base": plain("base", "own", 0.0, 1),
-        "base_unknown": plain("base_unknown", "unknown", 0.0, 1),
-        "base_3_epochs": plain("base_3_epochs", "unknown", 0.0, 3),
-        "base_5_epochs": plain("base_5_epochs", "unknown", 0.0, 5),
-        "dropout_net": plain("dropout_net", "unknown", 0.5, 1),
-        "meta_embedding": generated("meta_embedding", learners.meta_embedding, {"inner_lr": 0.1}, (20, 20)),
-        "mwuf": generated("mwuf", learners.mwuf, cold_phase, (0, 40)),
-        "cvar": generated("cvar", learners.cvar, {}, (0, 40)),
+        "base": plain("own", 0.0, 1),
+        "base_unknown": plain("unknown", 0.0, 1),
+        "base_3_epochs": plain("unknown", 0.0, 3),
+        "base_5_epochs": plain("unknown", 0.0, 5),
+        "dropout_net": plain("unknown", 0.5, 1),
+        "meta_embedding": generated(learners.meta_embedding, {"inner_lr": 0.1}, (20, 20)),
+        "mwuf": generated(learners.mwuf, WARM, (0, 40)),
+        "cvar": generated(learners.cvar, {}, (0, 40)),
         "made_logistic": Entrant(ours_learner, ours_learner, from_base(OURS_STEPS, (0, 40))),
     }
 
@@ -252,7 +234,7 @@ def measured(
     known, tasks = item_catalogue(data), tasks_of(cut)
     real = tasks[0].query_mask > 0
     clicked = tasks[0].query_target[real]
-    entered = {n: e for n, e in entrants(data.columns, WARM).items() if not only or n in only or n == "base"}
+    entered = {n: e for n, e in entrants(data.columns).items() if not only or n in only or n == "base"}
     scorers = {name: scorer(entrant.tested) for name, entrant in entered.items()}
     scores: dict[str, list[list[np.ndarray]]] = {name: [] for name in entered}
     seconds: dict[str, list[float]] = {name: [] for name in entered}

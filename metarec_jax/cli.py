@@ -189,19 +189,21 @@ def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
 def compare(
     options: Any,
     learners: Annotated[
-        tuple[str, ...],
+        tuple[str, ...] | None,
         tyro.conf.arg(
             metavar="NAME [NAME ...]",
-            help="meta-learners, apart or joined by commas; options of one follow it, as maml:inner_steps=1:rule=sgd",
+            help_behavior_hint="",
+            help="meta-learners, apart or joined by commas; options of one follow it, as maml:inner_steps=1:rule=sgd; "
+            "by default one of each family: ridge, maml, protonet, neural_process, and of clicks item_map",
         ),
-    ] = ("ridge", "maml", "protonet", "neural_process"),  # one of each family
+    ] = None,
     baselines: Annotated[
         tuple[str, ...] | None,
         tyro.conf.arg(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
-            help="baselines beside the trivial ones; by default all that are quick. Only if named: ease and, trained "
-            "for as many steps as the learners, sgd_mf, factorization_machine, two_tower, deepfm",
+            help="baselines beside the trivial ones; by default all that suit the data in closed form. Only if named: "
+            "sgd_mf, factorization_machine, two_tower, deepfm, trained for as many steps as the learners",
         ),
     ] = None,
     seeds: Annotated[int, tyro.conf.arg(help="splits of the users, each with a training and a draw of its own")] = 1,

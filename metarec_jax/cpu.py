@@ -12,8 +12,6 @@ _UNROLL = "xla_cpu_disable_loop_unrolling"
 """LLVM unrolls a loop over a row of 32 numbers whole, and then no longer finds vectors in it: 3-5 times slower."""
 _REDUCE = "--xla_cpu_experimental_ynn_fusion_type="
 """Sums over tasks by XLA's own loops: the library that XLA prefers took 480 us for [512, 64] -> [64]."""
-
-
 THREADS_ENOUGH = 8
 """Threads of XLA's pool that a computation on several cores should find; ``NPROC`` says how many, else one a core.
 jaxlib's batched Cholesky and triangular solves wait, in a thread of the pool, for others of the pool: of two threads,
@@ -26,8 +24,13 @@ def runs_together() -> int:
     >>> runs_together() in (1, 2)
     True
     """
+    return 2 if threads() >= THREADS_ENOUGH else 1
+
+
+def threads() -> int:
+    """Threads that XLA's pool has, or will have once JAX computes."""
     given = os.environ.get("NPROC", "")
-    return 2 if (int(given) if given.isdecimal() else cores()) >= THREADS_ENOUGH else 1
+    return int(given) if given.isdecimal() else cores()
 
 
 def cores() -> int:
@@ -56,8 +59,8 @@ def tune_cpu() -> bool:
     if _REDUCE not in flags and _knows_reduce():
         flags = f"{flags} {_REDUCE}"
     os.environ["XLA_FLAGS"] = flags.strip()
-    if 1 < cores() < THREADS_ENOUGH:
-        os.environ.setdefault("NPROC", str(THREADS_ENOUGH))
+    if cores() > 1:
+        os.environ.setdefault("NPROC", str(max(cores(), THREADS_ENOUGH)))
     return _UNROLL in flags
 
 

@@ -6,14 +6,13 @@ multi-valued field is the mean of its values' vectors, that of a numeric field a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from metarec_jax.core import Array, Column, Inputs, MetarecError, Model
-from metarec_jax.models import Joint, Rows, flax_model
+from metarec_jax.models import Fields, Joint, Rows, added, flax_model
 
 
 def factorization_machine(
@@ -125,30 +124,7 @@ def _kinds(columns: Mapping[str, Column]) -> dict[str, str]:
     return {name: column.kind for name, column in columns.items()}
 
 
-class _Fields(nn.Module):
-    """What these networks share: a row for each field, numeric ones by a linear map, and the mean."""
-
-    kinds: Mapping[str, str]
-    size: int
-
-    def setup(self) -> None:
-        self.mean = self.param("mean", nn.initializers.zeros, ())
-        zeros, numeric = nn.initializers.zeros, [name for name, kind in self.kinds.items() if kind == "numeric"]
-        self.maps = {name: nn.Dense(self.size, use_bias=False, kernel_init=zeros, name=name) for name in numeric}
-        self.more()
-
-    def more(self) -> None:
-        """Further layers of a network."""
-
-    def fields(self, rows: Rows, inputs: Inputs, side: str = "") -> list[Array]:
-        names = [name for name in self.kinds if name.startswith(side)]
-        return [self.maps[name](inputs[name]) if name in self.maps else rows[name] for name in names]
-
-    def item_vectors(self, rows: Rows, inputs: Inputs) -> Array:
-        return _added(self.fields(rows, inputs, "item_"))[:, 1:]
-
-
-class _DeepFM(_Fields):
+class _DeepFM(Fields):
     """A factorisation machine, with dense layers where ``hidden`` has any."""
 
     hidden: tuple[int, ...]
@@ -166,15 +142,15 @@ class _DeepFM(_Fields):
 
     def __call__(self, rows: Rows, inputs: Inputs) -> Array:
         fields = self.fields(rows, inputs)
-        total = _added(fields)
+        total = added(fields)
         score = self.mean + total[:, 0]
         if self.pairs:
-            own = _added([jnp.sum(jnp.square(row[:, 1:]), axis=-1, keepdims=True) for row in fields])
+            own = added([jnp.sum(jnp.square(row[:, 1:]), axis=-1, keepdims=True) for row in fields])
             score = score + 0.5 * (jnp.sum(jnp.square(total[:, 1:]), axis=-1) - own[:, 0])
         return score if self.out is None else score + self.out([self.last_hidden(rows, inputs)])[:, 0]
 
 
-class _TwoTower(_Fields):
+class _TwoTower(Fields):
     hidden: tuple[int, ...]
 
     def more(self) -> None:
@@ -188,7 +164,7 @@ class _TwoTower(_Fields):
     def side(self, rows: Rows, inputs: Inputs, side: str) -> tuple[Array, Array]:
         """Weight ``[n]`` and vector ``[n, size]``."""
         fields = self.fields(rows, inputs, side)
-        total, parts = _added(fields), [row[:, 1:] for row in fields]
+        total, parts = added(fields), [row[:, 1:] for row in fields]
         for layer in self.towers[side]:
             parts = [nn.relu(layer(parts))]
         vector = total[:, 1:]
@@ -200,7 +176,3 @@ class _TwoTower(_Fields):
     def __call__(self, rows: Rows, inputs: Inputs) -> Array:
         (w_user, u), (w_item, v) = self.side(rows, inputs, "user_"), self.side(rows, inputs, "item_")
         return self.mean + w_user + w_item + jnp.sum(u * v, axis=-1)
-
-
-def _added(parts: Sequence[Array]) -> Array:
-    return functools.reduce(jnp.add, parts)

@@ -227,29 +227,43 @@ def _example(columns: Mapping[str, Column], size: int) -> tuple[dict[str, Array]
     return {name: jnp.zeros((1, size)) for name, c in columns.items() if c.kind != "numeric"}, inputs
 
 
-class TwoSides(nn.Module):
-    """Dot product of a user side and an item side, with biases; column 0 of every row is the bias."""
+class Fields(nn.Module):
+    """What networks over fields share: a row for each column, numeric ones by a linear map, and the mean.
+
+    Column 0 of a row is a weight, the others are a vector.
+    """
 
     kinds: Mapping[str, str]
     size: int
 
     def setup(self) -> None:
         self.mean = self.param("mean", nn.initializers.zeros, ())
-        numeric = [name for name, kind in self.kinds.items() if kind == "numeric"]
-        zeros = nn.initializers.zeros
+        zeros, numeric = nn.initializers.zeros, [name for name, kind in self.kinds.items() if kind == "numeric"]
         self.maps = {name: nn.Dense(self.size, use_bias=False, kernel_init=zeros, name=name) for name in numeric}
+        self.more()
 
-    def side(self, rows: Rows, inputs: Inputs, prefix: str) -> Array:
-        names = [name for name in self.kinds if name.startswith(prefix)]
-        parts = [self.maps[name](inputs[name]) if name in self.maps else rows[name] for name in names]
-        return functools.reduce(jnp.add, parts)
+    def more(self) -> None:
+        """Further layers of a network."""
 
-    def __call__(self, rows: Rows, inputs: Inputs) -> Array:
-        u, v = self.side(rows, inputs, "user_"), self.side(rows, inputs, "item_")
-        return self.mean + u[:, 0] + v[:, 0] + jnp.sum(u[:, 1:] * v[:, 1:], axis=-1)
+    def fields(self, rows: Rows, inputs: Inputs, side: str = "") -> list[Array]:
+        names = [name for name in self.kinds if name.startswith(side)]
+        return [self.maps[name](inputs[name]) if name in self.maps else rows[name] for name in names]
 
     def item_vectors(self, rows: Rows, inputs: Inputs) -> Array:
-        return self.side(rows, inputs, "item_")[:, 1:]
+        return added(self.fields(rows, inputs, "item_"))[:, 1:]
+
+
+def added(parts: Sequence[Array]) -> Array:
+    """The sum of parts of one shape, or of leading axis 1."""
+    return functools.reduce(jnp.add, parts)
+
+
+class TwoSides(Fields):
+    """Dot product of a user side and an item side, with biases; column 0 of every row is the bias."""
+
+    def __call__(self, rows: Rows, inputs: Inputs) -> Array:
+        u, v = added(self.fields(rows, inputs, "user_")), added(self.fields(rows, inputs, "item_"))
+        return self.mean + u[:, 0] + v[:, 0] + jnp.sum(u[:, 1:] * v[:, 1:], axis=-1)
 
 
 class Joint(nn.Module):

@@ -257,13 +257,12 @@ def _trained(
     )
     learner = served.tuned("nothing", 0).learner
     schedule = optax.cosine_decay_schedule(settings.get("lr", served.plain.lr), max(steps, 1), 0.1)
-    tasks = {scenario: chosen for scenario, chosen in validation_tasks.items() if len(chosen)}
     validate = None
-    if tasks:
+    if validation_tasks:
         way, fine_steps = settings["way"], int(settings.get("fine_steps", 0))
         serving, own = served.tuned(way, fine_steps)
         span = None if train.rating is None else (float(train.rating.min()), float(train.rating.max()))
-        measure = validator(serving, tasks, known, rating_range=span)
+        measure = validator(serving, validation_tasks, known, rating_range=span)
 
         def validate(params: Params) -> Mapping[str, float]:
             return measure({**params, **own(params, settings["strength"])})

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from metarec_jax.core import MetarecError
+from metarec_jax.training import folders
 from metarec_jax.training.checkpoint import Checkpoints, load_params, saved_metrics
 from metarec_jax.training.run_directory import different
 
@@ -62,6 +63,21 @@ def run(tmp_path):
 
 def kept(run, kind):
     return sorted(int(p.name) for p in (run / "checkpoints" / kind).iterdir())
+
+
+def test_metadata_that_is_no_metadata_is_passed_over(run):
+    """With its mark made again, as if it had been written so: the metrics are those of the step before; loading refuses."""
+    latest = run / "checkpoints" / "latest" / "3"
+    (latest / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"metrics": [], "leaves": [3]}}')
+    folders.mark(latest)
+    found = saved_metrics(run, which="latest")
+    assert found is not None
+    assert found[0] == 2
+    with (
+        Checkpoints(run, identity=IDENTITY) as checkpoints,
+        pytest.raises(MetarecError, match="is not what this library"),
+    ):
+        checkpoints.restore(state(0))
 
 
 def test_every_kind_of_leaf_comes_back_with_the_same_bits(run):

@@ -16,7 +16,7 @@ from metarec_jax.cells import Cell
 from metarec_jax.commands import compare as command
 from metarec_jax.commands.compare_entries import all_entries, baseline_of, learner_of
 from metarec_jax.commands.compare_report import advice
-from metarec_jax.commands.evaluate import fixed_tasks, rating_range, relevant_from
+from metarec_jax.commands.protocol import fixed_tasks, rating_range, relevant_from
 from metarec_jax.comparison import Cost, by_support, choose, gap, join, over_seeds, overall
 from metarec_jax.core import MetarecError
 from metarec_jax.data.splits import split
@@ -163,6 +163,12 @@ def test_a_damaged_cell_is_measured_again(compared, work):
     rows.write_bytes(rows.read_bytes()[:-9])
     assert run("--learners", "maml") == 0
     assert work == ["user_mean"]
+    assert found(compared)["results"] == before
+    changed = pd.read_parquet(rows)  # a sound file of other numbers: its digest tells
+    changed["mae"] += 1.0
+    changed.to_parquet(rows)
+    assert run("--learners", "maml") == 0
+    assert work == ["user_mean", "user_mean"]
     assert found(compared)["results"] == before
 
 

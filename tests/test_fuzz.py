@@ -27,9 +27,9 @@ from metarec_jax.data.cache import write_cache  # noqa: E402
 from metarec_jax.data.interactions import Vocabulary  # noqa: E402
 from metarec_jax.online.history import Names, parse_history  # noqa: E402
 
-FUZZED = ("text", "parquet", "folder", "features", "histories", "cache", "datasets")
+FUZZED = ("text", "parquet", "folder", "features", "histories", "partition", "cache", "datasets", "config")
 """Families that this file fuzzes."""
-CORPUS = sorted(p for p in (ROOT / "tests" / "corpus").glob("*/*") if p.parent.name in (*FUZZED, "run"))
+CORPUS = sorted((ROOT / "tests" / "corpus").glob("*/*"))
 QUIET = settings(
     derandomize=True,
     deadline=None,

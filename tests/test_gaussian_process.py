@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.flatten_util
@@ -32,7 +33,7 @@ def world():
 @pytest.fixture(scope="module")
 def fitted(world):
     _, train, _ = world
-    return gaussian_process(train, catalogue(train), steps=40, tasks=16)
+    return gaussian_process(train, steps=40, tasks=16)
 
 
 def examples(known, items, target):
@@ -146,7 +147,7 @@ def test_it_beats_what_does_not_adapt(world):
     _, train, new = world
     known = catalogue(train)
     methods = {
-        "gaussian_process": gaussian_process(train, known, steps=100),
+        "gaussian_process": gaussian_process(train, steps=100),
         **fit_baselines(train, known, names=["item_mean", "bias"]),
     }
     found = evaluate(methods, {"user_cold": make_tasks(new, query=5)}, known, baselines=("item_mean", "bias")).summary()
@@ -155,10 +156,8 @@ def test_it_beats_what_does_not_adapt(world):
 
 
 def test_clicks_and_large_catalogues_are_refused(world):
-    from dataclasses import replace
-
     train = world[1]
     with pytest.raises(MetarecError, match="wants ratings"):
-        gaussian_process(replace(train, rating=None), catalogue(train))
+        gaussian_process(replace(train, rating=None))
     with pytest.raises(MetarecError, match="41 item rows"):
-        gaussian_process(train, catalogue(train), dense_limit=40)
+        gaussian_process(train, dense_limit=40)

@@ -1,24 +1,23 @@
-"""Learners that make the row of a cold item: the contract, and each formula by hand."""
+"""Learners that make the row of a cold item: what is frozen, what an item owns, and each formula by hand.
+
+The contract is that of all learners (`test_contract`), with users in the place of items.
+"""
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from worlds import double, largest_difference, one
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, MetarecError, Model, Table, Task
-from metarec_jax.data.tasks import TaskSource
 from metarec_jax.learners import made_rows
 from metarec_jax.learners.cvar import kl, wasserstein
 from metarec_jax.learners.mwuf import common_row
-from metarec_jax.training.row_optimizers import lazy_adam
-from metarec_jax.training.step import Optimizers, init_state, loss_and_grads, make_step
 
 KEY = jax.random.key(0)
 COLUMNS = {
@@ -70,64 +69,6 @@ def world(name: str):
 
 
 @each_learner
-def test_row_view_equals_dense(name, float64):
-    """Gradient of the batch through row views, scattered back, against jax.grad over whole tables: max |diff| <= 1e-12."""
-    learner, params, batch = world(name)
-    params, batch = double(params), double(batch)
-
-    def dense_loss(params, batch):
-        return jax.vmap(learner.loss, (None, 0, 0))(params, batch, jax.random.split(KEY, 3))[0].mean()
-
-    want_value, want = jax.jit(jax.value_and_grad(dense_loss))(params, batch)
-    (value, _), grads, ids = jax.jit(partial(loss_and_grads, learner))(params, batch, KEY)
-    got = dict(grads["dense"], tables=dict(grads["whole"]))
-    for table, rows in grads["rows"].items():
-        flat = rows.reshape(-1, params["tables"][table].shape[1])
-        got["tables"][table] = jnp.zeros_like(params["tables"][table]).at[ids[table].reshape(-1)].add(flat)
-    assert {"user_id", "item_id"} <= set(grads["rows"])
-    assert abs(float(value - want_value)) < 1e-12
-    assert largest_difference(got, {k: want[k] for k in got}) < 1e-12
-
-
-@each_learner
-def test_one_task_at_a_time_is_the_same(name):
-    """vmap == loop; padding, nan even, and the order of the support change nothing; 0 and 1 examples give finite scores;
-    the loss scores what adapt and predict give."""
-    learner, params, batch = world(name)
-    task = one(batch)
-
-    def spoil(e):
-        users = {c: v.at[-1].set(v[0]) if c.startswith("user_") else v for c, v in e.inputs.items()}
-        return e._replace(inputs=users, target=e.target.at[-1].set(jnp.nan))
-
-    def turn(e):
-        users = {c: v[::-1] if c.startswith("user_") else v for c, v in e.inputs.items()}
-        return Examples(users, e.target[::-1], e.mask[::-1])
-
-    @jax.jit
-    def run(params, batch, task):
-        score = lambda s, q: learner.predict(params, learner.adapt(params, s, KEY), q)  # noqa: E731
-        few = [task.support._replace(mask=task.support.mask * (jnp.arange(6) < k)) for k in (0, 1)]
-        variants = jax.tree.map(lambda *a: jnp.stack(a), task.support, spoil(task.support), turn(task.support), *few)
-        together = jax.vmap(lambda t: score(t.support, t.query.inputs))(batch)[0]
-        several = jax.vmap(lambda s: score(s, task.query.inputs))(variants)
-        return (
-            together,
-            score(task.support, task.query.inputs),
-            several,
-            learner.loss(params, task, KEY)[1]["query_loss"],
-        )
-
-    together, alone, (same, spoiled, turned, none, single), query_loss = run(params, batch, task)
-    assert alone.shape == (4,)
-    for other in (together, same, spoiled, turned):
-        assert largest_difference(other, alone) < 2e-5
-    assert bool(jnp.isfinite(none).all() & jnp.isfinite(single).all())
-    bce = losses.bce(alone, task.query.target, where=task.query.mask)
-    assert float(query_loss) == pytest.approx(float(bce), rel=1e-5)
-
-
-@each_learner
 def test_padding_has_no_gradient_nor_what_is_frozen(name):
     """Garbage in padding, nan even, changes no gradient. Of a frozen model it is exactly 0, of the learner's own part not."""
     learner, params, batch = world(name)
@@ -141,28 +82,6 @@ def test_padding_has_no_gradient_nor_what_is_frozen(name):
     assert (of_model == 0.0) == (name in ("meta_embedding", "mwuf", "cvar"))
     own = {"meta_embedding": "generator", "mwuf": "mwuf", "cvar": "cvar"}
     assert largest(found[own.get(name, "net")]) > 0
-
-
-@each_learner
-def test_one_trace_in_ten_steps_and_it_learns(name):
-    learner, params, batch = world(name)
-    source = TaskSource(batch, lambda data, key: data, 3)
-    optimizers = Optimizers(optax.adam(3e-2), lazy_adam(3e-2))
-    traces = 0
-
-    def counted(state, data):
-        nonlocal traces
-        traces += 1
-        return make_step(learner, source, optimizers)(state, data)
-
-    step, state, seen = jax.jit(counted), init_state(learner, optimizers, params, KEY), []
-    form = jax.tree.map(lambda a: (a.shape, a.dtype), state)
-    for _ in range(10):
-        state, metrics = step(state, batch)
-        seen.append(float(metrics["loss"]))
-    assert traces == 1
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == form
-    assert seen[-1] < seen[0]
 
 
 @each_learner

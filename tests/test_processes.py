@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import MetarecError
+from metarec_jax.cpu import cores
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.training import launch
 from metarec_jax.training.checkpoint import load_params
@@ -135,11 +136,12 @@ def test_how_processes_are_named(monkeypatch):
 
 
 def test_cpu_devices_have_threads_enough(monkeypatch):
-    """4 devices: 10 threads or a thread a core; what is set already stands."""
+    """4 devices: 10 threads or a thread a core; what is set stands only where it is more."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     monkeypatch.delenv("NPROC", raising=False)
     launch.cpu_devices(1)
-    assert int(os.environ["NPROC"]) == max(os.cpu_count(), 10)
-    monkeypatch.setenv("NPROC", "3")
-    launch.cpu_devices(1)
-    assert os.environ["NPROC"] == "3"
+    assert int(os.environ["NPROC"]) == max(cores(), 10)
+    for given, wanted in (("3", "10"), ("40", "40")):
+        monkeypatch.setenv("NPROC", given)
+        launch.cpu_devices(1)
+        assert os.environ["NPROC"] == wanted

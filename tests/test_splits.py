@@ -229,6 +229,8 @@ def test_a_partition_takes_vocabularies_and_features_from_data(tmp_path):
         ({"melu_state": "lukewarm"}, {}, "says lukewarm; known states"),
         ({"melu_state": "warm"}, {}, "both are wanted"),
         ({"rating": "good"}, {}, "'good' is not a number"),
+        ({"melu_state": None}, {}, r"line 2 of .*column 'melu_state', has no value"),
+        ({"user_id": None}, {}, r"column 'user_id', has no value"),
         ({}, {"state_col": "nope"}, "none for state"),
         ({}, {"validation": 1.0}, "below 1"),
     ],

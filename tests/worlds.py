@@ -9,6 +9,7 @@ import optax
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, Model, Task
+from metarec_jax.learners.made_rows import made, with_cold_loss
 
 COLUMNS = {
     "user_id": Column("id", 400),
@@ -58,6 +59,7 @@ def every_learner() -> dict[str, Learner]:
     """The shared table of properties runs over these."""
     dot, mlp, seed = content("dot"), content("mlp"), seed_model()
     ages = models.content_model({"user_age": COLUMNS["user_age"]}, size=3, head="mlp", hidden=(4,))
+    aged = made(dot, ages, column="user_id")
     return {
         "maml": learners.maml(dot, inner_lr=0.05, inner_steps=2),
         "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
@@ -87,6 +89,7 @@ def every_learner() -> dict[str, Learner]:
         "mwuf": learners.mwuf(dot, ages, column="user_id", other="item_id", hidden=4, inner_lr=0.05, loss=losses.mse),
         "cvar": learners.cvar(dot, ages, column="user_id", latent=2, loss=losses.mse),
         "dropout_net": learners.dropout_net(dot, column="user_id", inner_lr=0.05, loss=losses.mse),
+        "made_logistic": with_cold_loss(learners.logistic(aged, newton_steps=4), aged),
         "protonet": learners.protonet(dot),
         "matching": learners.matching(dot),
         "relation": learners.matching(mlp, similarity="relation", hidden=4),

@@ -12,27 +12,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from metarec_jax import cells, runs
 from metarec_jax import config as configs
 from metarec_jax.cells import Cell
-from metarec_jax.commands.compare_entries import Entry, all_entries, baseline_of, learner_of, names_of
+from metarec_jax.commands.compare_entries import (
+    Entry,
+    all_entries,
+    baseline_of,
+    default_learners,
+    learner_of,
+    names_of,
+)
 from metarec_jax.commands.compare_report import tell
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.diagnose import diagnose
-from metarec_jax.commands.evaluate import VALIDATION_USERS, fixed_tasks, ranking_only, rating_range, relevant_from
+from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, measuring_options, training_options
 from metarec_jax.comparison import cost
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue
 from metarec_jax.plain import fit_plain
-from metarec_jax.training import launch
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 from metarec_jax.training.progress import StopSignal
-from metarec_jax.training.validation import validator
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -50,7 +54,7 @@ class World(NamedTuple):
 def compare(
     config: configs.Config,
     *,
-    learners: Sequence[str],
+    learners: Sequence[str] | None,
     baselines: Sequence[str] | None,
     seeds: int,
     max_users: int,
@@ -72,13 +76,14 @@ def compare(
             raise MetarecError(f"{name} must be above 0, and is {bound:g}; leave it out for no bound")
     if any(k < 0 for k in support_curve):
         raise MetarecError(f"--support-curve has {min(support_curve)}; give numbers of support examples, 0 or more")
-    ours = [learner_of(config, name) for name in names_of(learners)]
+    ours = None if learners is None else [learner_of(config, name) for name in names_of(learners)]
     plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
     compile_cache()
-    launch.cpu_devices(1)
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
     print(f"{data.name}: {runs.summary({'counts': counts})}")
+    if ours is None:
+        ours = [learner_of(config, name) for name in default_learners(data)]
     entries = all_entries(config, data, ours, plain)
     folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
     if fresh:
@@ -248,13 +253,11 @@ def _cell(
             {entry.name: method},
             world.tasks,
             world.known,
-            rating_range=rating_range(data),
-            relevant=relevant_from(data),
             catalogue_ranking=True,
             curve=curve,
             baselines=() if entry.kind == "learner" else (entry.name,),
-            ranking_only=ranking_only(data, {entry.name: method}),
             seed=seed,
+            **measuring_options(data, {entry.name: method}),
         )
         took = cost(
             method,
@@ -299,30 +302,17 @@ def _train(
             spoken = time.perf_counter()
             _say(f"  step {step} of {settings.steps}, {spent():.0f} s")
 
-    params = configs.build_params(config, learner, world.parts.train)
-    optimizers = configs.build_optimizers(config, world.parts.train)
-    validate = validator(learner, world.held, world.known, rating_range=rating_range(data)) if world.held else None
+    given = training_options(config, learner, data, world.parts.train, world.known, world.held)
     checkpoints: Any
     with StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
         found = fit(
             learner,
             world.source,
-            steps=settings.steps,
-            optimizer=optimizers.dense,
-            rows=optimizers.rows,
-            seed=settings.seed,
-            params=params,
-            validate=validate,
-            validate_every=settings.validate_every,
-            monitor="error",
-            patience=settings.patience,
             checkpoints=checkpoints,
-            save_every=settings.save_every,
             progress=noted,
             say=begun,
             stop=lambda: bool(stop),
-            micro_batches=settings.micro_batches,
-            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            **given,
         )
     if found.stopped == "interrupted":
         _say(f"  {stop.name or 'stopped'}: saved at step {found.step}; the same command again continues")

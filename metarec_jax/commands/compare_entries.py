@@ -19,8 +19,6 @@ from metarec_jax.tuning import suitable
 
 TRIVIAL = ("random", "popularity", "item_mean", "user_mean", "bias")
 """Baselines that stand in every table, where they suit the data."""
-_SLOW = ("ease",)
-"""Baselines that are there only when asked for: their time grows with the cube of the items."""
 
 
 class Entry(NamedTuple):
@@ -29,6 +27,11 @@ class Entry(NamedTuple):
     name: str
     kind: Literal["learner", "baseline", "trained"]
     config: configs.Config
+
+
+def default_learners(data: Interactions) -> tuple[str, ...]:
+    """One of each family; of clicks also the one whose closed form is made for them."""
+    return ("ridge", "maml", "protonet", "neural_process", *(("item_map",) if data.implicit else ()))
 
 
 def names_of(given: Sequence[str]) -> list[str]:
@@ -74,7 +77,7 @@ def all_entries(
 ) -> list[Entry]:
     """The rows of the table, the simplest first: trivial rows are always there."""
     suit = suitable(data)
-    quick = [n for n in suit if n not in _SLOW] if plain is None else [n for n in TRIVIAL if n in suit]
+    quick = suit if plain is None else [n for n in TRIVIAL if n in suit]
     every = {e.name: e for e in [*(baseline_of(config, n) for n in quick), *(plain or ()), *ours]}
     if repeated := {e.name for e in ours} & {e.name for e in plain or ()}:
         raise MetarecError(f"{sorted(repeated)[0]!r} is both a learner and a baseline here; leave one out")

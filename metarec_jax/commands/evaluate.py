@@ -5,26 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.diagnose import diagnose, rate_of
+from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, measuring_options
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.describe import describe
-from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.results import Report
-from metarec_jax.training.launch import cpu_devices
 from metarec_jax.training.progress import read_history
 
-VALIDATION_USERS = 1000
 _CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
 
 
@@ -51,7 +46,6 @@ def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> i
         if number < 1:
             raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
     compile_cache()
-    cpu_devices(1)
     phases = Phases()
     with phases("open"):
         run = runs.open_run(directory)
@@ -95,13 +89,11 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
                 methods,
                 fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users),
                 run.known,
-                rating_range=rating_range(run.data),
-                relevant=relevant_from(run.data),
                 catalogue_ranking=True,
                 curve=_CURVE,
                 baselines=tuple(baselines),
-                ranking_only=ranking_only(run.data, methods),
                 seed=seed,
+                **measuring_options(run.data, methods),
             )
             for seed in range(seeds)
         ]
@@ -148,46 +140,6 @@ def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | Non
         methods,
         fixed_tasks(run.config, parts, part, seed=0, max_users=max_users),
         run.known,
-        rating_range=rating_range(run.data),
-        relevant=relevant_from(run.data),
         catalogue_ranking=run.data.implicit,
-        ranking_only=ranking_only(run.data, methods),
+        **measuring_options(run.data, methods),
     )
-
-
-def fixed_tasks(
-    config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
-) -> dict[str, TaskSet]:
-    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed."""
-    found = {}
-    for name, part in scenarios.items():
-        if not len(part):
-            continue
-        tasks = make_tasks(
-            part,
-            history=parts.history.get(name),
-            query=config.tasks.query,
-            order=config.tasks.order,
-            negatives=configs.negatives(config.tasks, part),
-            seed=seed,
-        )
-        if len(tasks) > max_users:
-            chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
-            tasks = tasks.take(chosen)
-        if len(tasks):
-            found[name] = tasks
-    return found
-
-
-def rating_range(data: Interactions) -> tuple[float, float] | None:
-    return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
-
-
-def relevant_from(data: Interactions) -> float:
-    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
-    span = rating_range(data)
-    return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
-
-
-def ranking_only(data: Interactions, methods: Mapping[str, Method]) -> tuple[str, ...]:
-    return tuple(methods) if data.implicit else ("popularity",)

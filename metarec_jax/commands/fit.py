@@ -14,7 +14,8 @@ import numpy as np
 from metarec_jax import config as configs
 from metarec_jax import options, runs
 from metarec_jax.commands.compiled import compile_cache
-from metarec_jax.commands.evaluate import VALIDATION_USERS, Phases, fixed_tasks, measure, measured, rating_range
+from metarec_jax.commands.evaluate import Phases, measure, measured
+from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, training_options
 from metarec_jax.core import Learner, MetarecError
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
@@ -188,20 +189,15 @@ def _train(
     mesh: Mesh | None,
 ) -> dict[str, Any]:
     """Train to the end, or until a signal, and say how it ended: ``{"step": ..., "stopped": ...}``."""
-    import jax.numpy as jnp
-
     from metarec_jax.training.loop import fit
-    from metarec_jax.training.validation import validator
 
     parts, learner, source, known, part = prepared
     first = processes.is_first()
     with phases("warm start"):
         if first:
             runs.write(directory, config, data, parts.train, known, part)
-        params = configs.build_params(config, learner, parts.train)
-        optimizers = configs.build_optimizers(config, parts.train)
         held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
-        validate = validator(learner, held, known, rating_range=rating_range(data)) if held else None
+        given = training_options(config, learner, data, parts.train, known, held)
     settings = config.train
     with (
         phases("train"),
@@ -218,23 +214,12 @@ def _train(
         found = fit(
             learner,
             source,
-            steps=settings.steps,
-            optimizer=optimizers.dense,
-            rows=optimizers.rows,
-            seed=settings.seed,
-            params=params,
-            validate=validate,
-            validate_every=settings.validate_every,
-            monitor="error",
-            patience=settings.patience,
             checkpoints=_Resuming(checkpoints, progress),
-            save_every=settings.save_every,
             progress=progress.update,
             say=progress.start,
             stop=launch.agreed(lambda: bool(stop)),
             mesh=mesh,
-            micro_batches=settings.micro_batches,
-            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            **given,
         )
     ended = {"step": found.step, "stopped": found.stopped}
     if found.stopped == "interrupted":

@@ -64,12 +64,12 @@ def warm_up(
             f"no item has {f'more than {base_above}' if not is_base.any() else f'{cold[0]} to {cold[1]}'} interactions "
             f"(the most is {count.max(initial=0)}); give other bounds"
         )
-    place = _place_in_time(data)
+    place = place_in_time(data)
     part = np.where(is_cold, np.minimum(place // stage, stages), -1)
     return WarmUp(data.take(is_base), tuple(data.take(part == k) for k in range(stages)), data.take(part == stages))
 
 
-def _place_in_time(data: Interactions) -> np.ndarray:
+def place_in_time(data: Interactions) -> np.ndarray:
     """For each interaction, how many of its item come before it."""
     order = np.lexsort((np.asarray(data.timestamp), data.item))
     item = data.item[order]

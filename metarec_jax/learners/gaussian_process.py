@@ -11,7 +11,7 @@ view: Harrison et al., "Meta-Learning Priors for Efficient Online Bayesian Regre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,16 +24,16 @@ from scipy import sparse
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Params, Task
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, task_source
+from metarec_jax.data.tasks import task_source
 from metarec_jax.factorization import bias_terms
 from metarec_jax.learners.warm_start import content_blocks, regress
 
-_WANTED = "gaussian_process wants ratings, and the data is implicit feedback; use ridge or logistic"
+_GROUPS = 1000
+"""Values of a user feature, at the most, by which users are grouped: there are two numbers for each and each item."""
 
 
 def gaussian_process(
     train: Interactions,
-    known: Catalogue,
     *,
     steps: int = 200,
     lr: float = 0.05,
@@ -53,8 +53,7 @@ def gaussian_process(
     the item is to what the user has rated at all.
 
     Args:
-      train: ratings; its item and user features are used.
-      known: the catalogue of the data.
+      train: ratings; its item features are used, and categorical user features of up to 1,000 values.
       steps, lr, tasks, support, cold_tasks: of the learning of the weights by Adam: steps, rate, users a step, fewest
         and most support ratings, share of tasks whose items are all taken for unknown.
       loss: of the query.
@@ -65,14 +64,15 @@ def gaussian_process(
       MetarecError: implicit feedback, nothing to train on, or more item rows than ``dense_limit``.
     """
     if train.rating is None:
-        raise MetarecError(_WANTED)
+        raise MetarecError("gaussian_process wants ratings, and the data is implicit feedback; use ridge or logistic")
     if train.items.num_rows > dense_limit:
         raise MetarecError(
             f"gaussian_process keeps two matrices of item rows squared, and there are {train.items.num_rows} "
             "item rows; give dense_limit, or use ridge"
         )
     statistics = counted(train)
-    weights = _start(statistics)
+    numeric = [name for name, feature in train.item_features.items() if feature.vocabulary is None]
+    weights = _start(statistics, numeric)
     source = task_source(
         train, tasks=tasks, support=support, query=10, user_rows="own", item_drop=0.05, cold_tasks=cold_tasks
     )
@@ -126,7 +126,7 @@ def counted(train: Interactions) -> Params:
     rest = np.where(count > 0, level - count * fit[:, 0], 0.0)
     groups = {}
     for name, feature in train.user_features.items():
-        if feature.vocabulary is not None and feature.values.ndim == 1:
+        if feature.vocabulary is not None and feature.values.ndim == 1 and feature.vocabulary.num_rows <= _GROUPS:
             values = feature.values[train.user]
             at, size = (values, train.item), (feature.vocabulary.num_rows, shape[1])
             beyond = train.rating - np.float32(mu) - user_bias[train.user] - fit[train.item, 0]
@@ -147,7 +147,7 @@ def counted(train: Interactions) -> Params:
     return {name: jnp.asarray(a, jnp.float32) for name, a in found.items()} | {"content": content, "groups": groups}
 
 
-def _start(statistics: Params) -> Params:
+def _start(statistics: Params, numeric: Sequence[str]) -> Params:
     """Weights before learning: logarithms of what must be positive."""
     kernels = {"constant": -1.5, "gram": -0.7, "covariance": -2.0, "pairs": -1.0, "popularity": -3.0, "mean": -3.0}
     kernels |= dict.fromkeys(statistics["content"], -2.0)
@@ -164,7 +164,7 @@ def _start(statistics: Params) -> Params:
         },
         "noise": 0.0,
         "unknown": {"noise": -2.0, "content": 0.0},
-        "length": dict.fromkeys(statistics["content"], 0.0),
+        "length": dict.fromkeys(numeric, 0.0),
     }
     return jax.tree.map(jnp.float32, weights)
 
@@ -253,17 +253,22 @@ def _kernel(weights: Params, statistics: Params, a: Params, b: Params) -> tuple[
         total += scale[name] * outer(a[name], b[name])
     both = outer(a["content"], b["content"])
     for name, x in a["columns"].items():
-        total += scale[name] * both * _alike(x, b["columns"][name], jnp.exp(weights["length"][name]))
+        y = b["columns"][name]
+        alike = _near(x, y, weights["length"][name]) if name in weights["length"] else _shared(x, y)
+        total += scale[name] * both * alike
     return total, near
 
 
-def _alike(x: Array, y: Array, length: Array) -> Array:
-    """Categorical: shared values over the root of the numbers of values. Numeric: exp(-|x - y|^2 / 2 length^2)."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        same = (x[:, None, :, None] == y[None, :, None, :]) & (x > 0)[:, None, :, None]
-        counts = [jnp.maximum((z > 0).sum(1), 1).astype(jnp.float32) for z in (x, y)]
-        return same.sum((2, 3)) / jnp.sqrt(counts[0][:, None] * counts[1][None])
-    return jnp.exp(-jnp.square(x[:, None] - y[None]).sum(-1) / (2 * length**2))
+def _shared(x: Array, y: Array) -> Array:
+    """Shared values of ``x [n, f]`` and ``y [m, f]``, over the root of the numbers of values; 0 is no value."""
+    same = (x[:, None, :, None] == y[None, :, None, :]) & (x > 0)[:, None, :, None]
+    counts = [jnp.maximum((z > 0).sum(1), 1).astype(jnp.float32) for z in (x, y)]
+    return same.sum((2, 3)) / jnp.sqrt(counts[0][:, None] * counts[1][None])
+
+
+def _near(x: Array, y: Array, log_length: Array) -> Array:
+    """``exp(-|x_i - y_j|^2 / (2 length^2))``."""
+    return jnp.exp(-jnp.square(x[:, None] - y[None]).sum(-1) / (2 * jnp.exp(2 * log_length)))
 
 
 def _condition(weights: Params, statistics: Params, support: Examples, own: Any) -> Params:

@@ -12,6 +12,7 @@ a failure of one is raised in all. Processes, devices and shardings may change b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -26,6 +27,7 @@ import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError
+from metarec_jax.data.columns import printable
 from metarec_jax.training import folders, leaves, processes, run_directory
 from metarec_jax.training.quiet import first_line, hush
 
@@ -283,14 +285,10 @@ def load_params(
 
 
 def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -> tuple[int, dict[str, float]] | None:
-    """The step of the newest sound checkpoint and the metrics stored beside it; None where there is none.
-
-    Raises:
-      MetarecError: its metadata is not what this library writes.
-    """
+    """The step of the newest checkpoint whose metadata can be read, and the metrics there; None where there is none."""
     root = Path(directory).absolute() / "checkpoints" / which
     for step in folders.steps(root)[::-1]:
-        if folders.damage(root / str(step)) is None:
+        with contextlib.suppress(MetarecError):
             return step, leaves.metadata(root / str(step))["metrics"]
     return None
 
@@ -316,12 +314,17 @@ def _newest(
                 answers = [json.loads(word) for word in processes.gather(json.dumps([wrong, refused]))]
                 wrong, refused = (next((a[k] for a in answers if a[k]), None) for k in (0, 1))
         if refused is not None:
-            raise MetarecError(f"the checkpoint of step {step} in {run} {refused}")
+            raise MetarecError(_fit_to_print(f"the checkpoint of step {step} in {run} {refused}"))
         if wrong is None:
             return step, found
         if not together or processes.is_first():
-            say(f"passed over the damaged checkpoint of step {step} in {run} ({wrong})")
+            say(_fit_to_print(f"passed over the damaged checkpoint of step {step} in {run} ({wrong})"))
     return None
+
+
+def _fit_to_print(message: str) -> str:
+    """What a damaged file says of itself may be long, and move a terminal."""
+    return printable(message if len(message) <= 1000 else f"{message[:700]} ... {message[-250:]}")
 
 
 def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str | None, Any]:

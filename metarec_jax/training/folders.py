@@ -15,8 +15,6 @@ import os
 import shutil
 from pathlib import Path
 
-from metarec_jax.data.columns import one_line, shown
-
 MARK = "sha256.json"
 
 
@@ -54,14 +52,14 @@ def damage(folder: Path) -> str | None:
         marked = json.loads((folder / MARK).read_text())
         found = _sums(folder)
     except (OSError, ValueError, RecursionError) as error:
-        return one_line(error)
+        return str(error)
     if not isinstance(marked, dict):
         return f"{MARK} holds no digests"
     for name, digest in marked.items():
         if name not in found:
-            return f"{shown(name)} is missing"
+            return f"{name} is missing"
         if found[name] != digest:
-            return f"the digest of {shown(name)} does not match"
+            return f"the digest of {name} does not match"
     return None
 
 

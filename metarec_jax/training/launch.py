@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError
-from metarec_jax.cpu import THREADS_ENOUGH
+from metarec_jax.cpu import threads
 from metarec_jax.training import processes, watch
 
 _HEARTBEAT_SECONDS = 8
@@ -113,7 +113,7 @@ def cpu_devices(count: int) -> None:
 
     A number of CPU devices that is set already, in ``XLA_FLAGS``, stands. XLA's pool of threads is made large enough
     that each device can wait for the others in one and compute in another: with two devices and two threads a program
-    with collectives was seen to wait for ever (jax 0.10.2).
+    with collectives was seen to wait for ever (jax 0.10.2); a smaller ``NPROC`` is raised.
     """
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if forced:
@@ -121,9 +121,8 @@ def cpu_devices(count: int) -> None:
     elif count > 1:
         with contextlib.suppress(RuntimeError):  # it computes already
             jax.config.update("jax_num_cpu_devices", count)
-    needed = max(os.cpu_count() or 1, 2 * count + 2, THREADS_ENOUGH)
-    if os.environ.get("NPROC", str(THREADS_ENOUGH)) == str(THREADS_ENOUGH):  # not set, or by `tune_cpu`
-        os.environ["NPROC"] = str(needed)
+    if count > 1:
+        os.environ["NPROC"] = str(max(threads(), 2 * count + 2))
 
 
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:

@@ -6,8 +6,6 @@ import logging
 import sys
 from typing import Any
 
-from metarec_jax.data.columns import printable
-
 
 def hush() -> None:
     """Let Orbax and TensorStore say nothing on stderr; what fails is raised, and told by who catches it."""
@@ -26,7 +24,6 @@ def first_line(error: BaseException) -> str:
     ('[Errno 28] No space left on device', 'TimeoutError')
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = printable(line)
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-110:]}"
 
 
