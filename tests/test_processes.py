@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -99,7 +100,7 @@ def test_the_others_end_when_one_dies_and_the_run_goes_on(ratings, tmp_path, vic
     running = start(ratings, out, 2, 1_000_000)
     wait_until(lambda: saved(out) >= 20, running)
     running[victim].send_signal(signal.SIGKILL)
-    assert running[1 - victim].wait(60) == 75
+    assert running[1 - victim].wait(60) == 75, said(out, 1 - victim)
     running[victim].wait(60)
     last = [line for line in said(out, 1 - victim).splitlines() if line][-1]
     assert last == f"error: process {victim} of 2 has gone; start all of them again with the same command to resume"
@@ -116,7 +117,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(ratings, tmp_path):
     running = start(ratings, out, 2, 1_000_000)
     wait_until(lambda: saved(out) >= 10, running)
     running[1].send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in running] == [0, 0]
+    assert [process.wait(60) for process in running] == [0, 0], said(out, 0) + said(out, 1)
     assert f"saved at step {saved(out)} of 1000000" in said(out, 0)
 
 
@@ -145,3 +146,16 @@ def test_cpu_devices_have_threads_enough(monkeypatch):
         monkeypatch.setenv("NPROC", given)
         launch.cpu_devices(1)
         assert os.environ["NPROC"] == wanted
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Gloo AllGather failed"), MetarecError("could not write"), jax.errors.JaxRuntimeError("gone")]
+)
+def test_whatever_fails_first_the_one_that_has_gone_is_named(monkeypatch, error):
+    """A collective fails as this or that, a save that others share in as its own error: the watch is waited for first."""
+    monkeypatch.setattr(launch.processes, "count", lambda: 2)
+    monkeypatch.setattr(launch.watch, "watched", lambda host, advice: contextlib.nullcontext())
+    monkeypatch.setattr(launch.watch, "wait_for_news", lambda: launch.watch.end("process 1 of 2", ""))
+    monkeypatch.setattr(launch.watch, "end", lambda who, advice: sys.exit(who))
+    with pytest.raises(SystemExit, match=r"^process 1 of 2$"), launch.together("start again"):
+        raise error

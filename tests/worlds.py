@@ -89,7 +89,9 @@ def every_learner() -> dict[str, Learner]:
         "mwuf": learners.mwuf(dot, ages, column="user_id", other="item_id", hidden=4, inner_lr=0.05, loss=losses.mse),
         "cvar": learners.cvar(dot, ages, column="user_id", latent=2, loss=losses.mse),
         "dropout_net": learners.dropout_net(dot, column="user_id", inner_lr=0.05, loss=losses.mse),
-        "made_logistic": with_cold_loss(learners.logistic(aged, newton_steps=4), aged),
+        "made_logistic": with_cold_loss(
+            learners.logistic(aged, newton_steps=4, loss=losses.mse), aged, loss=losses.mse
+        ),
         "protonet": learners.protonet(dot),
         "matching": learners.matching(dot),
         "relation": learners.matching(mlp, similarity="relation", hidden=4),

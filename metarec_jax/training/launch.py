@@ -16,6 +16,7 @@ import numpy as np
 from metarec_jax.core import MetarecError
 from metarec_jax.cpu import threads
 from metarec_jax.training import processes, watch
+from metarec_jax.training.quiet import first_line
 
 _HEARTBEAT_SECONDS = 8
 _LAUNCHERS = {
@@ -88,11 +89,14 @@ def together(advice: str) -> Iterator[None]:
     with watch.watched(host, advice):
         try:
             yield
-        except (jax.errors.JaxRuntimeError, processes.Lost):
+        except Exception as error:
             if processes.count() == 1:
                 raise
-            watch.wait_for_news()  # a collective may fail before the watch has heard who has gone
-            watch.end("another process of this run", advice)
+            # A collective, or a save that others share in, may fail before the watch has heard who has gone.
+            watch.wait_for_news()
+            if not isinstance(error, (jax.errors.JaxRuntimeError, processes.Lost)):
+                raise
+            watch.end(f"another process of this run (here: {first_line(error)})", advice)
 
 
 def coordinator_host() -> str:
