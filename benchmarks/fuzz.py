@@ -6,10 +6,10 @@
     python -m benchmarks.fuzz --keep faults              the first input of each fault, to become an entry of tests/corpus
     python -m benchmarks.fuzz --atheris 60 --only text   guided by coverage instead, where atheris is installed
 
-An input is a function of family, seed and index, the same on every machine (but for checkpoints: Orbax names its files at random). A child process reads them: its address space may
-grow by `ROOM` bytes beyond what the good inputs took, an input has `SECONDS`, and a child that dies is a fault, too. A fault is
-any exception that is not a refusal, a warning, a message that is no message, data that does not hold together
-(`hostile.checks`), a loaded file that ran code, a hang, a crash.
+An input is a function of family, seed and index, the same on every machine (but for checkpoints: Orbax names its files at
+random). A child process reads them: its address space may grow by `ROOM` bytes beyond what the good inputs took, an input has
+`SECONDS`, and a child that dies is a fault, too. A fault is any exception that is not a refusal, a warning, a message that is
+no message, data that does not hold together (`hostile.checks`), a loaded file that ran code, a hang, a crash.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -107,3 +108,10 @@ def test_the_ground_floor_imports_jax_only():
 def test_files_stay_readable():
     long = {name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 420}
     assert not long
+
+
+def test_nothing_names_a_machine():
+    """No file that is shipped or replayed holds a path of the machine it was made on."""
+    tree = [p for d in ("metarec_jax", "tests", "benchmarks", "examples", "docs") for p in (ROOT.parent / d).rglob("*")]
+    path = re.compile(rb"/tmp/" + rb"tmp\w{6}|/home/" + rb"\w|/root" + rb"/\w")
+    assert not [str(p) for p in tree if p.is_file() and "__pycache__" not in p.parts and path.search(p.read_bytes())]

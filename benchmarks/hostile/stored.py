@@ -28,7 +28,7 @@ from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.online.history import Names, feature_columns
-from metarec_jax.training import checkpoint
+from metarec_jax.training import checkpoint, folders
 from metarec_jax.training.progress import read_history
 
 # A cached data set; archives and folders of a named one
@@ -161,6 +161,9 @@ def run_files() -> Files:
             runs.write(folder, RUN, world(), world(), catalogue(world()))
             params = learner.init(jax.random.key(0))
             checkpoints.save(3, {"params": params}, metrics={"loss": 0.5}, best=True, wait=True)
+        for note in (folder / "checkpoints").glob("*/*/commit_success.txt"):  # Orbax writes where it was saved
+            note.write_text("Checkpoint commit was successful")
+            folders.mark(note.parent)
         runs.write_json(folder / "result.json", {"step": 3, "stopped": "finished"})
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.75}\n{"step": 3, "loss": 0.5}\n')
         return taken(folder)
