@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -382,5 +383,19 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
+def run() -> None:
+    """The program `metarec`. Of several processes one that failed ends at once: the usual end waits for the others."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status and "jax" in sys.modules:
+        from metarec_jax.training import processes
+
+        processes.leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -16,7 +16,7 @@ import pytest
 from metarec_jax.core import MetarecError
 from metarec_jax.cpu import cores
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.training import launch
+from metarec_jax.training import launch, watch
 from metarec_jax.training.checkpoint import load_params
 
 COMMAND = [sys.executable, "-m", "metarec_jax.cli", "fit"]
@@ -111,6 +111,16 @@ def test_the_others_end_when_one_dies_and_the_run_goes_on(ratings, tmp_path, vic
         process.wait(60)
 
 
+@pytest.mark.slow
+def test_an_error_of_one_alone_ends_all(ratings, tmp_path):
+    """The first cannot write its metrics: it says so and exits with 2, the other with 75 and one line."""
+    out = tmp_path / "run"
+    (out / "metrics.jsonl").mkdir(parents=True)
+    assert [process.wait(120) for process in start(ratings, out, 2, 1_000_000)] == [2, 75], said(out, 0) + said(out, 1)
+    assert "metrics.jsonl" in said(out, 0).splitlines()[-1]
+    assert "error: process 0 of 2 has gone; start all of them again" in said(out, 1)
+
+
 def test_a_signal_to_one_stops_all_at_the_same_step(ratings, tmp_path):
     """SIGTERM reaches the second process alone: both save the same step and exit 0."""
     out = tmp_path / "run"
@@ -159,3 +169,18 @@ def test_whatever_fails_first_the_one_that_has_gone_is_named(monkeypatch, error)
     monkeypatch.setattr(launch.watch, "end", lambda who, advice: sys.exit(who))
     with pytest.raises(SystemExit, match=r"^process 1 of 2$"), launch.together("start again"):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "heard"), [(None, b"bye\n"), (MetarecError("all raise it"), b"bye\n"), (OSError("its own disk"), b"")]
+)
+def test_what_one_raises_alone_ends_the_others(monkeypatch, error, heard):
+    """A line that closes without a word is a death to those who listen; who parts in order says so."""
+    here, there = socket.socketpair()
+    monkeypatch.setattr(watch.processes, "count", lambda: 2)
+    monkeypatch.setattr(watch.processes, "is_first", lambda: False)
+    monkeypatch.setattr(watch, "_line_to_first", lambda host: {here: 0})
+    with contextlib.suppress(OSError, MetarecError), watch.watched("", ""):
+        if error is not None:
+            raise error
+    assert there.recv(16) == heard

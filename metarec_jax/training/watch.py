@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import jax
 
+from metarec_jax.core import MetarecError
 from metarec_jax.training import processes
 
 LOST = 75
@@ -29,6 +30,8 @@ _BYE, _PATIENCE, _NEWS = b"bye\n", 30.0, 3.0
 def watched(host: str, advice: str) -> Iterator[None]:
     """Within it, the death of another process ends this one with status `LOST`. Nothing happens in a run of one.
 
+    What is raised in it is news for the others, too, and ends them; but for `MetarecError`, which all of them raise.
+
     Args:
       host: where the first process can be reached.
       advice: what to do, for the line.
@@ -39,13 +42,19 @@ def watched(host: str, advice: str) -> Iterator[None]:
     lines = _lines_to_all() if processes.is_first() else _line_to_first(host)
     leaving = threading.Event()
     threading.Thread(target=_listen, args=(lines, leaving, advice), daemon=True, name="watch").start()
+    last = b""
     try:
         yield
+        last = _BYE
+    except MetarecError:
+        last = _BYE
+        raise
     finally:
         leaving.set()
         for line in lines:
             with contextlib.suppress(OSError):
-                line.sendall(_BYE)
+                line.sendall(last)
+                line.shutdown(socket.SHUT_WR)
 
 
 def wait_for_news() -> None:
