@@ -70,9 +70,10 @@ def entrants(columns: dict) -> dict[str, Learner]:
 
 
 def process(data: Interactions, seed: int) -> Method:
-    return learners.gaussian_process(
-        data, steps=300, lr=0.07, loss=losses.mae, tasks=16, support=(3, 90), cold_tasks=0.4, seed=seed
-    )
+    learner = learners.gaussian_process(data.columns, loss=losses.mae)
+    params = learners.gaussian_process_start(learner.init(jax.random.key(seed)), data)
+    source = task_source(data, tasks=16, support=(3, 90), query=10, user_rows="own", item_drop=0.05, cold_tasks=0.4)
+    return fit(learner, source, steps=300, lr=0.07, params=params, seed=seed).method
 
 
 def joined(methods: dict[str, Method]) -> Method:

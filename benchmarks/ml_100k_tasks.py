@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -74,11 +75,17 @@ def ridge(train: Interactions, seed: int, steps: int = 200) -> Method:
     return found.method
 
 
+def process(train: Interactions, seed: int, loss: Callable[..., Array], steps: int = 200) -> Method:
+    learner = learners.gaussian_process(train.columns, loss=loss)
+    params = learners.gaussian_process_start(learner.init(jax.random.key(seed)), train)
+    source = task_source(train, tasks=32, support=(1, 64), query=10, user_rows="own", item_drop=0.05, cold_tasks=0.0)
+    return fit(learner, source, steps=steps, lr=0.05, params=params, seed=seed).method
+
+
 def trained(train: Interactions, seed: int) -> dict[str, Method]:
-    process = lambda loss: learners.gaussian_process(train, loss=loss, cold_tasks=0.0, seed=seed)  # noqa: E731
     return {
-        "gaussian_process": process(losses.mse),
-        "gaussian_process_bpr": process(losses.bpr),
+        "gaussian_process": process(train, seed, losses.mse),
+        "gaussian_process_bpr": process(train, seed, losses.bpr),
         "ridge": ridge(train, seed),
     }
 

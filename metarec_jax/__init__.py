@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from metarec_jax.data.tasks import catalogue, make_tasks, task_source
     from metarec_jax.evaluation import evaluate
     from metarec_jax.learners.cavia import cavia
+    from metarec_jax.learners.gaussian_process import gaussian_process, gaussian_process_start
     from metarec_jax.learners.hypernetwork import hypernetwork
     from metarec_jax.learners.imaml import imaml
     from metarec_jax.learners.in_context import in_context
+    from metarec_jax.learners.item_map import item_map, item_map_start
+    from metarec_jax.learners.leo import leo
     from metarec_jax.learners.logistic import logistic
     from metarec_jax.learners.maml import maml
     from metarec_jax.learners.maml_plus_plus import anneal, maml_plus_plus
@@ -53,9 +56,14 @@ _HOMES = {
     "learners": (
         "anneal",
         "cavia",
+        "gaussian_process",
+        "gaussian_process_start",
         "hypernetwork",
         "imaml",
         "in_context",
+        "item_map",
+        "item_map_start",
+        "leo",
         "logistic",
         "maml",
         "maml_plus_plus",
@@ -83,7 +91,8 @@ __all__ = [  # noqa: RUF022
     "content_model", "meta_recommender", "flax_model", "nnx_model",
     "ridge", "maml", "reptile", "warm_start", "fit", "make_mesh",
     "logistic", "maml_plus_plus", "anneal", "imaml", "cavia", "protomaml",
-    "protonet", "matching", "neural_process", "in_context", "hypernetwork", "memory",
+    "protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo", "memory",
+    "gaussian_process", "gaussian_process_start", "item_map", "item_map_start",
     "fit_baselines", "evaluate", "write_report", "Recommender", "tune_cpu",
     "Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task",
 ]  # fmt: skip

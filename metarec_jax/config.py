@@ -95,12 +95,13 @@ class LearnerConfig(Checked):
 
     name: Literal[
         "ridge", "logistic", "maml", "maml_plus_plus", "reptile", "imaml", "cavia", "protomaml", "memory",
-        "protonet", "matching", "neural_process", "in_context", "hypernetwork", "item_map"
+        "protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo", "gaussian_process",
+        "item_map"
     ] = option(
         "ridge",
         "closed form on learned vectors (ridge; logistic: of clicks); gradient steps (maml to memory); nearness to "
-        "what was liked (protonet, matching); networks that read the support; item_map: a map from the items of clicks "
-        "to all items, which starts at its best",
+        "what was liked (protonet, matching); networks that read the support; gaussian_process: kernels counted on all "
+        "ratings, their weights learned; item_map: a map from clicked items to all items, which starts at its best",
         flag="learner",
     )  # fmt: skip
     inner_lr: float | None = option(
@@ -121,7 +122,7 @@ class LearnerConfig(Checked):
     per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
     remat: bool = option(False, "maml: memory for sqrt(inner steps) steps alone, up to a third more time")
     proximal: float = option(1.0, "imaml: how strongly parameters are held at their start", low=1e-6)
-    context: int = option(16, "cavia: numbers that a user adapts", low=1)
+    context: int = option(16, "cavia, leo: numbers that a user adapts", low=1)
     loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
         "auto",
         "of the query (and of inner steps); auto: ratings mse (mae without inner steps), clicks bce (ridge mse)",
@@ -145,7 +146,9 @@ class TrainConfig(Checked):
 
     steps: int = option(1000, "outer steps", low=1)
     lr: float | None = option(
-        None, "outer rate, decayed to a tenth; by default 0.0005 from a warm start, else 0.003", low=0.0
+        None,
+        "outer rate, decayed to a tenth; by default 0.0005 from a warm start, else 0.003; gaussian_process 0.05",
+        low=0.0,
     )
     seed: int = option(0, "seed of parameters and tasks", low=0)
     warm_start: bool = option(True, "start item vectors from a matrix factorisation; on by default")
@@ -254,6 +257,10 @@ def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
     """Tasks streamed from a store, of the users and items that are not held out."""
     from metarec_jax.data.stream import stream_source
 
+    if config.learner.name == "gaussian_process":
+        raise error(
+            f"gaussian_process counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
+        )
     given = {f.name: getattr(config.tasks, f.name) for f in dataclasses.fields(config.tasks) if f.name != "negatives"}
     count = negatives(config.tasks, held.data)
     return stream_source(store, held.users, held.items, **given, negatives=count, seed=config.train.seed)
@@ -285,22 +292,13 @@ def negatives(config: TaskConfig, data: Interactions) -> int:
     return config.negatives if config.negatives is not None else 4 if data.implicit else 0
 
 
-def build_source(config: TaskConfig, train: Interactions) -> TaskSource:
-    """Tasks drawn from the training part."""
+def build_source(config: Config, train: Interactions) -> TaskSource:
+    """Tasks drawn from the training part; a Gaussian process must know whom it counted."""
     from metarec_jax.data.tasks import task_source
 
-    return task_source(
-        train,
-        tasks=config.tasks,
-        support=config.support,
-        query=config.query,
-        order=config.order,
-        user_rows=config.user_rows,
-        user_drop=config.user_drop,
-        item_drop=config.item_drop,
-        cold_tasks=config.cold_tasks,
-        negatives=negatives(config, train),
-    )
+    given = dataclasses.asdict(config.tasks) | {"negatives": negatives(config.tasks, train)}
+    counted = {"user_rows": "own", "user_drop": 0.0} if config.learner.name == "gaussian_process" else {}
+    return task_source(train, **given | counted)
 
 
 def build_model(config: ModelConfig, data: Interactions) -> Model:
@@ -317,7 +315,7 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
     from metarec_jax import losses
 
     by_squares = config.name == "ridge"  # fits its support so, whatever the loss of the query
-    of_query = by_squares or config.name in READERS  # which may be measured as we report it
+    of_query = by_squares or config.name in (*READERS, "gaussian_process")  # which may be measured as we report it
     fitting = ("mse" if by_squares else "bce") if data.implicit else ("mae" if of_query else "mse")
     fitting = "sampled_softmax" if config.name == "item_map" else fitting
     return losses.LOSSES[fitting if config.loss == "auto" else config.loss]
@@ -331,6 +329,10 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     held: dict[str, Any] = {} if given.precision is None else {"precision": given.precision}
     if given.name == "ridge":
         return learners.ridge(model, loss=loss, **held)
+    if given.name == "gaussian_process":
+        if data.implicit:
+            raise error("learner 'gaussian_process' is for ratings, and the data has clicks; give --learner item_map")
+        return learners.gaussian_process(data.columns, loss=loss)
     if given.name in ("logistic", "item_map") and not data.implicit:
         raise error(
             f"learner {given.name!r} is for clicks, and the data has ratings; give --implicit, or --learner ridge"
@@ -353,13 +355,17 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     if not warm_starts(config, train):
         return None
     params = learner.init(jax.random.key(config.train.seed))
+    if config.learner.name == "gaussian_process":
+        return learners.gaussian_process_start(params, train)
     if config.learner.name == "item_map":
         return learners.item_map_start(params, train, seed=config.train.seed)
     return learners.warm_start(params, train, seed=config.train.seed)
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:
-    """Whether this run starts from a factorisation (ratings, the content model, dot-product head), or item_map's."""
+    """Whether this run starts from a factorisation (ratings, the content model, dot-product head) or from counts."""
+    if config.learner.name == "gaussian_process":
+        return True
     if config.learner.name == "item_map":
         return config.train.warm_start and train.items.num_rows <= 20_000
     dot = (config.model.name, config.model.head) == ("content", "dot")
@@ -380,7 +386,8 @@ def build_optimizers(config: Config, train: Interactions) -> Optimizers:
 
     warm, given = warm_starts(config, train), config.train.lr
     decayed = lambda lr: optax.cosine_decay_schedule(lr, max(config.train.steps, 1), 0.1)  # noqa: E731
-    lr = given if given is not None else 5e-4 if warm else 3e-3
+    usual = 0.05 if config.learner.name == "gaussian_process" else 5e-4 if warm else 3e-3
+    lr = given if given is not None else usual
     dense = 20 * lr if warm and config.learner.name in ("ridge", *READERS) else lr
     by = optax.adam(decayed(dense))
     by = learners.anneal(by, max(config.train.steps, 1)) if config.learner.name == "maml_plus_plus" else by

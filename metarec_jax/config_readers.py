@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from metarec_jax.config import LearnerConfig
     from metarec_jax.core import Array, Learner, Model
 
-READERS = ("protonet", "matching", "neural_process", "in_context", "hypernetwork")
-"""Learners that read the support once: no inner step, and a loss of the query alone."""
+READERS = ("protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo")
+"""Learners that read the support: no inner step on parameters, and a loss of the query that may be any."""
 
 
 def build_reader(given: LearnerConfig, model: Model, loss: Callable[..., Array], *, clicks: bool) -> Learner:
     """The learner of `READERS`, or "memory"; of clicks, scores are logits unless the loss is of their value."""
     import jax
 
-    from metarec_jax import learners
+    from metarec_jax import learners, losses
 
     if given.name == "memory":
         inner = {} if given.inner_lr is None else {"inner_lr": given.inner_lr}
@@ -33,4 +33,8 @@ def build_reader(given: LearnerConfig, model: Model, loss: Callable[..., Array],
         return learners.neural_process(model, latent=given.latent, clusters=given.clusters, **of)
     if given.name == "in_context":
         return learners.in_context(model, **of)
+    if given.name == "leo":
+        rate, steps = 0.3 if given.inner_lr is None else given.inner_lr, given.inner_steps
+        by = losses.bce if "expected" in of else losses.mse
+        return learners.leo(model, latent=given.context, inner_lr=rate, inner_steps=steps, inner_loss=by, **of)
     return learners.hypernetwork(model, hidden=given.written, **of)

@@ -14,8 +14,8 @@ import jax
 
 Array = jax.Array
 Params = Any
-"""A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays (or of more rows: `rows.rounded`); the
-rest is small and dense."""
+"""A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays (or of more rows: `rows.rounded`).
+What is in ``params["fixed"]``, if there is such a part, training leaves as it is; the rest is small and dense."""
 Inputs = Mapping[str, Array]
 """Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``.
 A column that all examples share (the user's) may have leading axis 1."""

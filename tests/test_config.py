@@ -74,7 +74,7 @@ def ratings():
 def test_every_learner_has_a_finite_loss(ratings, learner):
     given = Config(model=ModelConfig(size=2), learner=learner, tasks=TaskConfig(tasks=2, support=(2, 4), query=3))
     built = config.build_learner(given, ratings)
-    source = config.build_source(given.tasks, ratings)
+    source = config.build_source(given, ratings)
     task = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0)))
     params = built.init(jax.random.key(1))
     loss, _ = jax.jit(built.loss)(params, task, jax.random.key(2))

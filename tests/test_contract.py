@@ -26,6 +26,10 @@ def world(name: str, count: int = 3):
     with jax.enable_x64(False):
         columns = set(LEARNERS[name].tables)
         batch = tasks(jax.random.key(1), count)
+        if (
+            name == "gaussian_process"
+        ):  # new users: of one whom it has counted the loss is not that of adapt and predict
+            batch = Task(*(e._replace(inputs={**e.inputs, "user_id": 0 * e.inputs["user_id"]}) for e in batch))
         if columns == {"user_id", "item_id"}:
             keep = lambda e: e._replace(inputs={c: e.inputs[c] for c in columns})  # noqa: E731
             batch = Task(keep(batch.support), keep(batch.query))
@@ -50,7 +54,7 @@ def test_row_view_equals_dense(name, float64):
         size = params["tables"][table].shape[1]
         flat = rows.reshape(-1, size)
         got["tables"][table] = jnp.zeros_like(params["tables"][table]).at[ids[table].reshape(-1)].add(flat)
-    assert grads["rows"], "the world must be large enough that some table is viewed"
+    assert grads["rows"] or not learner.tables, "the world must be large enough that some table is viewed"
     assert abs(float(value - want_value)) < 1e-12
     assert largest_difference(got, {k: want[k] for k in got}) < 1e-12
 

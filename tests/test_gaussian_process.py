@@ -9,14 +9,18 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metarec_jax import losses
 from metarec_jax.core import Examples, MetarecError, Task
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, inputs, make_tasks
+from metarec_jax.data.tasks import catalogue, inputs, make_tasks, task_source
 from metarec_jax.evaluation import evaluate
-from metarec_jax.learners import gaussian_process
+from metarec_jax.learners import gaussian_process, gaussian_process_start
+from metarec_jax.training.loop import fit
+from metarec_jax.training.row_optimizers import lazy_adam
+from metarec_jax.training.step import Optimizers, init_state
 from metarec_jax.tuning import fit_baselines
 
 KEY = jax.random.key(0)
@@ -30,10 +34,17 @@ def world():
     return made, made.data.take(old), made.data.take(~old)
 
 
+def trained(train, **given):
+    learner = gaussian_process(train.columns)
+    source = task_source(train, support=(1, 64), user_rows="own", item_drop=0.05, tasks=given.get("tasks", 32))
+    params = gaussian_process_start(learner.init(KEY), train)
+    return fit(learner, source, steps=given["steps"], lr=0.05, params=params).method
+
+
 @pytest.fixture(scope="module")
 def fitted(world):
     _, train, _ = world
-    return gaussian_process(train, steps=40, tasks=16)
+    return trained(train, steps=40, tasks=16)
 
 
 def examples(known, items, target):
@@ -45,7 +56,7 @@ def test_the_posterior_is_the_textbooks(world, fitted):
     """m_q + K_qs (K_ss + D)^-1 (r - m_s), by NumPy, from the mean and the kernel of `_sides` and `_kernel`."""
     known = catalogue(world[1])
     support, query = examples(known, [1, 2, 3], [5.0, 1.0, 3.0]), examples(known, [4, 5], [0.0, 0.0])
-    weights, statistics = fitted.params["weights"], fitted.params["statistics"]
+    weights, statistics = fitted.params["weights"], fitted.params["fixed"]
     s, q = (gp._sides(weights, statistics, part.inputs, None) for part in (support, query))
     (k_ss, near_ss), (k_qs, near_qs) = (gp._kernel(weights, statistics, a, s) for a in (s, q))
     near = weights["mean"]["near"] / np.sqrt(3)
@@ -61,11 +72,11 @@ def test_the_kernel_is_positive_semidefinite(world, fitted):
     known = catalogue(world[1])
     sides = gp._sides(
         fitted.params["weights"],
-        fitted.params["statistics"],
+        fitted.params["fixed"],
         examples(known, np.arange(1, 41), np.zeros(40)).inputs,
         None,
     )
-    kernel = np.asarray(gp._kernel(fitted.params["weights"], fitted.params["statistics"], sides, sides)[0])
+    kernel = np.asarray(gp._kernel(fitted.params["weights"], fitted.params["fixed"], sides, sides)[0])
     np.testing.assert_allclose(kernel, kernel.T, rtol=1e-4)
     assert np.linalg.eigvalsh(kernel).min() > -1e-3 * np.linalg.eigvalsh(kernel).max()
 
@@ -73,7 +84,7 @@ def test_the_kernel_is_positive_semidefinite(world, fitted):
 def test_a_training_user_is_taken_out(world, fitted):
     """Kernel and mean of a user's items, less what he gave, are those of statistics counted without his rows."""
     _, train, _ = world
-    statistics, user = fitted.params["statistics"], 7
+    statistics, user = fitted.params["fixed"], 7
     own = train.take(train.user == user)
     known = catalogue(train, user_rows="own")
     columns = inputs(known, jnp.int32(user), jnp.asarray(own.item))
@@ -134,7 +145,7 @@ def test_weights_have_the_derivative_of_finite_differences(world, fitted, float6
     )
     task = Task(half(slice(0, 6)), half(slice(6, 10)))
     double = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)  # noqa: E731
-    weights, statistics = double(fitted.params["weights"]), double(fitted.params["statistics"])
+    weights, statistics = double(fitted.params["weights"]), double(fitted.params["fixed"])
     flat, back = jax.flatten_util.ravel_pytree(weights)
     value = jax.jit(lambda flat: gp.task_loss(back(flat), statistics, task, loss=losses.mse))
     step = 1e-5 * np.eye(len(flat))
@@ -147,7 +158,7 @@ def test_it_beats_what_does_not_adapt(world):
     _, train, new = world
     known = catalogue(train)
     methods = {
-        "gaussian_process": gaussian_process(train, steps=100),
+        "gaussian_process": trained(train, steps=100),
         **fit_baselines(train, known, names=["item_mean", "bias"]),
     }
     found = evaluate(methods, {"user_cold": make_tasks(new, query=5)}, known, baselines=("item_mean", "bias")).summary()
@@ -155,9 +166,39 @@ def test_it_beats_what_does_not_adapt(world):
     assert error["gaussian_process"] < 0.9 * min(error["item_mean"], error["bias"])
 
 
-def test_clicks_and_large_catalogues_are_refused(world):
+def test_clicks_and_what_does_not_fit_are_refused(world):
     train = world[1]
+    params = gaussian_process(train.columns).init(KEY)
     with pytest.raises(MetarecError, match="wants ratings"):
-        gaussian_process(replace(train, rating=None))
+        gaussian_process_start(params, replace(train, rating=None))
     with pytest.raises(MetarecError, match="41 item rows"):
-        gaussian_process(train, dense_limit=40)
+        gaussian_process(train.columns, dense_limit=40)
+    with pytest.raises(MetarecError, match="other users, items or features"):
+        gaussian_process_start(params, replace(train, item_features={}))
+
+
+def test_training_changes_the_weights_and_not_the_counts(world, fitted):
+    """And keeps no optimiser's state for them: Adam's moments have the sizes of the weights."""
+    start = gaussian_process_start(gaussian_process(world[1].columns).init(KEY), world[1])
+    assert jax.tree.all(jax.tree.map(np.array_equal, fitted.params["fixed"], start["fixed"]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, fitted.params["weights"], start["weights"]))
+    optimizers = Optimizers(optax.adam(1e-3), lazy_adam(1e-3))
+    state = init_state(gaussian_process(world[1].columns), optimizers, start, KEY)
+    of_weights = sum(leaf.size for leaf in jax.tree.leaves(start["weights"]))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.dense) if leaf.dtype == jnp.float32) == 2 * of_weights
+
+
+def test_a_user_without_a_row_was_not_counted(world, fitted):
+    """The loss of a new user is that of what adapt and predict give; of a counted one it is another."""
+    _, train, _ = world
+    params, own = fitted.params, train.take(train.user == 3)
+    losses_of = []
+    for user in (0, 3):
+        columns = inputs(catalogue(train, user_rows="own"), jnp.int32(user), jnp.asarray(own.item))
+        part = Examples(columns, jnp.asarray(own.rating), jnp.ones(len(own)))
+        learner = gaussian_process(train.columns)
+        scores = learner.predict(params, learner.adapt(params, part, KEY), part.inputs)
+        told = float(learner.loss(params, Task(part, part), KEY)[0])
+        losses_of.append((told, float(losses.mse(scores, part.target, where=part.mask))))
+    assert losses_of[0][0] == pytest.approx(losses_of[0][1], rel=1e-6)
+    assert losses_of[1][0] > losses_of[1][1] + 1e-3

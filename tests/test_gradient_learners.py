@@ -454,7 +454,7 @@ def test_a_configured_learner_takes_a_step(given, head):
     learner, optimizers = build_learner(run, data), build_optimizers(run, data)
     params = learner.init(KEY)
     state = init_state(learner, optimizers, params, KEY)
-    source = build_source(run.tasks, data)
+    source = build_source(run, data)
     state, metrics = jax.jit(make_step(learner, source, optimizers))(state, source.data)
     assert np.isfinite(float(metrics["loss"]))
     assert largest_difference(state.params, params) > 0

@@ -44,6 +44,7 @@ SMALL = {
     "tanp": lambda model: learners.neural_process(model, latent=True, clusters=2, size=3, width=5, hidden=(4,)),
     "in_context": lambda model: learners.in_context(model, width=6, heads=2),
     "hypernetwork": lambda model: learners.hypernetwork(model, width=5),
+    "leo": lambda model: learners.leo(model, latent=2, inner_lr=0.05, inner_steps=2, width=5),
     "written_head": lambda model: learners.hypernetwork(model, hidden=4, width=5),
     "memory": lambda model: learners.memory(model, slots=2, inner_steps=2),
 }
@@ -133,6 +134,7 @@ def test_without_item_vectors_it_says_so(name):
         (lambda m: learners.matching(m, similarity="cosin"), "'cosin' is not known; use one of cosine, dot"),
         (lambda m: learners.in_context(m, width=9, heads=2), "the width a multiple of heads"),
         (lambda m: learners.hypernetwork(m, hidden=-1), "hidden is -1"),
+        (lambda m: learners.leo(m, latent=0), "latent is 0"),
         (lambda m: learners.neural_process(m, size=0), "size 0"),
         (lambda m: learners.memory(m, slots=0), "slots is 0"),
     ],
@@ -272,6 +274,24 @@ def test_a_hypernetwork_writes_the_users_weights(hidden, float64):
         h = np.maximum((h @ own["kernel"] + own["bias"]) * (1 + scale) + shift, 0)
     scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + h @ w[:-1] + w[-1], rtol=1e-9)
+
+
+def test_leo_steps_in_its_code(float64):
+    """z from the encoder, then twice z - rate * dL/dz; with L = mean((c + [x, 1] M' z - r)^2) the gradient is, in NumPy,
+    2/S M [x, 1]' ([x, 1] M' z - e)."""
+    model, task = world()
+    x, e, q = parts(task)
+    learner = learners.leo(model, latent=2, inner_lr=0.05, inner_steps=2, width=5)
+    params = double(shaken(learner.init(KEY)))
+    own = jax.tree.map(np.asarray, params["leo"])
+    x, h = (np.append(np.exp(own["log_scale"]) * a, np.ones((len(a), 1)), 1) for a in (x, q))
+    code = encoded(own["net"], np.concatenate([x[:, :3], e[:, None], e[:, None] * x[:, :3]], 1))
+    for _ in range(2):
+        code = code - own["rate"] * (2 / len(e) * own["map"] @ x.T @ (x @ own["map"].T @ code - e))
+    adapted = learner.adapt(params, task.support, KEY)
+    np.testing.assert_allclose(adapted["code"], code, rtol=1e-9)
+    scores = learner.predict(params, adapted, task.query.inputs)
+    np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + h @ own["map"].T @ code, rtol=1e-9)
 
 
 def test_a_conditional_neural_process_by_hand(float64):

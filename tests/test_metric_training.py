@@ -45,6 +45,7 @@ TRAINED = {
     "tanp": (lambda model: learners.neural_process(model, latent=True, clusters=4, width=32, hidden=(32,)), 700),
     "in_context": (lambda model: learners.in_context(model, width=16, layers=1), 600),
     "hypernetwork": (learners.hypernetwork, 400),
+    "leo": (lambda model: learners.leo(model, latent=3), 400),
     "written_head": (lambda model: learners.hypernetwork(model, hidden=16), 600),
     "memory": (learners.memory, 400),
 }
@@ -114,9 +115,9 @@ def test_by_name(implicit):
     """As the command line names them: built for ratings and for clicks, each loss is finite."""
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2, implicit=implicit, seed=2).data
     tasks = TaskConfig(tasks=2, support=(2, 4), query=3)
-    source = config.build_source(tasks, data)
+    source = config.build_source(Config(tasks=tasks), data)
     batch = source.draw(source.data, KEY)
-    chosen = [LearnerConfig(name=name) for name in ("protonet", "in_context", "hypernetwork", "memory")]
+    chosen = [LearnerConfig(name=name) for name in ("protonet", "in_context", "hypernetwork", "leo", "memory")]
     chosen += [LearnerConfig(name="matching", similarity="relation"), LearnerConfig(name="neural_process", clusters=2)]
     for given in chosen:
         assert (

@@ -370,11 +370,13 @@ def test_interrupted_in_any_phase_nothing_is_left(tmp_path, phase):
 def test_ctrl_c_ends_a_query(tmp_path):
     """One that would take hours, interrupted by a signal, as KeyboardInterrupt and not as an error of DuckDB's."""
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     with preparing._database(tmp_path / "scratch", 10**9, None) as run:
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             run("SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)")
     timer.join()
+    signal.signal(signal.SIGINT, before)
 
 
 def half(folder: Path, histories: list[dict], users=("a", "b"), items=(5, 6, 7)) -> Path:

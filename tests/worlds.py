@@ -99,9 +99,24 @@ def every_learner() -> dict[str, Learner]:
         "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
         "in_context": learners.in_context(dot, width=4, heads=2),
         "hypernetwork": learners.hypernetwork(dot, width=4),
+        "leo": learners.leo(dot, latent=2, inner_lr=0.05, inner_steps=2, width=4),
         "written_head": learners.hypernetwork(dot, hidden=3, width=4),
         "memory": learners.memory(dot, slots=2, inner_steps=2),
+        "gaussian_process": counted(learners.gaussian_process(COLUMNS, loss=losses.mse)),
     }
+
+
+def counted(learner: Learner) -> Learner:
+    """A Gaussian process with counts of 50 invented users."""
+
+    def init(key: jax.Array):
+        rated = (jax.random.uniform(key, (50, 600)) < 0.2).astype(jnp.float32)
+        residual = rated * jax.random.normal(key, (50, 600))
+        sums = {"gram": residual.T @ residual, "pairs": rated.T @ rated, "rest": residual.sum(0), "mu": jnp.float32(3)}
+        params = learner.init(key)
+        return {**params, "fixed": {**params["fixed"], **sums}}
+
+    return learner._replace(init=init)
 
 
 def double(tree):

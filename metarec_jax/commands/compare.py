@@ -32,7 +32,7 @@ from metarec_jax.comparison import cost
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue
+from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
 from metarec_jax.plain import fit_plain
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
@@ -46,7 +46,6 @@ class World(NamedTuple):
 
     parts: Split
     known: Catalogue
-    source: TaskSource
     held: Mapping[str, TaskSet]
     tasks: Mapping[str, TaskSet]
 
@@ -213,7 +212,7 @@ def _world(config: configs.Config, data: Interactions, seed: int, max_users: int
             f"no test task in {', '.join(parts.test) or 'any scenario'}; give --scenarios that the data has users for, "
             "or a larger --test"
         )
-    return World(parts, known, configs.build_source(config.tasks, parts.train), held, tasks)
+    return World(parts, known, held, tasks)
 
 
 def _cell(
@@ -307,7 +306,7 @@ def _train(
     with StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
         found = fit(
             learner,
-            world.source,
+            configs.build_source(config, world.parts.train),
             checkpoints=checkpoints,
             progress=noted,
             say=begun,

@@ -90,5 +90,10 @@ def _simplicity(entry: Entry) -> tuple[int, int]:
     if entry.kind != "learner":
         return (0, list(BASELINES).index(entry.name)) if entry.kind == "baseline" else (1, 0)
     name = entry.config.learner.name
-    families = (("ridge", "logistic", "item_map"), ("protonet", "matching"), STEPPERS, ("maml_plus_plus", "memory"))
+    families = (
+        ("ridge", "logistic", "item_map", "gaussian_process"),
+        ("protonet", "matching"),
+        STEPPERS,
+        ("maml_plus_plus", "memory"),
+    )
     return next((k for k, family in enumerate(families, 2) if name in family), 2 + len(families)), 0

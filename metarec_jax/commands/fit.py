@@ -176,7 +176,7 @@ def _prepare(config: configs.Config, world: _World) -> _Prepared:
         print(f"  streaming the histories of {len(held.users):,} users")
         return _Prepared(parts, learner, source, held.known, held.part)
     known = catalogue(data, parts.train, config.tasks.user_rows)
-    return _Prepared(parts, learner, configs.build_source(config.tasks, parts.train), known, None)
+    return _Prepared(parts, learner, configs.build_source(config, parts.train), known, None)
 
 
 def _train(

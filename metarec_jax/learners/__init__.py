@@ -5,11 +5,12 @@ from metarec_jax.learners.cvar import cvar
 from metarec_jax.learners.dropout_net import dropout_net
 from metarec_jax.learners.ensemble import ensemble
 from metarec_jax.learners.fine_tune import fine_tune
-from metarec_jax.learners.gaussian_process import gaussian_process
+from metarec_jax.learners.gaussian_process import gaussian_process, gaussian_process_start
 from metarec_jax.learners.hypernetwork import hypernetwork
 from metarec_jax.learners.imaml import imaml
 from metarec_jax.learners.in_context import in_context
 from metarec_jax.learners.item_map import item_map, item_map_start
+from metarec_jax.learners.leo import leo
 from metarec_jax.learners.logistic import logistic
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.maml_plus_plus import anneal, maml_plus_plus
@@ -35,11 +36,13 @@ __all__ = [
     "fine_tune",
     "from_optax",
     "gaussian_process",
+    "gaussian_process_start",
     "hypernetwork",
     "imaml",
     "in_context",
     "item_map",
     "item_map_start",
+    "leo",
     "logistic",
     "lslr",
     "lstm",

@@ -11,20 +11,17 @@ view: Harrison et al., "Meta-Learning Priors for Efficient Online Bayesian Regre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy import sparse
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Params, Task
+from metarec_jax.core import Array, Column, Examples, Inputs, Learner, MetarecError, Params, Task
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import task_source
 from metarec_jax.factorization import bias_terms
 from metarec_jax.learners.warm_start import content_blocks, regress
 
@@ -33,18 +30,9 @@ _GROUPS = 1000
 
 
 def gaussian_process(
-    train: Interactions,
-    *,
-    steps: int = 200,
-    lr: float = 0.05,
-    loss: Callable[..., Array] = losses.mse,
-    tasks: int = 32,
-    support: tuple[int, int] = (1, 64),
-    cold_tasks: float = 0.2,
-    seed: int = 0,
-    dense_limit: int = 10_000,
-) -> Method:
-    """Count mean and kernels on ``train`` and meta-learn their weights on tasks of its users.
+    columns: Mapping[str, Column], *, loss: Callable[..., Array] = losses.mse, dense_limit: int = 10_000
+) -> Learner:
+    """Meta-train the weights of a mean and of kernels that `gaussian_process_start` counts. For ratings.
 
     Kernels of items i, j, each with a learned weight: a constant (the user's bias); agreement of the residuals of those
     who rated both, scaled by the items' norms or by their numbers of ratings; how many rated both; products of
@@ -52,50 +40,55 @@ def gaussian_process(
     the item's, drawn towards what its content says, plus what users with the same features thought of it, plus how near
     the item is to what the user has rated at all.
 
+    Train it on tasks of users with rows of their own (``task_source(..., user_rows="own")``): by its row a user is
+    known to have been counted, and ``loss`` takes out what he gave. ``adapt`` and ``predict`` take users for new ones.
+
     Args:
-      train: ratings; its item features are used, and categorical user features of up to 1,000 values.
-      steps, lr, tasks, support, cold_tasks: of the learning of the weights by Adam: steps, rate, users a step, fewest
-        and most support ratings, share of tasks whose items are all taken for unknown.
-      loss: of the query.
-      seed: of the tasks.
+      columns: of the data (`Interactions.columns`). Item features are used, and categorical user features of up to
+        1,000 values.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
       dense_limit: most item rows; there are two matrices of item rows squared.
 
+    Returns:
+      A learner without tables: ``params["weights"]`` is learned, ``params["fixed"]`` is counted, and empty before
+      `gaussian_process_start`.
+
     Raises:
-      MetarecError: implicit feedback, nothing to train on, or more item rows than ``dense_limit``.
+      MetarecError: more item rows than ``dense_limit``.
+    """
+    rows = columns["item_id"].size
+    if rows > dense_limit:
+        raise MetarecError(
+            f"gaussian_process keeps two matrices of item rows squared, and there are {rows} item rows; give "
+            "dense_limit, or use ridge"
+        )
+
+    def init(key: Array) -> Params:
+        return {"tables": {}, "weights": _weights(columns), "fixed": _nothing_counted(columns)}
+
+    def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        value = task_loss(params["weights"], params["fixed"], task, loss=loss)
+        return value, {"query_loss": value}
+
+    return Learner(init, adapt, predict, meta_loss, {})
+
+
+def gaussian_process_start(params: Params, train: Interactions) -> Params:
+    """Parameters of a `gaussian_process` with mean and kernels counted on ``train`` (`counted`).
+
+    Raises:
+      MetarecError: implicit feedback, nothing to count, or data with other columns than the learner's.
     """
     if train.rating is None:
         raise MetarecError("gaussian_process wants ratings, and the data is implicit feedback; use ridge or logistic")
-    if train.items.num_rows > dense_limit:
-        raise MetarecError(
-            f"gaussian_process keeps two matrices of item rows squared, and there are {train.items.num_rows} "
-            "item rows; give dense_limit, or use ridge"
-        )
     statistics = counted(train)
-    numeric = [name for name, feature in train.item_features.items() if feature.vocabulary is None]
-    weights = _start(statistics, numeric)
-    source = task_source(
-        train, tasks=tasks, support=support, query=10, user_rows="own", item_drop=0.05, cold_tasks=cold_tasks
-    )
-    optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps, 0.1))
-    state = optimizer.init(weights)
-
-    @jax.jit
-    def step(weights: Params, state: Any, statistics: Params, data: Any, key: Array) -> tuple[Params, Any, Array]:
-        batch = source.draw(data, key)
-
-        def mean_loss(weights: Params) -> Array:
-            each = jax.vmap(partial(task_loss, weights, statistics, loss=loss))(batch)
-            return each.mean()
-
-        value, gradient = jax.value_and_grad(mean_loss)(weights)
-        change, state = optimizer.update(gradient, state)
-        return optax.apply_updates(weights, change), state, value
-
-    for key in jax.random.split(jax.random.key(seed), steps):
-        weights, state, value = step(weights, state, statistics, source.data, key)
-    if not np.isfinite(value):
-        raise MetarecError(f"gaussian_process ended with loss {value}; lower lr, {lr}")
-    return Method({"weights": weights, "statistics": statistics}, adapt, predict)
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (statistics, params["fixed"])]
+    if shapes[0] != shapes[1]:
+        raise MetarecError(
+            "gaussian_process_start was given data of other users, items or features than the learner's; make the "
+            "learner for the columns of this data"
+        )
+    return {**params, "fixed": statistics}
 
 
 def counted(train: Interactions) -> Params:
@@ -147,21 +140,46 @@ def counted(train: Interactions) -> Params:
     return {name: jnp.asarray(a, jnp.float32) for name, a in found.items()} | {"content": content, "groups": groups}
 
 
-def _start(statistics: Params, numeric: Sequence[str]) -> Params:
+def _grouping(columns: Mapping[str, Column]) -> list[str]:
+    """User features by whose values users are grouped."""
+    sides = {name: c for name, c in columns.items() if name.startswith("user_") and name != "user_id"}
+    return [name for name, c in sides.items() if c.kind == "categorical" and c.size <= _GROUPS]
+
+
+def _item_features(columns: Mapping[str, Column]) -> dict[str, Column]:
+    return {name: c for name, c in columns.items() if name.startswith("item_") and name != "item_id"}
+
+
+def _nothing_counted(columns: Mapping[str, Column]) -> Params:
+    """`counted` of no rating at all."""
+    items, users = columns["item_id"].size, columns["user_id"].size
+    shapes = {
+        "gram": (items, items),
+        "pairs": (items, items),
+        "rest": (items,),
+        "item_bias": (items,),
+        "user_bias": (users,),
+        "mu": (),
+        "base": (),
+        "popularity": (2,),
+        "content": {name: (column.size,) for name, column in _item_features(columns).items()},
+        "groups": {n: dict.fromkeys(("sum", "count"), (columns[n].size, items)) for n in _grouping(columns)},
+    }
+    empty = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+    return {**empty, "popularity": jnp.array([0.0, 1.0])}
+
+
+def _weights(columns: Mapping[str, Column]) -> Params:
     """Weights before learning: logarithms of what must be positive."""
+    content, groups = _item_features(columns), _grouping(columns)
+    numeric = [name for name, column in content.items() if column.kind == "numeric"]
     kernels = {"constant": -1.5, "gram": -0.7, "covariance": -2.0, "pairs": -1.0, "popularity": -3.0, "mean": -3.0}
-    kernels |= dict.fromkeys(statistics["content"], -2.0)
-    shrinkage = {"gram": 2.5, "covariance": 2.5, "pairs": 2.0, "rest": 1.5} | dict.fromkeys(statistics["groups"], 3.0)
+    kernels |= dict.fromkeys(content, -2.0)
+    shrinkage = {"gram": 2.5, "covariance": 2.5, "pairs": 2.0, "rest": 1.5} | dict.fromkeys(groups, 3.0)
     weights = {
         "kernels": kernels,
         "shrinkage": shrinkage,
-        "mean": {
-            "content": 1.0,
-            "rest": 1.0,
-            "popularity": 0.0,
-            "near": 0.0,
-            **dict.fromkeys(statistics["groups"], 0.5),
-        },
+        "mean": {"content": 1.0, "rest": 1.0, "popularity": 0.0, "near": 0.0, **dict.fromkeys(groups, 0.5)},
         "noise": 0.0,
         "unknown": {"noise": -2.0, "content": 0.0},
         "length": dict.fromkeys(numeric, 0.0),
@@ -171,16 +189,16 @@ def _start(statistics: Params, numeric: Sequence[str]) -> Params:
 
 def adapt(params: Params, support: Examples, key: Array) -> Params:
     """The support's items and the weight of each in every prediction."""
-    return _condition(params["weights"], params["statistics"], support, None)
+    return _condition(params["weights"], params["fixed"], support, None)
 
 
 def predict(params: Params, adapted: Params, inputs: Inputs) -> Array:
     """Posterior means ``[n]``."""
-    return _posterior(params["weights"], params["statistics"], adapted, inputs, None)
+    return _posterior(params["weights"], params["fixed"], adapted, inputs, None)
 
 
 def task_loss(weights: Params, statistics: Params, task: Task, *, loss: Callable[..., Array]) -> Array:
-    """Loss of the query of a user of the training part, his ratings taken out of the statistics."""
+    """Loss of the query of a user; where he was counted, and so has a row, his ratings are taken out of the counts."""
     own_s, own_q = (_own(statistics, part) for part in (task.support, task.query))
     adapted = _condition(weights, statistics, task.support, own_s)
     scores = _posterior(weights, statistics, adapted, task.query.inputs, own_q)
@@ -189,9 +207,10 @@ def task_loss(weights: Params, statistics: Params, task: Task, *, loss: Callable
 
 def _own(statistics: Params, part: Examples) -> tuple[Array, Array]:
     """What a user gave to the statistics of each item: a rating less mu and the user's bias, and 1; nothing where the
-    item is unknown."""
-    there = jnp.where((part.inputs["item_id"] > 0) & (part.mask > 0), 1.0, 0.0)
-    level = part.target - statistics["mu"] - statistics["user_bias"][part.inputs["user_id"]]
+    user or the item is unknown."""
+    user, item = part.inputs["user_id"], part.inputs["item_id"]
+    there = jnp.where((user > 0) & (item > 0) & (part.mask > 0), 1.0, 0.0)
+    level = part.target - statistics["mu"] - statistics["user_bias"][user]
     return jnp.where(there > 0, level, 0.0), there
 
 

@@ -152,6 +152,7 @@ def _device_grads(
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array], dict[str, exchange.Route | None]]:
     """`_grads` of the tasks of one device; the tables named in ``cut`` it shares with others, ``owners`` in all."""
     dense, tables = _split(params)
+    fixed = _fixed(params)
     tasks = batch.query.mask.shape[0]
     viewed, whole = _plan(learner.tables, batch, tasks, cut)
     seen = jax.vmap(lambda s, q: rows.view(viewed, s, q))(batch.support.inputs, batch.query.inputs)
@@ -168,7 +169,7 @@ def _device_grads(
             leaves = _cast(leaves, dtype)
 
         def one(own: dict[str, Array], task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
-            return learner.loss({**leaves["dense"], "tables": {**leaves["whole"], **own}}, task, key)
+            return learner.loss({**leaves["dense"], **fixed, "tables": {**leaves["whole"], **own}}, task, key)
 
         losses, metrics = jax.vmap(one)(leaves["rows"], local, keys)
         return losses.mean(), ({name: value.mean() for name, value in metrics.items()}, losses)
@@ -259,7 +260,7 @@ def _apply(
             update = _on_mesh(update, mesh, table, state.tables[name], whole, ways.get(name))
         args = (optimizers.rows, table, state.tables[name], ids[name].reshape(-1), grad, state.step)
         new_tables[name], new_states[name] = update(*args)
-    return {**dense, "tables": new_tables}, dense_state, new_states
+    return {**dense, **_fixed(state.params), "tables": new_tables}, dense_state, new_states
 
 
 def _on_mesh(
@@ -303,4 +304,9 @@ def _on_mesh(
 
 
 def _split(params: Params) -> tuple[dict[str, Any], dict[str, Array]]:
-    return {name: part for name, part in params.items() if name != "tables"}, dict(params["tables"])
+    """What the dense optimiser steps, and the tables."""
+    return {name: part for name, part in params.items() if name not in ("tables", "fixed")}, dict(params["tables"])
+
+
+def _fixed(params: Params) -> dict[str, Any]:
+    return {"fixed": params["fixed"]} if "fixed" in params else {}

@@ -1,0 +1,95 @@
+"""LEO: gradient steps in a short latent code that a network reads off the support, not in the user's vector itself.
+
+Source: Rusu et al., "Meta-Learning with Latent Embedding Optimization", 2019, with the code and what it decodes to
+taken at their means: without the paper's sampling and its penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax import losses
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.learners import evidence as shows
+from metarec_jax.networks import encoder
+
+
+def leo(
+    model: Model,
+    *,
+    latent: int = 8,
+    inner_lr: float = 0.3,
+    inner_steps: int = 5,
+    width: int = 64,
+    prior: float = 3.0,
+    prior_weight: float = 0.5,
+    loss: Callable[..., Array] = losses.mse,
+    inner_loss: Callable[..., Array] | None = None,
+    expected: shows.Expected = shows.itself,
+) -> Learner:
+    """Meta-train an encoder to a code, a decoder to the user's vector, and the rates of steps in the code.
+
+    ``score = apply + <M z, [v, 1]>``, ``z <- z - rate * grad_z L(support)``, from the ``z`` that `networks.encoder`
+    makes of ``[v, e, e v]`` of each support example, with residuals ``e = target - expected(apply)``. An empty support
+    has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` through a code.
+
+    Args:
+      model: with ``features``, such as `content_model`.
+      latent: numbers of a code; inner_lr: where the learned rate of each of them starts; inner_steps: steps, of second
+        order outside.
+      width: units of the encoder; prior: where the encoder's prior starts, in examples.
+      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; inner_loss: of the support, by default
+        the same.
+      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+
+    Returns:
+      A learner whose ``adapted`` is ``{"code": [latent]}``.
+
+    Raises:
+      MetarecError: the model has no ``features``, a size below 1, or steps below 0.
+    """
+    model = shows.scaled(model, "leo")
+    vectors = shows.features_of(model, "leo")
+    if latent < 1 or width < 1 or inner_steps < 0:
+        raise MetarecError(
+            f"leo: latent is {latent}, width {width}, inner_steps {inner_steps}; give 1 or more, and steps of 0 or more"
+        )
+    of_support, size = inner_loss or loss, model.num_features
+    net = encoder(2 * size + 1, width, latent, prior)
+
+    def init(key: Array) -> Params:
+        k_model, k_net, k_map = jax.random.split(key, 3)
+        own = {
+            "net": net.init(k_net),
+            "map": jax.random.normal(k_map, (latent, size + 1)) / latent**0.5,
+            "rate": jnp.full(latent, inner_lr, jnp.float32),
+            "log_scale": jnp.asarray(shows.LOG_SCALE, jnp.float32),
+            "log_unknown_trust": jnp.zeros((), jnp.float32),
+        }
+        return {**model.init(k_model), "leo": own}
+
+    def decoded(params: Params, code: Array, base: Array, h: Array) -> Array:
+        weights = code @ params["leo"]["map"]
+        return base + h @ weights[:-1] + weights[-1]
+
+    def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
+        own = params["leo"]
+        shown = shows.evidence(model, params, support, own["log_unknown_trust"], expected)
+        base = model.apply(params, support.inputs)
+
+        def support_loss(code: Array) -> Array:
+            return of_support(decoded(params, code, base, shown.vectors), support.target, where=support.mask)
+
+        code = net.apply(own["net"], shows.signed(shown), shown.weight)
+        for _ in range(inner_steps):
+            code = code - own["rate"] * jax.grad(support_loss)(code)
+        return {"code": code}
+
+    def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
+        return decoded(params, adapted["code"], model.apply(params, inputs), vectors(params, inputs))
+
+    return shows.learner(init, adapt, predict, loss, model, prior_weight)
