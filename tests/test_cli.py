@@ -336,7 +336,7 @@ def uninterrupted(trained):
     return "runs/whole"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_stopped_and_resumed_is_as_if_never_stopped(uninterrupted, capsys, number):
     """SIGTERM saves and exits 0, after SIGKILL the last checkpoint serves; either way the same bits come out."""
     out = f"runs/{number.name}"

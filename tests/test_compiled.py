@@ -122,6 +122,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_gets_the_same_bits(tmp_path):
     """Filling a cache, from it, and from one whose entries are cut short: one result, and nothing on stderr."""
     said = []

@@ -204,7 +204,8 @@ def test_rules_refuse():
 # MAML++
 
 
-@pytest.mark.parametrize("first_order", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("first_order", [False, True])
 def test_maml_plus_plus_anneals(first_order):
     """k = 4, half way: weights (1 - 1/2) / 4 = 1/8 for steps 1 to 3, and 5/8; the first half takes no second derivative."""
     model, task = seed_world()

@@ -180,6 +180,7 @@ for path in sorted(Path(".").glob("bomb*")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs a bound on a process's memory")
 def test_what_swells_is_refused_in_half_a_gigabyte(tmp_path):
     """Files of at most 2 MB that unpack to 500 MB and more, or 20 rows of 100 MB: every door refuses, in 512 MiB."""

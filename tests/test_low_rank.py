@@ -61,7 +61,7 @@ def test_what_is_kept_low_rank():
     "options",
     [
         pytest.param({"only": ("net",), "inner_steps": 4}, marks=pytest.mark.slow),
-        {"inner_steps": 3},
+        pytest.param({"inner_steps": 3}, marks=pytest.mark.slow),
         {"only": ("net",), "inner_steps": 2, "first_order": True},
         {"only": ("net",), "inner_steps": 3, "per_step_losses": True},
         {"only": ("net/params/dense_1",), "inner_steps": 2},
@@ -74,7 +74,8 @@ def test_the_same_derivative(options, float64):
     assert largest_difference(thin, plain) < 1e-12
 
 
-@pytest.mark.parametrize(("support", "query"), [pytest.param(3, 1, marks=pytest.mark.slow), (1, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("support", "query"), [(3, 1), (1, 3)])
 def test_a_part_of_one_example(support, query, float64):
     """With one example the user's part and the items' are one product, with more they are two: rows 0:24 and 0:8, 8:24."""
     cut = lambda part, n: jax.tree.map(lambda a: a if a.shape[1] == 1 else a[:, :n], part)  # noqa: E731
@@ -146,6 +147,7 @@ def test_matrices_used_in_other_ways(apply, kept, float64):
     assert largest_difference(thin, plain) < 1e-12
 
 
+@pytest.mark.slow
 def test_an_nnx_model(float64):
     """Layers of another library: it is the jaxpr that counts."""
 

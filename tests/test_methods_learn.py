@@ -106,6 +106,7 @@ def test_new_users_are_predicted(name):
         assert float(params["annealed"]) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_new_users_of_clicks_are_predicted():
     """Logistic loss, a third of the queries taken: log 3 - 2/3 log 2 = 0.637 for who knows no more than that."""
     given = world(clicks=True)
