@@ -16,8 +16,6 @@ import tyro
 from metarec_jax import config
 from metarec_jax.cpu import tune_cpu
 
-_INTERRUPTED = 130
-
 
 def _sections() -> type:
     """One dataclass of all options of a run, in the groups of `config.Config`, with its names, defaults and help."""
@@ -367,7 +365,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

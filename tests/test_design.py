@@ -38,7 +38,7 @@ LEFT, RIGHT = (
 )
 DOORS = {
     "flax": {"models", "ctr_models", "networks"},
-    "orbax": {"training/checkpoint"},
+    "orbax": {"training/arrays"},
     "matplotlib": {"report", "plots"},
     "rax": {"metrics"},
     "tyro": {"cli"},

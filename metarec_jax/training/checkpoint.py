@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the latest and the best state, checked by digest, resumed bit for bit. Orbax stands only here.
+"""Checkpoints of a run: the latest and the best state, checked by digest, resumed bit for bit.
 
 A run directory holds ``checkpoints/latest/STEP``, ``checkpoints/best/STEP``, ``identity.json`` (what the run is) and
 ``.lock``. Leaves are stored in a flat list with their paths, shapes, dtypes and sha256 beside them: Orbax alone loads
@@ -24,17 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.columns import printable
-from metarec_jax.training import folders, leaves, processes, run_directory
-from metarec_jax.training.quiet import first_line, hush
+from metarec_jax.training import arrays, folders, leaves, processes, run_directory
+from metarec_jax.training.quiet import first_line
 
 Which = Literal["latest", "best"]
 _KINDS: tuple[Which, Which] = ("latest", "best")
-_CHUNK = 64 * 2**20
-"""Bytes of an array that are written, and read, as one: who restores a part reads little more than that."""
 _ADVICE = "Use the settings and the version that trained it, or start over (--fresh)"
 _log = logging.getLogger(__name__)
 
@@ -199,7 +196,7 @@ class Checkpoints:
             folder = self._root(kinds[0]) / str(step)
             if not _holds(folder, described):
                 folders.make_way(folder)
-                _start(folder, flat, described, metrics).result()
+                arrays.start(folder, flat, described, metrics).result()
             self._settle(step, kinds, described)
         except Exception as error:  # Orbax and TensorStore raise anything where a disk is full
             raise self._failed(step, error) from error
@@ -212,7 +209,7 @@ class Checkpoints:
         outcome = processes.turn()
         try:
             processes.decide(lambda: folders.make_way(folder))
-            writing = _start(folder, flat, [leaves.describe(leaf) for leaf in flat], metrics)
+            writing = arrays.start(folder, flat, [leaves.describe(leaf) for leaf in flat], metrics)
         except jax.errors.JaxRuntimeError:  # another process has gone
             raise
         except Exception as error:
@@ -335,7 +332,7 @@ def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str |
         if like is not None and (differs := leaves.mismatch(list(chosen.values()), like)):
             return None, f"does not fit this program: {differs}. {_ADVICE}", None
         wanted = {} if like is None else leaves.by_path(like)
-        values, wrong = _read(folder, chosen, wanted)
+        values, wrong = arrays.read(folder, chosen, wanted)
         if wrong is not None:
             return wrong, None, None
         found = leaves.nested(values) if like is None else leaves.unflatten([values[path] for path in wanted], like)
@@ -344,62 +341,9 @@ def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str |
         return None, f"is whole and cannot be read: {first_line(error)}", None
 
 
-def _read(
-    folder: Path, chosen: dict[int, dict[str, Any]], wanted: Mapping[str, Any]
-) -> tuple[dict[str, Any], str | None]:
-    """The values of these leaves by path, on the host or where the leaf ``wanted`` has its shards; or what is wrong."""
-    ocp = _orbax()
-    targets = {k: leaves.target(d, wanted.get(d["path"])) for k, d in chosen.items()}
-    like = {_name(k): into for k, into in targets.items() if into.size}
-    options = {
-        "pytree_options": ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)),
-        # Each process reads for itself: nobody waits for one that cannot, or that has left.
-        "multiprocessing_options": ocp.options.MultiprocessingOptions(
-            primary_host=None, active_processes={ocp.multihost.process_index()}
-        ),
-    }
-    with ocp.Context(**options):
-        loaded = ocp.load(folder, like, checkpointable_name="state") if like else {}
-    values = {}
-    for k, d in chosen.items():
-        value = loaded[_name(k)] if _name(k) in loaded else leaves.empty(targets[k])
-        values[d["path"]] = value
-        if "sha256" in d and isinstance(value, np.ndarray) and leaves.digest(value) != d["sha256"]:
-            return {}, f"the digest of {d['path']} does not match"
-    return values, None
-
-
-def _start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]], metrics: dict[str, float]) -> Any:
-    """Start to write leaves into a folder that is not there yet; ``result()`` of what is returned waits for the end."""
-    ocp = _orbax()
-    arrays = {_name(k): leaf.value for k, leaf in enumerate(flat) if leaf.value.size}  # Orbax refuses empty ones
-    saving = ocp.options.ArrayOptions.Saving
-    options = {
-        "file_options": ocp.options.FileOptions(skip_sync_file_validations=True),
-        # In the background a folder that cannot be made is waited for, for five minutes.
-        "async_options": ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        "array_options": ocp.options.ArrayOptions(
-            saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK))
-        ),
-    }
-    with ocp.Context(**options):
-        return ocp.save_async(folder, arrays, custom_metadata={"leaves": described, "metrics": metrics})
-
-
 def _holds(folder: Path, described: list[dict[str, Any]]) -> bool:
     """Whether a step is there whole, with these leaves to the bit."""
     try:
         return folders.is_whole(folder) and leaves.metadata(folder)["leaves"] == described
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _name(k: int) -> str:
-    return f"{k:05d}"
-
-
-def _orbax() -> Any:
-    from orbax.checkpoint import v1
-
-    hush()
-    return v1
