@@ -284,8 +284,9 @@ def test_leo_steps_in_its_code(float64):
     learner = learners.leo(model, latent=2, inner_lr=0.05, inner_steps=2, width=5)
     params = double(shaken(learner.init(KEY)))
     own = jax.tree.map(np.asarray, params["leo"])
-    x, h = (np.append(np.exp(own["log_scale"]) * a, np.ones((len(a), 1)), 1) for a in (x, q))
-    code = encoded(own["net"], np.concatenate([x[:, :3], e[:, None], e[:, None] * x[:, :3]], 1))
+    read = np.exp(own["log_scale"]) * x
+    code = encoded(own["net"], np.concatenate([read, e[:, None], e[:, None] * read], 1))
+    x, h = (np.append(a, np.ones((len(a), 1)), 1) for a in (x, q))
     for _ in range(2):
         code = code - own["rate"] * (2 / len(e) * own["map"] @ x.T @ (x @ own["map"].T @ code - e))
     adapted = learner.adapt(params, task.support, KEY)

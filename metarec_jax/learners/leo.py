@@ -33,8 +33,8 @@ def leo(
     """Meta-train an encoder to a code, a decoder to the user's vector, and the rates of steps in the code.
 
     ``score = apply + <M z, [v, 1]>``, ``z <- z - rate * grad_z L(support)``, from the ``z`` that `networks.encoder`
-    makes of ``[v, e, e v]`` of each support example, with residuals ``e = target - expected(apply)``. An empty support
-    has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` through a code.
+    makes of ``[s v, e, s e v]`` of each support example, with residuals ``e = target - expected(apply)`` and a learned
+    scale s. An empty support has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` with a code.
 
     Args:
       model: with ``features``, such as `content_model`.
@@ -52,8 +52,7 @@ def leo(
     Raises:
       MetarecError: the model has no ``features``, a size below 1, or steps below 0.
     """
-    model = shows.scaled(model, "leo")
-    vectors = shows.features_of(model, "leo")
+    vectors, model = shows.features_of(model, "leo"), shows.scaled(model, "leo")
     if latent < 1 or width < 1 or inner_steps < 0:
         raise MetarecError(
             f"leo: latent is {latent}, width {width}, inner_steps {inner_steps}; give 1 or more, and steps of 0 or more"
@@ -79,10 +78,10 @@ def leo(
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
         own = params["leo"]
         shown = shows.evidence(model, params, support, own["log_unknown_trust"], expected)
-        base = model.apply(params, support.inputs)
+        base, h = model.apply(params, support.inputs), vectors(params, support.inputs)
 
         def support_loss(code: Array) -> Array:
-            return of_support(decoded(params, code, base, shown.vectors), support.target, where=support.mask)
+            return of_support(decoded(params, code, base, h), support.target, where=support.mask)
 
         code = net.apply(own["net"], shows.signed(shown), shown.weight)
         for _ in range(inner_steps):
