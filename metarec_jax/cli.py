@@ -193,7 +193,7 @@ def compare(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
             help="meta-learners, apart or joined by commas; options of one follow it, as maml:inner_steps=1:rule=sgd; "
-            "by default one of each family: ridge, maml, protonet, neural_process, and of clicks item_map",
+            "by default ridge, gaussian_process (of clicks item_map), maml, protonet and neural_process",
         ),
     ] = None,
     baselines: Annotated[

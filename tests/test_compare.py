@@ -12,7 +12,7 @@ from metarec_jax import cli, results
 from metarec_jax import config as configs
 from metarec_jax.baselines import item_mean
 from metarec_jax.commands import compare as command
-from metarec_jax.commands.compare_entries import all_entries, baseline_of, learner_of
+from metarec_jax.commands.compare_entries import all_entries, baseline_of, default_learners, learner_of
 from metarec_jax.commands.protocol import fixed_tasks, rating_range, relevant_from
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
@@ -272,5 +272,7 @@ def test_rows_are_in_order_of_simplicity():
         "item_mean", "als", "ridge", "protonet", "maml:inner_steps=1", "neural_process"
     ]  # fmt: skip
     assert ours[1].config.learner.inner_steps == 1
+    assert default_learners(data) == ("ridge", "gaussian_process", "maml", "protonet", "neural_process")
     clicks = synthetic(20, 10, ratings_per_user=(5, 6), implicit=True).data
+    assert default_learners(clicks) == ("ridge", "item_map", "maml", "protonet", "neural_process")
     assert not {"bias", "item_mean", "user_mean"} & {e.name for e in all_entries(config, clicks, [], None)}

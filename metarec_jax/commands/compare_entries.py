@@ -13,6 +13,7 @@ from metarec_jax.baselines import BASELINES
 from metarec_jax.config_gradients import STEPPERS
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.learners.gaussian_process import DENSE_LIMIT
 from metarec_jax.options import meant
 from metarec_jax.plain import TRAINED
 from metarec_jax.tuning import suitable
@@ -30,8 +31,9 @@ class Entry(NamedTuple):
 
 
 def default_learners(data: Interactions) -> tuple[str, ...]:
-    """One of each family; of clicks also the one whose closed form is made for them."""
-    return ("ridge", "maml", "protonet", "neural_process", *(("item_map",) if data.implicit else ()))
+    """One of each family, and the closed form that is made for the kind of feedback."""
+    counted = () if data.items.num_rows > DENSE_LIMIT else ("gaussian_process",)
+    return ("ridge", *(("item_map",) if data.implicit else counted), "maml", "protonet", "neural_process")
 
 
 def names_of(given: Sequence[str]) -> list[str]:
@@ -96,4 +98,4 @@ def _simplicity(entry: Entry) -> tuple[int, int]:
         STEPPERS,
         ("maml_plus_plus", "memory"),
     )
-    return next((k for k, family in enumerate(families, 2) if name in family), 2 + len(families)), 0
+    return next(((k, family.index(name)) for k, family in enumerate(families, 2) if name in family), (6, 0))

@@ -25,12 +25,14 @@ from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import bias_terms
 from metarec_jax.learners.warm_start import content_blocks, regress
 
+DENSE_LIMIT = 10_000
+"""Item rows, at the most, for which square matrices are made."""
 _GROUPS = 1000
 """Values of a user feature, at the most, by which users are grouped: there are two numbers for each and each item."""
 
 
 def gaussian_process(
-    columns: Mapping[str, Column], *, loss: Callable[..., Array] = losses.mse, dense_limit: int = 10_000
+    columns: Mapping[str, Column], *, loss: Callable[..., Array] = losses.mse, dense_limit: int = DENSE_LIMIT
 ) -> Learner:
     """Meta-train the weights of a mean and of kernels that `gaussian_process_start` counts. For ratings.
 
