@@ -277,7 +277,7 @@ def test_a_hypernetwork_writes_the_users_weights(hidden, float64):
 
 
 def test_leo_steps_in_its_code(float64):
-    """z from the encoder, then twice z - rate * dL/dz; with L = mean((c + [x, 1] M' z - r)^2) the gradient is, in NumPy,
+    """z from the encoder, then twice z - rate 5 / (5 + prior) dL/dz; with L = mean((c + [x, 1] M' z - r)^2) the gradient is, in NumPy,
     2/S M [x, 1]' ([x, 1] M' z - e)."""
     model, task = world()
     x, e, q = parts(task)
@@ -287,8 +287,9 @@ def test_leo_steps_in_its_code(float64):
     read = np.exp(own["log_scale"]) * x
     code = encoded(own["net"], np.concatenate([read, e[:, None], e[:, None] * read], 1))
     x, h = (np.append(a, np.ones((len(a), 1)), 1) for a in (x, q))
+    rate = own["rate"] * 5 / (5 + np.exp(own["log_prior"]))
     for _ in range(2):
-        code = code - own["rate"] * (2 / len(e) * own["map"] @ x.T @ (x @ own["map"].T @ code - e))
+        code = code - rate * (2 / len(e) * own["map"] @ x.T @ (x @ own["map"].T @ code - e))
     adapted = learner.adapt(params, task.support, KEY)
     np.testing.assert_allclose(adapted["code"], code, rtol=1e-9)
     scores = learner.predict(params, adapted, task.query.inputs)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
@@ -32,15 +33,16 @@ def leo(
 ) -> Learner:
     """Meta-train an encoder to a code, a decoder to the user's vector, and the rates of steps in the code.
 
-    ``score = apply + <M z, [v, 1]>``, ``z <- z - rate * grad_z L(support)``, from the ``z`` that `networks.encoder`
-    makes of ``[s v, e, s e v]`` of each support example, with residuals ``e = target - expected(apply)`` and a learned
-    scale s. An empty support has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` with a code.
+    ``score = apply + <M z, [v, 1]>``, ``z <- z - rate * n / (n + prior) * grad_z L(support)`` with n the weight of the
+    support, from the ``z`` that `networks.encoder` makes of ``[s v, e, s e v]`` of each example, with residuals ``e =
+    target - expected(apply)``. Scale s and prior are learned; the prior shrinks the steps of a short support. An empty
+    one has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` with a code.
 
     Args:
       model: with ``features``, such as `content_model`.
       latent: numbers of a code; inner_lr: where the learned rate of each of them starts; inner_steps: steps, of second
         order outside.
-      width: units of the encoder; prior: where the encoder's prior starts, in examples.
+      width: units of the encoder; prior: where the encoder's prior, and that of the steps, start, in examples.
       prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
       loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; inner_loss: of the support, by default
         the same.
@@ -66,6 +68,7 @@ def leo(
             "net": net.init(k_net),
             "map": jax.random.normal(k_map, (latent, size + 1)) / latent**0.5,
             "rate": jnp.full(latent, inner_lr, jnp.float32),
+            "log_prior": jnp.asarray(np.log(prior), jnp.float32),
             "log_scale": jnp.asarray(shows.LOG_SCALE, jnp.float32),
             "log_unknown_trust": jnp.zeros((), jnp.float32),
         }
@@ -83,9 +86,10 @@ def leo(
         def support_loss(code: Array) -> Array:
             return of_support(decoded(params, code, base, h), support.target, where=support.mask)
 
-        code = net.apply(own["net"], shows.signed(shown), shown.weight)
+        code, n = net.apply(own["net"], shows.signed(shown), shown.weight), shown.weight.sum()
+        rate = own["rate"] * n / (n + jnp.exp(own["log_prior"]))
         for _ in range(inner_steps):
-            code = code - own["rate"] * jax.grad(support_loss)(code)
+            code = code - rate * jax.grad(support_loss)(code)
         return {"code": code}
 
     def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
