@@ -98,7 +98,7 @@ def train(entrant: Entrant, data: Interactions, seed: int) -> Method:
 
 def entrants(columns: dict) -> dict[str, Entrant]:
     model = models.content_model(columns, size=SIZE)
-    user = {"only": ("tables/user_id",), "inner_steps": 5, "rule": learners.meta_sgd(0.3)}
+    user = {"only": ("tables/user_id",), "inner_steps": 5, "prior": 30.0, "rule": learners.meta_sgd(0.3)}
     return {
         "ridge": Entrant(learners.ridge(model, loss=losses.mae)),
         "ridge_mse": Entrant(learners.ridge(model)),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 STEPPERS = ("maml", "reptile", "imaml", "cavia", "protomaml")
 """Learners whose parameters serve any number of inner steps, none included."""
+PRIOR = 30.0
+"""Of inner steps on a user's row, context or head alone, in examples: see `learners.maml`."""
 FIRST_ORDER_SHARE = 0.3
 """Of the outer steps of maml_plus_plus, taken with inner gradients for constants if ``first_order``."""
 
@@ -26,8 +28,9 @@ def build_gradient(given: LearnerConfig, model: Model, loss: Callable[..., Array
     alone = only == ("tables/user_id",) or given.name in ("cavia", "protomaml")
     rate = inner_rate(given, dot=dot)
     of: dict[str, Any] = {"inner_steps": given.inner_steps, "loss": loss}
-    if given.name == "imaml":
+    if given.name == "imaml":  # it holds parameters at their start by ``proximal``
         return learners.imaml(model, inner_lr=rate, proximal=given.proximal, only=only, **of)
+    of["prior"] = PRIOR if alone else 0.0
     if given.name == "maml_plus_plus":
         until = FIRST_ORDER_SHARE if given.first_order else 0.0
         return learners.maml_plus_plus(

@@ -10,7 +10,7 @@ import pytest
 from worlds import content, double, largest_difference, one, seed_model, tasks
 
 from metarec_jax import learners
-from metarec_jax.core import Examples, Model, Task
+from metarec_jax.core import Examples, MetarecError, Model, Task
 from metarec_jax.learners.ridge import solve
 
 KEY = jax.random.key(0)
@@ -83,6 +83,24 @@ def test_reptile_with_one_support_example_and_a_shared_user():
     params = learner.init(KEY)
     full = Task(spread(few.support), spread(few.query))
     assert largest_difference(gradient(params, few), gradient(params, full)) < 1e-6
+
+
+def test_a_prior_is_a_rate_that_grows_with_the_support(float64):
+    """Of 3 examples, prior 6: a third of the loss, so a third of the rate, to value and derivative; of none: nothing."""
+    model, task = quadratic()
+    task = double(task)
+    found = []
+    for options in ({"inner_lr": 0.3, "prior": 6.0}, {"inner_lr": 0.1}):
+        learner = learners.maml(model, inner_steps=3, **options)
+        params = double(learner.init(KEY))
+        found.append(jax.jit(jax.value_and_grad(lambda p, of=learner.loss: of(p, task, KEY)[0]))(params))
+    assert largest_difference(*found) < 1e-12
+    learner = learners.maml(model, inner_steps=3, prior=6.0)
+    empty = task.support._replace(mask=jnp.zeros(3))
+    params = double(learner.init(KEY))
+    assert largest_difference(learner.adapt(params, empty, KEY)["rest"]["net/p"], params["net"]["p"]) == 0.0
+    with pytest.raises(MetarecError, match="prior must be 0 or more, got 1 and -2"):
+        learners.maml(model, prior=-2.0)
 
 
 def seed_world():

@@ -64,7 +64,7 @@ def test_what_is_kept_low_rank():
         pytest.param({"inner_steps": 3}, marks=pytest.mark.slow),
         {"only": ("net",), "inner_steps": 2, "first_order": True},
         {"only": ("net",), "inner_steps": 3, "per_step_losses": True},
-        {"only": ("net/params/dense_1",), "inner_steps": 2},
+        {"only": ("net/params/dense_1",), "inner_steps": 2, "prior": 4.0},
     ],
     ids=str,
 )

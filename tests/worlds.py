@@ -68,7 +68,7 @@ def every_learner() -> dict[str, Learner]:
         "anil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net/params/out",)),
         "boil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("tables", "net/params/dense_0")),
         "melu": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net",)),
-        "user_row": learners.maml(dot, inner_lr=0.05, inner_steps=2, only=("tables/user_id",)),
+        "user_row": learners.maml(dot, inner_lr=0.05, inner_steps=2, prior=3.0, only=("tables/user_id",)),
         "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05)),
         "inner_adam": learners.maml(dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8))),
         "per_step": learners.maml(seed, inner_lr=0.05, inner_steps=3, per_step_losses=True),

@@ -27,6 +27,7 @@ def cavia(
     table: str = "user_id",
     inner_lr: float = 0.1,
     inner_steps: int = 1,
+    prior: float = 0.0,
     rule: Rule | None = None,
     loss: Callable[..., Array] = losses.mse,
     first_order: bool = False,
@@ -39,7 +40,7 @@ def cavia(
     Args:
       size: C, length of the context.
       table: the table whose rows it moves.
-      inner_lr, inner_steps, rule, loss, first_order: as for `maml`.
+      inner_lr, inner_steps, prior, rule, loss, first_order: as for `maml`.
 
     Returns:
       A learner; ``adapted["rest"]["context/start"]`` is the context ``[C]``.
@@ -53,6 +54,7 @@ def cavia(
         with_context(model, size, table),
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        prior=prior,
         rule=rule,
         loss=loss,
         only=(START,),

@@ -27,6 +27,7 @@ def maml(
     *,
     inner_lr: float = 0.1,
     inner_steps: int = 1,
+    prior: float = 0.0,
     rule: Rule | None = None,
     loss: Callable[..., Array] = losses.mse,
     only: Sequence[str] | None = None,
@@ -42,6 +43,8 @@ def maml(
     Args:
       inner_lr: rate of the default rule, SGD.
       inner_steps: k, gradient steps on the support.
+      prior: in examples: the loss of n support examples counts ``n / (n + prior)``, so that one alone does not move a
+        user as far as many do. 0 is the paper's mean.
       rule: an inner rule in place of SGD (`learners.rules`); ``inner_lr`` is then not used.
       loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
       only: path prefixes of the parameters that adapt, such as ``("net",)`` or
@@ -59,8 +62,8 @@ def maml(
       "rest": {path: array}}``, with L = 1 + the ids of the support.
 
     Raises:
-      MetarecError: ``inner_steps`` below 0, weights that are not one a step, or (from ``init``) ``only`` names a
-        parameter that does not exist.
+      MetarecError: ``inner_steps`` or ``prior`` below 0, weights that are not one a step, or (from ``init``) ``only``
+        names a parameter that does not exist.
 
     One user row, one rating of 3, rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
 
@@ -73,8 +76,8 @@ def maml(
     >>> learner.predict(params, adapted, {"user_id": jnp.array([1, 0])}).tolist()
     [0.75, 0.0]
     """
-    if inner_steps < 0:
-        raise MetarecError(f"inner_steps must be 0 or more, got {inner_steps}")
+    if inner_steps < 0 or prior < 0:
+        raise MetarecError(f"inner_steps and prior must be 0 or more, got {inner_steps} and {prior:g}")
     weights = None if isinstance(per_step_losses, bool) else jnp.asarray(per_step_losses)
     if weights is not None and weights.shape != (inner_steps,):
         raise MetarecError(
@@ -92,13 +95,17 @@ def maml(
         params = model.init(key)
         return {**params, "rule": inner.init(tree.partition(params, only)[0])}
 
+    def of_support(scores: Array, support: Examples) -> Array:
+        value, n = loss(scores, support.target, where=support.mask), support.mask.sum()
+        return value * n / (n + prior) if prior else value
+
     def inner_loop(params: Params, support: Examples, visit: Callable[[Params], Array] | None) -> tuple[Params, Array]:
         """Parameters after the last step, and ``visit`` of the parameters after each step."""
         body = {name: part for name, part in params.items() if name != "rule"}
         moving, _ = tree.partition(body, only)
 
         def support_loss(moving: dict[str, Array]) -> Array:
-            return loss(model.apply(tree.merge(body, moving), support.inputs), support.target, where=support.mask)
+            return of_support(model.apply(tree.merge(body, moving), support.inputs), support)
 
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             moving, state = carry
@@ -142,7 +149,7 @@ def maml(
         after = thin.steps(
             support,
             {name: leaf for name, leaf in moving.items() if name not in low},
-            lambda scores: loss(scores, task.support.target, where=task.support.mask),
+            lambda scores: of_support(scores, task.support),
             lr=inner.lr or 0.0,
             count=inner_steps,
             first_order=first_order,

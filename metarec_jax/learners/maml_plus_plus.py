@@ -27,6 +27,7 @@ def maml_plus_plus(
     *,
     inner_lr: float = 0.1,
     inner_steps: int = 5,
+    prior: float = 0.0,
     loss: Callable[..., Array] = losses.mse,
     only: Sequence[str] | None = None,
     first_order_until: float = 0.0,
@@ -40,7 +41,7 @@ def maml_plus_plus(
 
     Args:
       inner_lr: the first rate of every layer and step.
-      inner_steps, loss, only, remat: as for `maml`.
+      inner_steps, prior, loss, only, remat: as for `maml`.
       first_order_until: inner gradients are constants while ``annealed`` is below this, as in `maml` with
         ``first_order=True``; 0: never.
 
@@ -59,6 +60,7 @@ def maml_plus_plus(
         return maml(
             model,
             inner_steps=inner_steps,
+            prior=prior,
             rule=rule,
             loss=loss,
             only=only,

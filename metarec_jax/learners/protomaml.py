@@ -25,6 +25,7 @@ def protomaml(
     *,
     inner_lr: float = 0.1,
     inner_steps: int = 1,
+    prior: float = 0.0,
     rule: Rule | None = None,
     loss: Callable[..., Array] = losses.mse,
     only: Sequence[str] = (),
@@ -37,7 +38,7 @@ def protomaml(
 
     Args:
       model: with ``features``, such as `content_model`.
-      inner_lr, inner_steps, rule, loss, first_order: as for `maml`; 0 steps leave the prototypes as they are.
+      inner_lr, inner_steps, prior, rule, loss, first_order: as for `maml`; 0 steps leave the prototypes as they are.
       only: path prefixes of the model's parameters that adapt beside the head.
 
     Returns:
@@ -61,6 +62,7 @@ def protomaml(
         Model(lambda key: {**model.init(key), "head": empty}, apply, model.tables),
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        prior=prior,
         rule=rule,
         loss=loss,
         only=("head", *only),

@@ -21,6 +21,7 @@ def reptile(
     *,
     inner_lr: float = 0.1,
     inner_steps: int = 5,
+    prior: float = 0.0,
     rule: Rule | None = None,
     loss: Callable[..., Array] = losses.mse,
     only: Sequence[str] | None = None,
@@ -31,7 +32,7 @@ def reptile(
     adapting on the support alone; ``loss`` is the surrogate, which says nothing of quality.
 
     Args:
-      inner_lr, inner_steps, rule, loss, only: as for `maml`. What a rule would learn of its own (the rates of
+      inner_lr, inner_steps, prior, rule, loss, only: as for `maml`. What a rule would learn of its own (the rates of
         `meta_sgd`) stays as it starts: the surrogate has no gradient there.
 
     Returns:
@@ -40,7 +41,16 @@ def reptile(
     Raises:
       MetarecError: as `maml`.
     """
-    steps = maml(model, inner_lr=inner_lr, inner_steps=inner_steps, rule=rule, loss=loss, only=only, first_order=True)
+    steps = maml(
+        model,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        prior=prior,
+        rule=rule,
+        loss=loss,
+        only=only,
+        first_order=True,
+    )
 
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         start = jax.lax.stop_gradient(params)
