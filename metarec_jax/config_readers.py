@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from metarec_jax.config_gradients import PRIOR
+
 if TYPE_CHECKING:
     from metarec_jax.config import LearnerConfig
     from metarec_jax.core import Array, Learner, Model
@@ -21,7 +23,7 @@ def build_reader(given: LearnerConfig, model: Model, loss: Callable[..., Array],
 
     if given.name == "memory":
         inner = {} if given.inner_lr is None else {"inner_lr": given.inner_lr}
-        return learners.memory(model, slots=given.slots, inner_steps=given.inner_steps, loss=loss, **inner)
+        return learners.memory(model, slots=given.slots, inner_steps=given.inner_steps, prior=PRIOR, loss=loss, **inner)
     of: dict[str, Any] = {"loss": loss}
     if clicks and given.loss not in ("mse", "mae"):
         of["expected"] = jax.nn.sigmoid

@@ -17,7 +17,7 @@ import pytest
 from test_checkpoint import IDENTITY, equal, kept, state
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import checkpoint, folders, run_directory
+from metarec_jax.training import arrays, folders, run_directory
 from metarec_jax.training.checkpoint import Checkpoints, load_params
 
 
@@ -177,7 +177,7 @@ def test_a_whole_step_that_cannot_be_read_is_no_reason_to_delete_it(run, monkeyp
         raise MemoryError("out of memory")
 
     with monkeypatch.context() as patch, Checkpoints(run, identity=IDENTITY) as checkpoints:
-        patch.setattr(checkpoint, "_read", no_memory)
+        patch.setattr(arrays, "read", no_memory)
         with pytest.raises(MetarecError, match=r"step 3 in .* is whole and cannot be read: out of memory"):
             checkpoints.restore(state(0))
     assert restored(run) == (3, [])

@@ -29,6 +29,7 @@ def memory(
     slots: int = 8,
     inner_lr: float = 0.3,
     inner_steps: int = 5,
+    prior: float = 0.0,
     prior_weight: float = 0.5,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
@@ -54,6 +55,7 @@ def memory(
       model: with ``features``, such as `content_model`.
       slots: of the memories.
       inner_lr: where the rates of d start, and that of P at a tenth; inner_steps: gradient steps on the support.
+      prior: in examples: the gradient of n support examples counts ``n / (n + prior)``, as in `maml`.
       prior_weight: of the loss before the first step in the objective, beside that after the last.
       loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
 
@@ -61,11 +63,13 @@ def memory(
       A learner whose ``adapted`` is ``{"user": [D + 1], "preference": [D, D]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, no slot, or ``inner_steps`` below 0.
+      MetarecError: the model has no ``features``, no slot, or ``inner_steps`` or ``prior`` below 0.
     """
     vectors = shows.features_of(model, "memory")
-    if slots < 1 or inner_steps < 0:
-        raise MetarecError(f"memory: slots is {slots}, inner_steps {inner_steps}; give 1 or more, and 0 or more")
+    if slots < 1 or inner_steps < 0 or prior < 0:
+        raise MetarecError(
+            f"memory: slots is {slots}, inner_steps {inner_steps}, prior {prior:g}; give 1 or more, and 0 or more"
+        )
     size = model.num_features
     columns = [(table, c) for table, t in sorted(model.tables.items()) for c in t.columns if c.startswith("user_")]
 
@@ -97,16 +101,17 @@ def memory(
         preference = jnp.einsum("k,kij->ij", attention, own["preference"])
         return {"user": attention @ own["user"], "preference": jnp.eye(size, dtype=preference.dtype) + preference}
 
-    def score(prior: Array, v: Array, moving: dict[str, Array]) -> Array:
-        return prior + (v @ moving["preference"].T) @ moving["user"][:-1] + moving["user"][-1]
+    def score(base: Array, v: Array, moving: dict[str, Array]) -> Array:
+        return base + (v @ moving["preference"].T) @ moving["user"][:-1] + moving["user"][-1]
 
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
-        prior, v = model.apply(params, support.inputs), vectors(params, support.inputs)
+        base, v, n = model.apply(params, support.inputs), vectors(params, support.inputs), support.mask.sum()
+        share = n / (n + prior) if prior else 1.0
 
         def step(moving: dict[str, Array], _: None) -> tuple[dict[str, Array], None]:
-            grads = jax.grad(lambda m: loss(score(prior, v, m), support.target, where=support.mask))(moving)
+            grads = jax.grad(lambda m: loss(score(base, v, m), support.target, where=support.mask))(moving)
             length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)) + _SHORT)
-            shrink = jnp.minimum(1.0, _LONGEST / length)
+            shrink = share * jnp.minimum(1.0, _LONGEST / length)
             rates = params["memory"]["log_rate"]
             return jax.tree.map(lambda p, rate, g: p - jnp.exp(rate) * shrink * g, moving, rates, grads), None
 
