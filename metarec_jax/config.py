@@ -105,7 +105,10 @@ class LearnerConfig(Checked):
         flag="learner",
     )  # fmt: skip
     inner_lr: float | None = option(
-        None, "inner rate; by default 0.3 where a user's row, context or head adapts alone, else 0.1", low=0.0
+        None,
+        "inner rate; by default 0.3 where a user's row, context or head adapts alone (there a step on n ratings is "
+        "n / (n + 30) as long), else 0.1",
+        low=0.0,
     )
     inner_steps: int = option(5, "inner steps of learners that take gradient steps", low=0)
     rule: Literal["auto", "sgd", "meta_sgd", "lslr", "meta_curvature", "lstm", "adam"] = option(
