@@ -79,7 +79,7 @@ def split(partition: Path, content: Path, validation: float) -> Split:
 
 
 class Entrant(NamedTuple):
-    """A learner and how long it is trained, on how many tasks of which all items are taken for unknown."""
+    """A learner, the steps of its training, and the share of tasks of which all items are taken for unknown."""
 
     learner: Learner
     steps: int = 1000

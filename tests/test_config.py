@@ -1,12 +1,13 @@
 """A configuration survives JSON, refuses what it does not know, and builds what it says."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from metarec_jax import config
+from metarec_jax import config, learners
 from metarec_jax.config import Config, DataConfig, LearnerConfig, ModelConfig, SplitConfig, TaskConfig, TrainConfig
 from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
@@ -123,3 +124,34 @@ def test_splits_as_configured(ratings):
     parts = config.build_split(SplitConfig(scenarios=("user_cold",), test=0.2), ratings)
     assert set(parts.test) == {"user_cold"}
     assert len(np.unique(parts.test["user_cold"].user)) == 6  # 0.2 x 30 users
+
+
+def test_a_gaussian_process_knows_whom_it_counted(ratings):
+    """Whatever the tasks say of user rows: with none, a user's own answers would stand in the kernels that predict them."""
+    given = Config(learner=LearnerConfig(name="gaussian_process"), tasks=TaskConfig(tasks=8, user_drop=1.0))
+    source = config.build_source(given, ratings)
+    assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
+    learner = config.build_learner(given, ratings)
+    fixed = config.build_params(given, learner, ratings)["fixed"]
+    assert float(np.trace(fixed["pairs"])) == len(ratings)
+    with pytest.raises(MetarecError, match="is for ratings, and the data has clicks; give --learner item_map"):
+        config.build_learner(given, replace(ratings, rating=None))
+
+
+def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
+    """The step of the command line's maml is that of prior 30: at one rating a thirty-first of the paper's."""
+    moved = {}
+    for prior in (None, 30.0, 0.0):
+        given = Config(model=ModelConfig(size=2), learner=LearnerConfig(name="maml", inner_steps=1))
+        learner = config.build_learner(given, ratings)
+        if prior is not None:
+            row, rule = ("tables/user_id",), learners.meta_sgd(0.3)
+            learner = learners.maml(config.build_model(given.model, ratings), only=row, rule=rule, prior=prior)
+        source = config.build_source(given, ratings)
+        support = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0))).support
+        params, one = learner.init(jax.random.key(1)), support._replace(mask=(np.arange(len(support.mask)) == 0) * 1.0)
+        rows = learner.adapt(params, one, jax.random.key(0))["rows"]["user_id"]
+        moved[prior] = np.asarray(rows[1] if support.inputs["user_id"][0] else rows[0]) - params["tables"]["user_id"][0]
+    assert np.abs(moved[0.0]).max() > 1e-3
+    np.testing.assert_allclose(moved[None], moved[30.0], rtol=1e-6)
+    np.testing.assert_allclose(moved[30.0], moved[0.0] / 31, rtol=1e-3, atol=1e-7)

@@ -26,9 +26,7 @@ def world(name: str, count: int = 3):
     with jax.enable_x64(False):
         columns = set(LEARNERS[name].tables)
         batch = tasks(jax.random.key(1), count)
-        if (
-            name == "gaussian_process"
-        ):  # new users: of one whom it has counted the loss is not that of adapt and predict
+        if name == "gaussian_process":  # new users: of one it has counted, the loss leaves out what he gave
             batch = Task(*(e._replace(inputs={**e.inputs, "user_id": 0 * e.inputs["user_id"]}) for e in batch))
         if columns == {"user_id", "item_id"}:
             keep = lambda e: e._replace(inputs={c: e.inputs[c] for c in columns})  # noqa: E731

@@ -368,12 +368,14 @@ def test_ctrl_c_ends_a_query(tmp_path):
     """One that would take hours, interrupted by a signal, as KeyboardInterrupt and not as an error of DuckDB's."""
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-    with preparing._database(tmp_path / "scratch", 10**9, None) as run:
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            run("SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)")
-    timer.join()
-    signal.signal(signal.SIGINT, before)
+    try:
+        with preparing._database(tmp_path / "scratch", 10**9, None) as run:
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                run("SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)")
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

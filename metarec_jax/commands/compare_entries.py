@@ -98,4 +98,5 @@ def _simplicity(entry: Entry) -> tuple[int, int]:
         STEPPERS,
         ("maml_plus_plus", "memory"),
     )
-    return next(((k, family.index(name)) for k, family in enumerate(families, 2) if name in family), (6, 0))
+    places = ((k, family.index(name)) for k, family in enumerate(families, 2) if name in family)
+    return next(places, (2 + len(families), 0))
