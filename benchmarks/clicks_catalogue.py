@@ -124,7 +124,7 @@ def entrants(columns: dict, num_items: int, size: int) -> dict[str, tuple[Learne
     """Meta-learners, and whether their scores are logits."""
     model = models.content_model(columns, size=size)
     sampled = {"loss": losses.sampled_softmax, "expected": jax.nn.sigmoid}
-    row = {"only": ("tables/user_id",), "inner_steps": 5, "rule": learners.meta_sgd(0.3)}
+    row = {"only": ("tables/user_id",), "inner_steps": 5, "prior": 0.0, "rule": learners.meta_sgd(0.3)}
     return {
         "ridge": (learners.ridge(model, precision=1.0), False),
         "logistic": (learners.logistic(model, loss=losses.sampled_softmax), True),

@@ -140,7 +140,7 @@ def _step() -> dict[str, Any]:
 
     compile_cache()
     data = synthetic(1000, 3706, seed=0).data
-    learner = learners.maml(meta_recommender(data.users.num_rows, data.items.num_rows))
+    learner = learners.maml(meta_recommender(data.users.num_rows, data.items.num_rows), inner_steps=1)
     found = fit(learner, data, steps=1)
     return {
         "compile_s": found.compile_seconds,
@@ -161,7 +161,7 @@ def _evaluate(rounds: int) -> dict[str, Any]:
     from metarec_jax.models import meta_recommender
 
     data = synthetic(USERS, 3706, ratings_per_user=(2 * EXAMPLES, 2 * EXAMPLES), seed=0).data
-    learner = learners.maml(meta_recommender(data.users.num_rows, data.items.num_rows))
+    learner = learners.maml(meta_recommender(data.users.num_rows, data.items.num_rows), inner_steps=1)
     method = Method(jax.jit(learner.init)(jax.random.key(0)), learner.adapt, learner.predict)
     known, tasks = catalogue(data), {"users": make_tasks(data, query=EXAMPLES)}
     span = float(data.rating.min()), float(data.rating.max())

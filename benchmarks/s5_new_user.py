@@ -161,7 +161,7 @@ def _calls(items: int, size: int, sides: set[str]) -> dict[str, Callable[[], Any
     def many() -> None:
         assert len(maml.recommend_many(table, TOP)) == BATCH
 
-    learner = learners.maml(models.meta_recommender(USERS + 1, items + 1, size=size), inner_lr=0.1)
+    learner = learners.maml(models.meta_recommender(USERS + 1, items + 1, size=size), inner_lr=0.1, inner_steps=1)
     maml = served(learner)
     calls: dict[str, Callable[[], Any]] = {
         **_reads(maml.method.params["tables"]["item_id"]),

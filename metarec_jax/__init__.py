@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metarec_jax.learners.leo import leo
     from metarec_jax.learners.logistic import logistic
     from metarec_jax.learners.maml import maml
-    from metarec_jax.learners.maml_plus_plus import anneal, maml_plus_plus
+    from metarec_jax.learners.maml_plus_plus import maml_plus_plus
     from metarec_jax.learners.matching import matching
     from metarec_jax.learners.memory import memory
     from metarec_jax.learners.neural_process import neural_process
@@ -54,7 +54,6 @@ _HOMES = {
     "data.tasks": ("catalogue", "make_tasks", "task_source"),
     "evaluation": ("evaluate",),
     "learners": (
-        "anneal",
         "cavia",
         "gaussian_process",
         "gaussian_process_start",
@@ -90,7 +89,7 @@ __all__ = [  # noqa: RUF022
     "catalogue", "make_tasks", "task_source",
     "content_model", "meta_recommender", "flax_model", "nnx_model",
     "ridge", "maml", "reptile", "warm_start", "fit", "make_mesh",
-    "logistic", "maml_plus_plus", "anneal", "imaml", "cavia", "protomaml",
+    "logistic", "maml_plus_plus", "imaml", "cavia", "protomaml",
     "protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo", "memory",
     "gaussian_process", "gaussian_process_start", "item_map", "item_map_start",
     "fit_baselines", "evaluate", "write_report", "Recommender", "tune_cpu",

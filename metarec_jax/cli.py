@@ -15,21 +15,30 @@ import tyro
 
 from metarec_jax import config
 from metarec_jax.cpu import tune_cpu
+from metarec_jax.learners import registry
+
+_SECTIONS: dict[str, Any] = {**typing.get_type_hints(config.Config), "learner": config.LearnerFlags}
+_LEARNERS = "; ".join(
+    f"{', '.join(name for name, row in registry.ROWS.items() if row.family == family)} ({meaning})"
+    for family, meaning in registry.FAMILIES.items()
+)
 
 
 def _sections() -> type:
     """One dataclass of all options of a run, in the groups of `config.Config`, with its names, defaults and help."""
     groups: list[tuple[str, Any, Any]] = []
-    for name, section in typing.get_type_hints(config.Config).items():
+    for name, section in _SECTIONS.items():
         hints = typing.get_type_hints(section)
         fields: list[tuple[str, Any, Any]] = []
         for f in dataclasses.fields(section):
             kind = hints[f.name]
             if f.metadata["flag"] == "data":
                 kind = Annotated[kind, tyro.conf.Positional]
-            text = {str: "DATA", str | None: "TEXT", int | None: "INT"}.get(hints[f.name])
+            text = {str: "TEXT", str | None: "TEXT", int | None: "INT", float | None: "FLOAT"}.get(hints[f.name])
+            text = {"data": "DATA", "learner": "NAME[:OPTION=VALUE...]"}.get(f.metadata["flag"], text)
             hint = "" if f.default in (None, ()) else None
-            kind = Annotated[kind, tyro.conf.arg(help=f.metadata["help"], metavar=text, help_behavior_hint=hint)]
+            about = f.metadata["help"].replace("LEARNERS", _LEARNERS)
+            kind = Annotated[kind, tyro.conf.arg(help=about, metavar=text, help_behavior_hint=hint)]
             fields.append((f.metadata["flag"] or f.name, kind, dataclasses.field(default=f.default)))
         group = dataclasses.make_dataclass(name, fields)
         group.__doc__ = f"{section.__doc__}"
@@ -40,15 +49,17 @@ def _sections() -> type:
 Options: Any = _sections()
 
 
-def configured(options: Any) -> config.Config:
-    sections = typing.get_type_hints(config.Config)
-    return config.Config(
-        **{
-            name: section(**{f.name: getattr(getattr(options, name), f.metadata["flag"] or f.name) for f in fields})
-            for name, section in sections.items()
-            for fields in [dataclasses.fields(section)]
-        }
-    )
+def _section(options: Any, name: str) -> Any:
+    fields = dataclasses.fields(_SECTIONS[name])
+    return _SECTIONS[name](**{f.name: getattr(getattr(options, name), f.metadata["flag"] or f.name) for f in fields})
+
+
+def configured(options: Any, *, learner: bool = True) -> config.Config:
+    """The configuration that the options make; without ``learner``, the flags of learners are left aside."""
+    parts = {name: _section(options, name) for name in _SECTIONS}
+    flags = parts.pop("learner")
+    chosen = config.learner_of(flags.name, config.flags_given(flags)) if learner else config.LearnerConfig()
+    return config.Config(**parts, learner=chosen)
 
 
 RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="a run directory, such as runs/ml-1m")]
@@ -192,8 +203,8 @@ def compare(
         tyro.conf.arg(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
-            help="meta-learners, apart or joined by commas; options of one follow it, as maml:inner_steps=1:rule=sgd; "
-            "by default ridge, gaussian_process (of clicks item_map), maml, protonet and neural_process",
+            help="meta-learners, separated by spaces or commas; options follow the name, as maml:inner_steps=1; "
+            f"by default {', '.join(name for name, row in registry.ROWS.items() if row.compared)}, as the data allows",
         ),
     ] = None,
     baselines: Annotated[
@@ -239,7 +250,8 @@ def compare(
     from metarec_jax.commands import compare
 
     return compare.compare(
-        configured(options),
+        configured(options, learner=False),
+        flags=config.flags_given(_section(options, "learner")),
         learners=learners,
         baselines=baselines,
         seeds=seeds,
@@ -327,6 +339,25 @@ def prepare(
     )
 
 
+def learners(
+    names: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="", help="learners to describe; default: all"),
+    ] = (),
+    json: Json = False,
+) -> int:
+    """List the meta-learners: what each learns from, its source, and its options with their defaults.
+
+    For example:
+
+      metarec learners
+      metarec learners leo maml
+    """
+    from metarec_jax.commands import learners
+
+    return learners.learners(names, as_json=json)
+
+
 def doctor(data_dir: DataDir = None) -> int:
     """Show versions, devices, threads, caches and disk, and what is missing and what it would bring.
 
@@ -346,6 +377,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "compare": compare,
     "data": data,
     "prepare": prepare,
+    "learners": learners,
     "doctor": doctor,
 }
 

@@ -7,15 +7,15 @@ from them). Nothing heavy is imported until something is built.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from metarec_jax.config_gradients import build_gradient
-from metarec_jax.config_readers import READERS, build_reader
-from metarec_jax.options import Checked, entries, error, known, meant, option
+from metarec_jax.learners import registry
+from metarec_jax.options import Checked, entries, error, known, meant, option, spelled
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -44,6 +44,10 @@ class DataConfig(Checked):
     item_features: str | None = option(None, "file with one row an item")
     unrated_items: bool = option(False, "recommend also items that only the file of item features names")
     duplicates: Literal["last", "first", "mean", "error"] = option("last", "which rating of a repeated pair to keep")
+    tasks_of: Literal["users", "items"] = option(
+        "users",
+        "a task is a user with some items, or (items) an item with some users: users are recommended to new items",
+    )
 
 
 @dataclass(frozen=True)
@@ -90,57 +94,93 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True)
-class LearnerConfig(Checked):
-    """The meta-learner."""
+class LearnerConfig:
+    """The meta-learner: its name in the registry, and options of its own.
 
-    name: Literal[
-        "ridge", "logistic", "maml", "maml_plus_plus", "reptile", "imaml", "cavia", "protomaml", "memory",
-        "protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo", "gaussian_process",
-        "item_map"
-    ] = option(
-        "ridge",
-        "closed form on learned vectors (ridge; logistic: of clicks); gradient steps (maml to memory); nearness to "
-        "what was liked (protonet, matching); networks that read the support; gaussian_process: kernels counted on all "
-        "ratings, their weights learned; item_map: a map from clicked items to all items, which starts at its best",
-        flag="learner",
-    )  # fmt: skip
-    inner_lr: float | None = option(
-        None,
-        "inner rate; by default 0.3 where a user's row, context or head adapts alone (there a step on n ratings is "
-        "n / (n + 30) as long), else 0.1",
-        low=0.0,
-    )
-    inner_steps: int = option(5, "inner steps of learners that take gradient steps", low=0)
-    rule: Literal["auto", "sgd", "meta_sgd", "lslr", "meta_curvature", "lstm", "adam"] = option(
-        "auto",
-        "maml, reptile, cavia, protomaml: inner rule; all but sgd and adam are learned; auto: meta_sgd for a user's "
-        "row, context or head alone, else sgd",
-    )
-    only: tuple[str, ...] = option(
-        (),
-        "parameters that take inner steps, such as 'net', or 'all'; by default all, or a dot product's user row; "
-        "protomaml: beside the head",
-    )
-    first_order: bool = option(False, "take inner gradients for constants; maml_plus_plus: in the first 30% of steps")
-    per_step_losses: bool = option(False, "maml: mean of the losses after every inner step")
-    remat: bool = option(False, "maml: memory for sqrt(inner steps) steps alone, up to a third more time")
-    proximal: float = option(1.0, "imaml: how strongly parameters are held at their start", low=1e-6)
-    context: int = option(16, "cavia, leo: numbers that a user adapts", low=1)
-    loss: Literal["auto", "mse", "mae", "bce", "bpr", "sampled_softmax"] = option(
-        "auto",
-        "of the query (and of inner steps); auto: ratings mse (mae without inner steps), clicks bce (ridge mse)",
-    )
-    precision: float | None = option(
-        None, "first precision of the user's vector; by default ridge 8 ratings, logistic 1", low=1e-6
-    )
-    classes: int = option(5, "protonet: levels of liking that have a prototype", low=1)
-    similarity: Literal["cosine", "dot", "euclidean", "relation"] = option(
-        "cosine", "matching: how alike two items are; relation: by a learned network"
-    )
+    Raises:
+      MetarecError: a name that is not in the registry, or options that the learner does not have or that do not fit.
+
+    >>> LearnerConfig("leo", {"latent": 4}).options["latent"], str(LearnerConfig("leo", {"latent": 4}))
+    (4, 'leo:latent=4')
+    """
+
+    name: str = "ridge"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        registry.row(self.name)
+        options = entries(self.options, f"options of learner {self.name!r}")
+        object.__setattr__(self, "options", registry.complete(self.name, options))
+
+    def __str__(self) -> str:
+        """As it is written on the command line, without the options that have their default."""
+        own = registry.options(self.name)
+        given = [f"{key}={spelled(value)}" for key, value in self.options.items() if value != own[key][1].default]
+        return ":".join([self.name, *given])
+
+
+@dataclass(frozen=True)
+class LearnerFlags(Checked):
+    """The meta-learner. Options of it follow its name, as leo:latent=8:inner_steps=3; metarec learners lists them.
+
+    The flags below are other names of such options, for learners that have them.
+    """
+
+    name: str = option("ridge", "one of: LEARNERS", flag="learner")
+    inner_lr: float | None = option(None, "inner rate")
+    inner_steps: int | None = option(None, "inner gradient steps")
+    rule: str | None = option(None, f"inner rule: {', '.join(registry.RULES)}")
+    only: tuple[str, ...] = option((), "parameters that take inner steps, such as 'net', or 'all'")
+    first_order: bool = option(False, "treat inner gradients as constants")
+    per_step_losses: bool = option(False, "mean of the losses after every inner step")
+    remat: bool | None = option(None, "recompute inner steps: less memory, up to a third more time")
+    proximal: float | None = option(None, "imaml: how strongly parameters are held at their start")
+    context: int | None = option(None, "cavia:size, leo:latent")
+    loss: str | None = option(None, f"loss of the query: {', '.join(registry.LOSSES)}")
+    precision: float | None = option(None, "ridge, logistic: initial precision of the user's vector")
+    classes: int | None = option(None, "protonet: levels of liking")
+    similarity: str | None = option(None, "matching: cosine, dot, euclidean or relation")
     latent: bool = option(False, "neural_process: a distribution of users, not one vector")
-    clusters: int = option(0, "neural_process: tasks in the pool that modulates the decoder (TaNP); 0: none", low=0)
-    written: int = option(0, "hypernetwork: units of the user's layer; 0: a vector alone is written", low=0)
-    slots: int = option(8, "memory: slots of the memories", low=1)
+    clusters: int | None = option(None, "neural_process: tasks in the pool of TaNP")
+    written: int | None = option(None, "hypernetwork:hidden")
+    slots: int | None = option(None, "memory: slots of the memories")
+
+
+_FLAG_OF = {("cavia", "size"): "context", ("leo", "latent"): "context", ("hypernetwork", "hidden"): "written"}
+"""Options whose flag has another name; `--latent` is not leo's, which takes a number."""
+
+
+def flags_given(flags: LearnerFlags) -> dict[str, Any]:
+    """The flags that were given, without the name of the learner."""
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name != "name"}
+    return {name: value for name, value in given.items() if value not in (None, False, ())}
+
+
+def learner_of(text: str, flags: Mapping[str, Any]) -> LearnerConfig:
+    """The learner of ``NAME:option=value``, with the ``flags`` that it has as options.
+
+    Raises:
+      MetarecError: as `learners.registry.parse`; a flag that the learner does not have.
+    """
+    name, values = registry.parse(text)
+    mine = flags_of(name)
+    for flag, value in flags.items():
+        if flag not in mine:
+            raise error(
+                f"--{flag.replace('_', '-')} is not an option of {name}; its options are: "
+                f"{', '.join(registry.options(name)) or 'none'}"
+            )
+        values = {mine[flag]: value, **values}
+    if values.get("only") == ("all",):
+        values["only"] = None
+    return LearnerConfig(name, values)
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """The flags that a learner has, and which option of it each sets."""
+    flags = {f.name for f in dataclasses.fields(LearnerFlags)} - {"name"}
+    own = {_FLAG_OF.get((name, key), key): key for key in registry.options(name)}
+    return {flag: key for flag, key in own.items() if flag in flags}
 
 
 @dataclass(frozen=True)
@@ -170,7 +210,7 @@ class TrainConfig(Checked):
 class Config:
     """A run. ``Config()`` is what ``metarec fit`` does.
 
-    >>> Config(learner=LearnerConfig(name="maml", inner_steps=1)).train.steps
+    >>> Config(learner=LearnerConfig("maml", {"inner_steps": 1})).train.steps
     1000
     >>> from_dict(to_dict(Config())) == Config()
     True
@@ -191,17 +231,21 @@ class Config:
         low, high = self.tasks.support
         if low > high:
             raise error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
-        readers = ("ridge", "logistic", *READERS, "memory", "protomaml")
-        if self.learner.name in readers and (self.model.name, self.model.head) == ("meta_recommender", "dot"):
-            raise error(f"learner {self.learner.name!r} wants model 'content'; give --model content, or --learner maml")
+        if registry.row(self.learner.name).built_from == "vectors" and self.model.name == "meta_recommender":
+            raise error(
+                f"learner {self.learner.name!r} requires model 'content'; give --model content, or --learner maml"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain dicts and lists, for JSON."""
-    return {
-        name: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
-        for name, part in dataclasses.asdict(config).items()
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -227,16 +271,24 @@ def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Int
     from metarec_jax.data import datasets, readers
 
     columns = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("name", "implicit")
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in ("name", "implicit", "tasks_of")
     }
     path = Path(config.name).expanduser()
     if path.exists() and config.name not in datasets.DATASETS:
-        return readers.read(path, implicit=config.implicit, **columns)
+        return _sides(config, readers.read(path, implicit=config.implicit, **columns))
     given = [f.name for f in dataclasses.fields(config) if f.name in columns and columns[f.name] != f.default]
     data = datasets.load(config.name, data_dir=data_dir)
     if given:
         raise error(f"{given[0]} is for files, and {config.name!r} is a named data set; leave it out")
-    return dataclasses.replace(data, rating=None) if config.implicit else data
+    return _sides(config, dataclasses.replace(data, rating=None) if config.implicit else data)
+
+
+def _sides(config: DataConfig, data: Interactions) -> Interactions:
+    from metarec_jax.data.item_tasks import exchanged
+
+    return exchanged(data) if config.tasks_of == "items" else data
 
 
 def open_store(config: DataConfig) -> Store | None:
@@ -260,9 +312,9 @@ def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
     """Tasks streamed from a store, of the users and items that are not held out."""
     from metarec_jax.data.stream import stream_source
 
-    if config.learner.name == "gaussian_process":
+    if registry.row(config.learner.name).start == "counts":
         raise error(
-            f"gaussian_process counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
+            f"{config.learner.name} counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
         )
     given = {f.name: getattr(config.tasks, f.name) for f in dataclasses.fields(config.tasks) if f.name != "negatives"}
     count = negatives(config.tasks, held.data)
@@ -300,7 +352,8 @@ def build_source(config: Config, train: Interactions) -> TaskSource:
     from metarec_jax.data.tasks import task_source
 
     given = dataclasses.asdict(config.tasks) | {"negatives": negatives(config.tasks, train)}
-    counted = {"user_rows": "own", "user_drop": 0.0} if config.learner.name == "gaussian_process" else {}
+    counts = registry.row(config.learner.name).start == "counts"
+    counted = {"user_rows": "own", "user_drop": 0.0} if counts else {}
     return task_source(train, **given | counted)
 
 
@@ -314,39 +367,96 @@ def build_model(config: ModelConfig, data: Interactions) -> Model:
 
 
 def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array]:
-    """The loss, as configured or by the learner and the kind of feedback."""
+    """The loss of the query, as configured or by the learner's row and the kind of feedback."""
     from metarec_jax import losses
 
-    by_squares = config.name == "ridge"  # fits its support so, whatever the loss of the query
-    of_query = by_squares or config.name in (*READERS, "gaussian_process")  # which may be measured as we report it
-    fitting = ("mse" if by_squares else "bce") if data.implicit else ("mae" if of_query else "mse")
-    fitting = "sampled_softmax" if config.name == "item_map" else fitting
-    return losses.LOSSES[fitting if config.loss == "auto" else config.loss]
+    usual = registry.row(config.name).loss[int(data.implicit)]
+    name = config.options.get("loss", "auto")
+    return losses.LOSSES[usual if name == "auto" else name]
 
 
 def build_learner(config: Config, data: Interactions) -> Learner:
-    """The meta-learner over the model, for the columns of ``data``."""
-    from metarec_jax import learners
+    """The meta-learner over the model, for the columns of ``data``.
 
-    model, given, loss = build_model(config.model, data), config.learner, build_loss(config.learner, data)
-    held: dict[str, Any] = {} if given.precision is None else {"precision": given.precision}
-    if given.name == "ridge":
-        return learners.ridge(model, loss=loss, **held)
-    if given.name == "gaussian_process":
-        if data.implicit:
-            raise error("learner 'gaussian_process' is for ratings, and the data has clicks; give --learner item_map")
-        return learners.gaussian_process(data.columns, loss=loss)
-    if given.name in ("logistic", "item_map") and not data.implicit:
+    Raises:
+      MetarecError: a learner of ratings on clicks, or of clicks on ratings; what its factory refuses.
+    """
+    import jax
+
+    from metarec_jax.learners.rules import RULES
+
+    given, row = config.learner, registry.row(config.learner.name)
+    if row.feedback == "ratings" and data.implicit:
+        raise error(f"learner {given.name!r} is for ratings, and the data has clicks; give --learner item_map")
+    if row.feedback == "clicks" and not data.implicit:
         raise error(
             f"learner {given.name!r} is for clicks, and the data has ratings; give --implicit, or --learner ridge"
         )
-    if given.name == "logistic":
-        return learners.logistic(model, loss=loss, **held)
-    if given.name == "item_map":
-        return learners.item_map(data.items.num_rows, size=config.model.size, loss=loss)
-    if given.name in (*READERS, "memory"):
-        return build_reader(given, model, loss, clicks=data.implicit)
-    return build_gradient(given, model, loss, dot=(config.model.name, config.model.head) == ("content", "dot"))
+    make, values = registry.factory(given.name), dict(given.options)
+    loss = build_loss(given, data)
+    if "loss" in values:
+        values["loss"] = loss
+    if (rule := values.pop("rule", "auto")) != "auto":
+        values["rule"] = RULES[rule]
+    if data.implicit and loss.__name__ not in ("mse", "mae") and "expected" in inspect.signature(make).parameters:
+        values["expected"] = jax.nn.sigmoid  # scores are logits
+    if row.family == "cold rows":
+        sides = {"column": "user_id", "other": "item_id"}
+        values |= {key: sides[key] for key in inspect.signature(make).parameters.keys() & sides}
+    if row.built_from == "columns":
+        return make(data.columns, **values)
+    if row.built_from == "items":
+        return make(data.items.num_rows, **values)
+    model = build_model(config.model, data)
+    return (
+        make(model, _content_of_tasks(given.name, data), **values)
+        if row.built_from == "content"
+        else make(model, **values)
+    )
+
+
+def _content_of_tasks(name: str, data: Interactions) -> Model:
+    """A model of what is known of a task beside its feedback: the user's features (an item's, with sides exchanged)."""
+    from metarec_jax import models
+
+    columns = {key: column for key, column in data.columns.items() if key.startswith("user_") and key != "user_id"}
+    if not columns:
+        raise error(
+            f"learner {name!r} makes a row of a new user's features, and the data has none; give --user-features, or "
+            "--tasks-of items for new items"
+        )
+    return models.content_model(columns, head="mlp")
+
+
+def with_inner_steps(given: LearnerConfig, steps: int, *, first_order: bool = False) -> LearnerConfig | None:
+    """A learner that adapts by ``steps`` inner steps from the parameters that ``given`` trains; None where none does.
+
+    Parameters beyond those of that learner (`core.PROGRESS`) are to be left out.
+    """
+    like = registry.row(given.name).adapts_like
+    if like is None:
+        return None
+    own = registry.options(like[0])
+    values = {key: value for key, value in given.options.items() if key in own} | dict(like[1])
+    changed = {"inner_steps": steps, "first_order": first_order, "per_step_losses": False}
+    return LearnerConfig(like[0], values | {key: value for key, value in changed.items() if key in own})
+
+
+def inner_rate(config: Config, data: Interactions) -> float | None:
+    """The inner rate that a learner of gradient steps starts with; None for the others."""
+    from metarec_jax.learners._inner import inner
+
+    given, row = config.learner, registry.row(config.learner.name)
+    if row.adapts_like is None:
+        return None
+    chosen = inner(
+        build_model(config.model, data),
+        lr=given.options["inner_lr"],
+        steps=given.options["inner_steps"],
+        only=given.options.get("only", ()),
+        alone=row.alone,
+    )
+    return chosen.lr
 
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
@@ -358,18 +468,17 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     if not warm_starts(config, train):
         return None
     params = learner.init(jax.random.key(config.train.seed))
-    if config.learner.name == "gaussian_process":
-        return learners.gaussian_process_start(params, train)
-    if config.learner.name == "item_map":
-        return learners.item_map_start(params, train, seed=config.train.seed)
+    if registry.row(config.learner.name).start != "factorisation":
+        return registry.start(config.learner.name)(params, train, seed=config.train.seed)
     return learners.warm_start(params, train, seed=config.train.seed)
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:
     """Whether this run starts from a factorisation (ratings, the content model, dot-product head) or from counts."""
-    if config.learner.name == "gaussian_process":
+    start = registry.row(config.learner.name).start
+    if start == "counts":
         return True
-    if config.learner.name == "item_map":
+    if start == "closed form":
         return config.train.warm_start and train.items.num_rows <= 20_000
     dot = (config.model.name, config.model.head) == ("content", "dot")
     return config.train.warm_start and dot and not train.implicit
@@ -383,15 +492,13 @@ def build_optimizers(config: Config, train: Interactions) -> Optimizers:
     """
     import optax
 
-    from metarec_jax import learners
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.step import Optimizers
 
     warm, given = warm_starts(config, train), config.train.lr
     decayed = lambda lr: optax.cosine_decay_schedule(lr, max(config.train.steps, 1), 0.1)  # noqa: E731
-    usual = 0.05 if config.learner.name == "gaussian_process" else 5e-4 if warm else 3e-3
+    row = registry.row(config.learner.name)
+    usual = row.lr if row.lr is not None else 5e-4 if warm else 3e-3
     lr = given if given is not None else usual
-    dense = 20 * lr if warm and config.learner.name in ("ridge", *READERS) else lr
-    by = optax.adam(decayed(dense))
-    by = learners.anneal(by, max(config.train.steps, 1)) if config.learner.name == "maml_plus_plus" else by
-    return Optimizers(by, lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))
+    dense = row.dense_rate * lr if warm else lr
+    return Optimizers(optax.adam(decayed(dense)), lazy_adam(decayed(lr), weight_decay=0.1 if warm else 0.0))

@@ -15,7 +15,9 @@ import jax
 Array = jax.Array
 Params = Any
 """A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays (or of more rows: `rows.rounded`).
-What is in ``params["fixed"]``, if there is such a part, training leaves as it is; the rest is small and dense."""
+What is in ``params["fixed"]``, if there is such a part, training leaves as it is; the rest is small and dense.
+A scalar ``params["progress"]`` (`PROGRESS`), if there is one, training sets to the share of its steps that are done."""
+PROGRESS = "progress"
 Inputs = Mapping[str, Array]
 """Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``.
 A column that all examples share (the user's) may have leading axis 1."""
@@ -70,6 +72,8 @@ class Model(NamedTuple):
       features: ``features(params, inputs) -> [n, D]``, the vectors on which the score is linear in the user;
         closed-form learners solve for that user. None where the model has no such form.
       num_features: D of ``features``.
+      adapts: path prefixes of the parameters that inner gradient steps move unless a learner is told otherwise, such as
+        ``("tables/user_id",)`` of a dot product; None for all.
     """
 
     init: Callable[[Array], Params]
@@ -77,6 +81,7 @@ class Model(NamedTuple):
     tables: Mapping[str, Table]
     features: Callable[[Params, Inputs], Array] | None = None
     num_features: int = 0
+    adapts: tuple[str, ...] | None = None
 
 
 class Learner(NamedTuple):

@@ -62,9 +62,10 @@ def content_model(
                 raise MetarecError(
                     f"the columns {sorted(columns)} have no {side}... one; a dot product wants both sides"
                 )
-        return flax_model(
+        sides = flax_model(
             TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale
         )
+        return sides._replace(adapts=("tables/user_id",)) if "user_id" in columns else sides
     if head == "mlp":
         return flax_model(Tower(kinds, hidden), columns, size=size, features="last_hidden", table_scale=table_scale)
     raise MetarecError(f"head {head!r} is not known; use 'dot' or 'mlp'")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
+import operator
+import re
 import sys
+import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from types import NoneType, UnionType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 _LARGEST = 2**31 - 1
 """Whole numbers count steps, rows and seeds, which are int32 on the device."""
@@ -23,12 +28,147 @@ def option(
     return field(default=default, metadata={"help": help, "flag": flag, "low": low, "high": high})
 
 
+class Bounds(NamedTuple):
+    """Bounds of the numbers of an argument, in a signature: ``size: Annotated[int, Bounds(1)] = 16``.
+
+    Attributes:
+      low, high: the smallest and the largest value that is allowed; None for no bound.
+      above: whether ``low`` itself is not allowed.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+
+
 class Checked:
+    """A dataclass whose fields are made by `option`; a value of the wrong type or out of bounds is refused."""
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             if "help" in f.metadata:
                 _check(f"{_section(type(self))}.{f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+
+
+@functools.cache
+def arguments_of(function: Callable[..., Any], named: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> dict[str, Any]:
+    """The keyword arguments of a factory that can be written as text, as fields with default, help and bounds.
+
+    The signature is the one place where they are defined: defaults are its defaults, bounds are its `Bounds`, the help
+    is the entry of the docstring's ``Args:``. An argument that takes an object (a function, an array) is left out.
+
+    Args:
+      named: arguments that take an object in Python and one of these names here, as pairs of name and choices; the
+        default is the first choice.
+
+    Returns:
+      For each argument ``(type, dataclasses.Field)``.
+
+    >>> def steps(model, *, lr: Annotated[float, Bounds(0.0, above=True)] = 0.1, loss=None):
+    ...     '''Steps.
+    ...
+    ...     Args:
+    ...       model: any; lr: size of a step.
+    ...       loss: of a step.
+    ...     '''
+    >>> kind, lr = arguments_of(steps)["lr"]
+    >>> kind, lr.default, lr.metadata["help"], list(arguments_of(steps))
+    (<class 'float'>, 0.1, 'size of a step', ['lr'])
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    choices, helps = dict(named), _described(function.__doc__ or "")
+    found: dict[str, Any] = {}
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is not p.KEYWORD_ONLY:
+            continue
+        hint, bounds, default = hints.get(p.name, object), Bounds(), p.default
+        if typing.get_origin(hint) is Annotated:
+            hint, *marks = typing.get_args(hint)
+            bounds = next((m for m in marks if isinstance(m, Bounds)), bounds)
+        if p.name in choices:
+            hint, default = Literal[choices[p.name]], choices[p.name][0]
+        if isinstance(hint, UnionType):
+            parts = [part for part in typing.get_args(hint) if _is_text(part)]
+            hint = functools.reduce(operator.or_, parts) if set(parts) - {NoneType} else object
+        if _is_text(hint):
+            metadata = {"help": helps.get(p.name, ""), "flag": None, **bounds._asdict()}
+            found[p.name] = (hint, field(default=default, metadata=metadata))
+    return found
+
+
+def checked(owner: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All of ``fields`` (of `arguments_of`) by name: ``values`` where given, each checked, else the default.
+
+    Raises:
+      MetarecError: a name that is not among the fields (the message lists them), or a value that does not fit.
+    """
+    for name in values:
+        if name not in fields:
+            own = ", ".join(fields) or "none"
+            raise error(f"{owner} has no option {shown(name)}; {_close(name, fields)}its options are: {own}")
+    found = {}
+    for name, (hint, f) in fields.items():
+        value = values.get(name, f.default)
+        value = tuple(value) if isinstance(value, list) else value
+        _check(f"{owner}:{name}", value, hint, f.metadata)
+        found[name] = value
+    return found
+
+
+def parsed(text: str, hint: Any) -> Any:
+    """A value written as text; text that does not fit the type is returned as it is, for `checked` to refuse.
+
+    >>> parsed("3", int), parsed("none", float | None), parsed("true", bool), parsed("net+tables", tuple[str, ...])
+    (3, None, True, ('net', 'tables'))
+    """
+    if isinstance(hint, UnionType):
+        if text.lower() == "none" and NoneType in typing.get_args(hint):
+            return None
+        values = (parsed(text, part) for part in typing.get_args(hint) if part is not NoneType)
+        return next((v for v in values if not isinstance(v, str)), text)
+    if typing.get_origin(hint) is tuple:
+        parts = [part for part in text.split("+") if part]
+        return tuple(parsed(part, typing.get_args(hint)[0]) for part in parts)
+    if hint is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            return text
+    return text
+
+
+def spelled(value: Any) -> str:
+    """A value as `parsed` reads it.
+
+    >>> spelled(("net", "tables")), spelled(True), spelled(0.5)
+    ('net+tables', 'true', '0.5')
+    """
+    if isinstance(value, tuple):
+        return "+".join(map(spelled, value))
+    return str(value).lower() if isinstance(value, bool | NoneType) else str(value)
+
+
+def _described(doc: str) -> dict[str, str]:
+    """The help of each argument in the ``Args:`` of a docstring; several may share an entry or a line."""
+    section = re.search(r"^Args:\n((?:  .*\n|\n)*)", inspect.cleandoc(doc) + "\n", re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.split(r"\n(?=\S)", textwrap.dedent(section[1]).strip("\n"))
+    pieces = [p for entry in entries for p in re.split(r"; (?=(?:\w+, )*\w+: )", " ".join(entry.split()))]
+    helps: dict[str, str] = {}
+    for piece in pieces:
+        if match := re.match(r"((?:\w+, )*\w+): (.*)", piece):
+            helps |= dict.fromkeys(match[1].split(", "), match[2].rstrip(".").replace("`", ""))
+    return helps
+
+
+def _is_text(hint: Any) -> bool:
+    if isinstance(hint, UnionType) or typing.get_origin(hint) is tuple:
+        return all(_is_text(part) for part in typing.get_args(hint) if part is not Ellipsis)
+    return hint in (int, float, str, bool, NoneType) or typing.get_origin(hint) is Literal
 
 
 def error(message: str) -> Exception:
@@ -55,7 +195,7 @@ def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Non
             raise error(f"{name}: {shown(value)} is not known; {meant(value, typing.get_args(hint))}")
         return
     if not _fits(value, hint):
-        raise error(f"{name} wants {_spoken(hint)}, got {shown(value)}; correct it")
+        raise error(f"{name} expected {_spoken(hint)}, got {shown(value)}; correct it")
     if isinstance(value, str) and "\0" in value:
         raise error(f"{name} has a zero byte in it: {shown(value)}; correct it")
     numbers = value if isinstance(value, tuple) else (value,)
@@ -63,8 +203,10 @@ def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Non
         low, high = metadata["low"], metadata["high"]
         if isinstance(number, bool | str | NoneType):
             continue
-        if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
-            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
+        excluded = metadata.get("above", False) and number == low
+        if excluded or not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
+            least = f"above {low}" if metadata.get("above", False) else f"{low} or more"
+            bounds = least if high is None else f"between {low} and {high}"
             raise error(f"{name} must be {bounds}, got {shown(number)}; correct it")
         if not abs(number) <= (_LARGEST if isinstance(number, int) else sys.float_info.max):
             raise error(f"{name} is {shown(number)}, beyond what can be counted with; correct it")
@@ -101,7 +243,7 @@ def _spoken(hint: Any) -> str:
 def entries(value: Any, where: str) -> Mapping[str, Any]:
     """A mapping, and nothing else."""
     if not isinstance(value, Mapping):
-        raise error(f"{where} wants names with values, got {shown(value)}; correct it")
+        raise error(f"{where} expected names with values, got {shown(value)}; correct it")
     return value
 
 
@@ -111,8 +253,12 @@ def known(name: Any, names: Any, where: str) -> None:
 
 
 def meant(name: Any, names: Any) -> str:
+    return _close(name, names).removesuffix("; ") or f"choose from {', '.join(str(n) for n in names)}"
+
+
+def _close(name: Any, names: Any) -> str:
     close = difflib.get_close_matches(shown(name).strip("'").lower(), [str(n) for n in names], n=1, cutoff=0.5)
-    return f"perhaps you meant {close[0]!r}" if close else f"choose from {', '.join(str(n) for n in names)}"
+    return f"perhaps you meant {close[0]!r}; " if close else ""
 
 
 def mesh_sizes(text: str | None) -> dict[str, int]:

@@ -207,10 +207,10 @@ class _Served:
 
     def _make(self, way: str, steps: int) -> _Tuned:
         if way == "nothing":
-            return _Tuned(fine_tune(self.model, steps=0, loss=self.loss), lambda params, strength: {"rule": {}})
+            return _Tuned(fine_tune(self.model, inner_steps=0, loss=self.loss), lambda params, strength: {"rule": {}})
         if way in ("row", "all"):
             only, rule = (_ROW if way == "row" else None), meta_sgd(1.0)
-            learner = fine_tune(self.model, steps=steps, rule=rule, loss=self.loss, only=only)
+            learner = fine_tune(self.model, inner_steps=steps, rule=rule, loss=self.loss, only=only)
 
             def rates(params: Params, strength: float) -> dict[str, Any]:
                 body = {name: part for name, part in params.items() if name != "rule"}

@@ -228,24 +228,25 @@ def method(run: Run) -> Method:
     like = jax.eval_shape(run.learner.init, jax.random.key(0))
     params = checkpoint.load_params(run.directory, like=like)
     learner, given = run.learner, run.config.learner
-    if given.name == "reptile" or (given.name == "maml" and given.first_order):
-        learner = _with_steps(run, given.inner_steps)
+    if given.name == "reptile" or given.options.get("first_order"):
+        learner = _with_steps(run, given.options["inner_steps"])
     return Method(params, learner.adapt, learner.predict, learner.tables)
 
 
 def by_inner_steps(run: Run) -> dict[int, Method]:
     """The trained parameters adapted by other numbers of inner steps, 0 to twice those of training; {} for ridge."""
     given = run.config.learner
-    if given.name not in ("maml", "reptile"):
+    if given.name not in ("maml", "reptile") or given.options["rule"] == "lslr":  # with rates of its own for each step
         return {}
-    params, trained = method(run).params, given.inner_steps
+    params, trained = method(run).params, given.options["inner_steps"]
     learners = {k: _with_steps(run, k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}
     return {k: Method(params, learner.adapt, learner.predict, learner.tables) for k, learner in learners.items()}
 
 
 def _with_steps(run: Run, inner_steps: int) -> Learner:
     """The run's learner with another number of inner steps, second order."""
-    given = dataclasses.replace(run.config.learner, name="maml", first_order=False, inner_steps=inner_steps)
+    given = configs.with_inner_steps(run.config.learner, inner_steps)
+    assert given is not None, "asked of learners that take inner steps"
     return configs.build_learner(dataclasses.replace(run.config, learner=given), run.data)
 
 

@@ -49,15 +49,17 @@ def dot(size=4):
 
 
 LINEAR = {
-    "maml_seed": lambda: served(learners.maml(seed_model(), inner_lr=0.05)),
+    "maml_seed": lambda: served(learners.maml(seed_model(), inner_lr=0.05, inner_steps=1)),
     "maml_seed_5": lambda: served(learners.maml(seed_model(), inner_lr=0.05, inner_steps=6)),
-    "maml_dot": lambda: served(learners.maml(dot(), inner_lr=0.02, inner_steps=2)),
+    "maml_dot": lambda: served(learners.maml(dot(), inner_lr=0.02, inner_steps=2, only=None)),
     "maml_user_row": lambda: served(learners.maml(dot(), inner_steps=2, only=("tables/user_id",))),
     "ridge": lambda: served(learners.ridge(dot())),
 }
 OTHERS = {
     "maml_mlp": lambda: served(
-        learners.maml(models.content_model(DATA.columns, head="mlp", hidden=(5,), table_scale=1.0), inner_lr=0.02)
+        learners.maml(
+            models.content_model(DATA.columns, head="mlp", hidden=(5,), table_scale=1.0), inner_lr=0.02, inner_steps=1
+        )
     ),
     "no_tables": lambda: Method(*LINEAR["maml_seed"]()[:3]),
     "als": lambda: als(DATA, KNOWN, size=3, iterations=2),
@@ -163,7 +165,7 @@ def test_tables_of_other_columns_or_other_sizes_are_not_scored_by_one_product():
 def test_one_user_reads_the_table_where_it_lies():
     """20,001 rows of 32 are 2.6 MB; what the program works in, scores of 80 kB among it, is a tenth of that."""
     items, size = 20_000, 32
-    learner = learners.maml(models.meta_recommender(9, items + 1, size=size))
+    learner = learners.maml(models.meta_recommender(9, items + 1, size=size), inner_steps=1)
     params = jax.jit(learner.init)(jax.random.key(0))
     known = KNOWN._replace(item_row=jnp.zeros(items + 1, jnp.int32))
     users = Users(np.zeros((1, 16), np.int32), *(np.zeros((1, 16), np.float32) for _ in "tm"), np.zeros(1, np.int32))

@@ -12,7 +12,7 @@ from metarec_jax import cli, results
 from metarec_jax import config as configs
 from metarec_jax.baselines import item_mean
 from metarec_jax.commands import compare as command
-from metarec_jax.commands.compare_entries import all_entries, baseline_of, default_learners, learner_of
+from metarec_jax.commands.compare_entries import all_entries, baseline_of, default_learners, learners_of
 from metarec_jax.commands.protocol import fixed_tasks, rating_range, relevant_from
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
@@ -134,7 +134,7 @@ def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation
     ("change", "anew"),
     [
         ({"train": configs.TrainConfig(lr=0.01)}, {"ridge", "deepfm"}),
-        ({"learner": configs.LearnerConfig(inner_steps=2)}, {"ridge"}),
+        ({"learner": configs.LearnerConfig("ridge", {"precision": 2.0})}, {"ridge"}),
         ({"model": configs.ModelConfig(size=3)}, {"ridge"}),
         ({"tasks": configs.TaskConfig(query=3)}, {"ridge", "deepfm", "als"}),
         ({"data": configs.DataConfig(name="another/path.csv")}, set()),
@@ -142,7 +142,7 @@ def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation
 )
 def test_another_setting_measures_the_cells_that_read_it(change, anew):
     def identities(config):
-        rows = [learner_of(config, "ridge"), baseline_of(config, "deepfm"), baseline_of(config, "als")]
+        rows = [*learners_of(config, ("ridge",), {}), baseline_of(config, "deepfm"), baseline_of(config, "als")]
         base = {"data": "digest", "version": "1"}
         return {row.name: command._identity(row, 0, base, 100, (1,)) for row in rows}
 
@@ -266,13 +266,13 @@ def test_bad_words_end_before_any_work(options, said, tmp_path, work, capsys):
 def test_rows_are_in_order_of_simplicity():
     data = synthetic(20, 10, ratings_per_user=(5, 6)).data
     config = configs.Config()
-    ours = [learner_of(config, name) for name in ("neural_process", "maml:inner_steps=1", "protonet", "ridge")]
+    ours = learners_of(config, ("neural_process", "maml:inner_steps=1", "protonet", "ridge"), {})
     names = [entry.name for entry in all_entries(config, data, ours, None)]
     assert [n for n in names if n in ("item_mean", "als", "ridge", "protonet", "maml:inner_steps=1", "neural_process")] == [
         "item_mean", "als", "ridge", "protonet", "maml:inner_steps=1", "neural_process"
     ]  # fmt: skip
-    assert ours[1].config.learner.inner_steps == 1
-    assert default_learners(data) == ("ridge", "gaussian_process", "maml", "protonet", "neural_process")
+    assert ours[1].config.learner.options["inner_steps"] == 1
+    assert default_learners(data) == ("ridge", "gaussian_process", "protonet", "maml", "neural_process")
     clicks = synthetic(20, 10, ratings_per_user=(5, 6), implicit=True).data
-    assert default_learners(clicks) == ("ridge", "item_map", "maml", "protonet", "neural_process")
+    assert default_learners(clicks) == ("ridge", "item_map", "protonet", "maml", "neural_process")
     assert not {"bias", "item_mean", "user_mean"} & {e.name for e in all_entries(config, clicks, [], None)}

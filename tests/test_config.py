@@ -19,7 +19,7 @@ def test_json_and_back():
         split=SplitConfig(scenarios=("user_cold",), by="time"),
         tasks=TaskConfig(support=(2, 8), negatives=0),
         model=ModelConfig(hidden=()),
-        learner=LearnerConfig(name="maml", only=("net",)),
+        learner=LearnerConfig("maml", {"only": ("net",)}),
         train=TrainConfig(lr=1e-2, seed=7),
     )
     assert config.from_dict(json.loads(json.dumps(config.to_dict(given)))) == given
@@ -35,14 +35,14 @@ def test_what_is_not_given_has_its_default():
     [
         ({"trane": {}}, "has no 'trane'; perhaps you meant 'train'"),
         ({"train": {"step": 5}}, "section 'train' has no 'step'; perhaps you meant 'steps'"),
-        ({"learner": {"name": "mamml"}}, "learner.name: 'mamml' is not known; perhaps you meant 'maml'"),
-        ({"train": {"steps": "many"}}, "train.steps wants a whole number, got 'many'"),
-        ({"train": {"steps": 1.5}}, "train.steps wants a whole number"),
-        ({"train": {"steps": True}}, "train.steps wants a whole number"),
+        ({"learner": {"name": "mamml"}}, "learner 'mamml' is not known; perhaps you meant 'maml'"),
+        ({"train": {"steps": "many"}}, "train.steps expected a whole number, got 'many'"),
+        ({"train": {"steps": 1.5}}, "train.steps expected a whole number"),
+        ({"train": {"steps": True}}, "train.steps expected a whole number"),
         ({"train": {"lr": -1}}, "train.lr must be 0.0 or more, got -1"),
         ({"split": {"test": 1.5}}, "split.test must be between 0.0 and 0.9"),
         ({"split": {"scenarios": ["cold"]}}, "'cold' is not known; perhaps you meant"),
-        ({"tasks": {"support": [3]}}, "tasks.support wants a list of 2 whole numbers"),
+        ({"tasks": {"support": [3]}}, "tasks.support expected a list of 2 whole numbers"),
         ({"tasks": {"support": [9, 3]}}, "the fewest, 9, is more than the most, 3"),
         ({"tasks": {"negatives": -1}}, "tasks.negatives must be 0 or more"),
         ({"model": {"hidden": [64, 0]}}, "model.hidden must be 1 or more, got 0"),
@@ -66,10 +66,10 @@ def ratings():
     "learner",
     [
         LearnerConfig(),
-        LearnerConfig(name="maml", inner_steps=2),
-        LearnerConfig(name="maml", rule="meta_sgd", only=("net",), first_order=True, loss="bce"),
-        LearnerConfig(name="maml", rule="adam", per_step_losses=True),
-        LearnerConfig(name="reptile", inner_steps=1),
+        LearnerConfig("maml", {"inner_steps": 2}),
+        LearnerConfig("maml", {"rule": "meta_sgd", "only": ("net",), "first_order": True, "loss": "bce"}),
+        LearnerConfig("maml", {"rule": "adam", "per_step_losses": True}),
+        LearnerConfig("reptile", {"inner_steps": 1}),
     ],
 )
 def test_every_learner_has_a_finite_loss(ratings, learner):
@@ -105,9 +105,9 @@ def test_clicks_get_negatives_and_a_click_loss(ratings):
     assert config.negatives(TaskConfig(), clicks) == 4
     assert config.negatives(TaskConfig(), ratings) == 0
     assert config.negatives(TaskConfig(negatives=1), ratings) == 1
-    assert config.build_loss(LearnerConfig(name="maml"), clicks).__name__ == "bce"
-    assert config.build_loss(LearnerConfig(name="maml", loss="bpr"), clicks).__name__ == "bpr"
-    assert config.build_loss(LearnerConfig(name="maml"), ratings).__name__ == "mse"
+    assert config.build_loss(LearnerConfig("maml"), clicks).__name__ == "bce"
+    assert config.build_loss(LearnerConfig("maml", {"loss": "bpr"}), clicks).__name__ == "bpr"
+    assert config.build_loss(LearnerConfig("maml"), ratings).__name__ == "mse"
     assert config.build_loss(LearnerConfig(), ratings).__name__ == "mae"
 
 
@@ -128,7 +128,7 @@ def test_splits_as_configured(ratings):
 
 def test_a_gaussian_process_knows_whom_it_counted(ratings):
     """Whatever the tasks say of user rows: with none, a user's own answers would stand in the kernels that predict them."""
-    given = Config(learner=LearnerConfig(name="gaussian_process"), tasks=TaskConfig(tasks=8, user_drop=1.0))
+    given = Config(learner=LearnerConfig("gaussian_process"), tasks=TaskConfig(tasks=8, user_drop=1.0))
     source = config.build_source(given, ratings)
     assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
     learner = config.build_learner(given, ratings)
@@ -142,11 +142,13 @@ def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
     """The step of the command line's maml is that of prior 30: at one rating a thirty-first of the paper's."""
     moved = {}
     for prior in (None, 30.0, 0.0):
-        given = Config(model=ModelConfig(size=2), learner=LearnerConfig(name="maml", inner_steps=1))
+        given = Config(model=ModelConfig(size=2), learner=LearnerConfig("maml", {"inner_steps": 1}))
         learner = config.build_learner(given, ratings)
         if prior is not None:
             row, rule = ("tables/user_id",), learners.meta_sgd(0.3)
-            learner = learners.maml(config.build_model(given.model, ratings), only=row, rule=rule, prior=prior)
+            learner = learners.maml(
+                config.build_model(given.model, ratings), inner_steps=1, only=row, rule=rule, prior=prior
+            )
         source = config.build_source(given, ratings)
         support = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0))).support
         params, one = learner.init(jax.random.key(1)), support._replace(mask=(np.arange(len(support.mask)) == 0) * 1.0)

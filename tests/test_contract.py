@@ -123,7 +123,7 @@ def test_adapted_holds_what_adapts_and_no_more():
     """ANIL on (dense_0, out): the last layer alone; the user's row alone: one table's rows and nothing dense."""
     for name, rest, tables in (
         ("anil", {"net/params/out/kernel", "net/params/out/bias"}, set()),
-        ("user_row", set(), {"user_id"}),
+        ("maml", set(), {"user_id"}),
     ):
         learner, params, batch = world(name)
         adapted = jax.eval_shape(learner.adapt, params, one(batch).support, KEY)

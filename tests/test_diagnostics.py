@@ -206,12 +206,12 @@ def test_what_is_not_finite_diverges_and_survives_json():
 def test_from_a_configuration(name):
     """Each learner of gradient steps, as `metarec fit` builds it; a reader of the support has no inner loop."""
     from metarec_jax import config as configs
-    from metarec_jax.commands.diagnose import diagnose, rate_of
+    from metarec_jax.commands.diagnose import diagnose
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks
 
     data = synthetic(20, 12, ratings_per_user=(8, 10), size=2).data
-    given = configs.LearnerConfig(name=name, inner_steps=2, inner_lr=0.05)
+    given = configs.LearnerConfig(name, {"inner_steps": 2, "inner_lr": 0.05})
     config = configs.Config(model=configs.ModelConfig(size=2), learner=given)
     params = configs.build_learner(config, data).init(jax.random.key(0))
     found = diagnose(config, data, params, catalogue(data), {"user_cold": make_tasks(data, query=4)})
@@ -219,7 +219,7 @@ def test_from_a_configuration(name):
     assert found.tasks == 20
     assert found.support_loss[2] < found.support_loss[0]
     assert (found.cosine is None) == (name == "imaml")
-    assert rate_of(config) == 0.05
+    assert configs.inner_rate(config, data) == 0.05
     ridge = configs.Config()
     assert diagnose(ridge, data, {}, catalogue(data), {"user_cold": make_tasks(data, query=4)}) is None
-    assert rate_of(ridge) is None
+    assert configs.inner_rate(ridge, data) is None

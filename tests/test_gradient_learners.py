@@ -22,12 +22,14 @@ from metarec_jax.config import (
     build_optimizers,
     build_source,
 )
-from metarec_jax.core import MetarecError, Model
+from metarec_jax.core import Column, MetarecError, Model
 from metarec_jax.data.synthetic import synthetic
+from metarec_jax.data.tasks import TaskSource
 from metarec_jax.learners.cavia import with_context
 from metarec_jax.learners.maml_plus_plus import step_weights
 from metarec_jax.learners.protomaml import prototypes
-from metarec_jax.training.step import init_state, make_step
+from metarec_jax.training.row_optimizers import lazy_adam
+from metarec_jax.training.step import Optimizers, init_state, make_step
 
 # MAML++
 
@@ -47,12 +49,12 @@ def test_maml_plus_plus_anneals(first_order):
         plain = learners.maml(
             model, inner_steps=4, rule=rule, per_step_losses=jnp.array(weights), first_order=constants
         )
-        body = {name: part for name, part in params.items() if name != "annealed"}
-        at = params | {"annealed": jnp.asarray(done, jnp.float32)}
+        body = {name: part for name, part in params.items() if name != "progress"}
+        at = params | {"progress": jnp.asarray(done, jnp.float32)}
         got = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, task, KEY)[0]))(at)
         want = jax.jit(jax.value_and_grad(lambda p: plain.loss(p, task, KEY)[0]))(body)  # noqa: B023
         assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
-        assert float(got[1].pop("annealed")) == 0.0
+        assert float(got[1].pop("progress")) == 0.0
         assert largest_difference(got[1], want[1]) < 1e-6
     whole = learners.maml(model, inner_steps=4, rule=rule, per_step_losses=True)
     assert float(learner.loss(params, task, KEY)[0]) == pytest.approx(float(whole.loss(body, task, KEY)[0]), rel=1e-6)
@@ -68,24 +70,17 @@ def test_weights_are_those_of_thin_steps_too():
     assert losses_[0] == pytest.approx(losses_[1], rel=1e-6)
 
 
-def test_the_clock_is_the_optimisers():
-    """3 of 4 steps: annealed = 3/4, other parameters as by the optimiser alone; other parameters' trees are refused."""
-    params, grads = {"annealed": jnp.array(0.0), "w": jnp.array([1.0])}, {"annealed": jnp.array(0.0), "w": jnp.ones(1)}
-    by = learners.anneal(optax.adam(0.1), 4)
-    alone = optax.adam(0.1)
-    state, other = by.init(params), alone.init(params)
-    plain = params
+def test_training_sets_the_progress():
+    """After step 3 of 4: 3/4, whatever the optimiser of the other parameters did; the weight of a single step is 1."""
+    model, _ = seed_world()
+    learner = learners.maml_plus_plus(model, inner_steps=2)
+    optimizers = Optimizers(optax.adam(0.1), lazy_adam(0.1))
+    batch = tasks(jax.random.key(0), 2, columns={"user_id": Column("id", 400), "item_id": Column("id", 600)})
+    step = jax.jit(make_step(learner, TaskSource(batch, lambda data, key: data, 2), optimizers, steps=4))
+    state = init_state(learner, optimizers, learner.init(KEY), KEY)
     for _ in range(3):
-        updates, state = by.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        updates, other = alone.update(grads, other, plain)
-        plain = optax.apply_updates(plain, updates)
-    assert float(params["annealed"]) == 0.75
-    assert params["w"] == plain["w"]
-    with pytest.raises(MetarecError, match="wants the parameters of maml_plus_plus; these are"):
-        by.init({"w": jnp.array([1.0])})
-    with pytest.raises(MetarecError, match="1 outer step or more"):
-        learners.anneal(alone, 0)
+        state, _ = step(state, batch)
+    assert float(state.params["progress"]) == 0.75
     assert step_weights(1, jnp.array(0.3)).tolist() == [1.0]
 
 
@@ -133,7 +128,7 @@ def test_cavia_is_maml_on_the_context_alone():
     """The same loss and gradients as `maml` with ``only=`` the context, which starts at 0."""
     model, task = content("mlp"), one(tasks(jax.random.key(3), 2), 1)
     cavia = learners.cavia(model, size=2, inner_lr=0.3, inner_steps=3)
-    maml = learners.maml(with_context(model, 2, "user_id"), inner_lr=0.3, inner_steps=3, only=("context/start",))
+    maml = learners.maml(with_context(model, 2, "user_id"), inner_lr=0.3, inner_steps=3)
     params, full = cavia.init(KEY), maml.init(KEY)
     assert float(cavia.loss(params, task, KEY)[0]) == float(maml.loss(full, task, KEY)[0])
     adapted = cavia.adapt(params, task.support, KEY)
@@ -150,7 +145,7 @@ def test_cavia_is_maml_on_the_context_alone():
 def test_one_step_of_a_context_by_hand(float64):
     """score = u . v with the unknown user's row u, so c1 = -a M grad_u L_s(u), and scores are (u + M'c1) . v."""
     model, task = content("dot"), double(one(tasks(jax.random.key(3), 2), 1))
-    learner = learners.cavia(model, size=2, inner_lr=0.1)
+    learner = learners.cavia(model, size=2, inner_lr=0.1, inner_steps=1, rule=learners.sgd(0.1), prior=0.0)
     params = double(learner.init(KEY))
     user = task.support.inputs["user_id"][0]
 
@@ -226,10 +221,9 @@ def test_the_prototypes_of_clicks(float64):
 def test_a_step_of_the_head_by_hand(float64):
     """From the head (w, b) one step of rate a on mse: w - a 2/n phi' (s - t), b - a 2/n sum (s - t)."""
     model, task = content("dot"), double(one(tasks(jax.random.key(3), 2), 1))
-    params = double(learners.protomaml(model).init(KEY))
-    start, moved = (
-        learners.protomaml(model, inner_lr=0.1, inner_steps=k).adapt(params, task.support, KEY)["rest"] for k in (0, 1)
-    )
+    made = [learners.protomaml(model, inner_steps=k, rule=learners.sgd(0.1), prior=0.0) for k in (0, 1)]
+    params = double(made[0].init(KEY))
+    start, moved = (learner.adapt(params, task.support, KEY)["rest"] for learner in made)
     phi = np.asarray(model.features(params, task.support.inputs))
     scores = model.apply(params, task.support.inputs) + phi @ start["head/weight"] + start["head/bias"]
     pull = 2 / 6 * np.asarray(scores - task.support.target)
@@ -262,10 +256,10 @@ def test_features_are_wanted(make):
     "given",
     [
         *({"name": "maml", "rule": rule} for rule in ("lslr", "meta_curvature", "lstm")),
-        {"name": "maml_plus_plus", "first_order": True},
+        {"name": "maml_plus_plus", "first_order_until": 0.3},
         {"name": "imaml", "proximal": 2.0},
-        {"name": "cavia", "context": 3, "first_order": True},
-        {"name": "protomaml", "only": ("all",)},
+        {"name": "cavia", "size": 3, "first_order": True},
+        {"name": "protomaml", "only": None},
         {"name": "protomaml", "inner_steps": 0},
         {"name": "logistic", "precision": 2.0},
     ],
@@ -274,9 +268,11 @@ def test_features_are_wanted(make):
 def test_a_configured_learner_takes_a_step(given, head):
     """One outer step of every learner and rule, from its options, moves parameters and stays finite."""
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2, implicit=given["name"] == "logistic").data
+    options = {key: value for key, value in given.items() if key != "name"}
+    options = options if given["name"] == "logistic" else {"inner_steps": 2} | options
     run = Config(
         model=ModelConfig(size=2, head=head, hidden=(3,)),
-        learner=LearnerConfig(**({"inner_steps": 2} | given)),
+        learner=LearnerConfig(given["name"], options),
         tasks=TaskConfig(tasks=2, support=(2, 4), query=3),
         train=TrainConfig(steps=4, warm_start=False),
     )
@@ -284,14 +280,14 @@ def test_a_configured_learner_takes_a_step(given, head):
     params = learner.init(KEY)
     state = init_state(learner, optimizers, params, KEY)
     source = build_source(run, data)
-    state, metrics = jax.jit(make_step(learner, source, optimizers))(state, source.data)
+    state, metrics = jax.jit(make_step(learner, source, optimizers, steps=4))(state, source.data)
     assert np.isfinite(float(metrics["loss"]))
     assert largest_difference(state.params, params) > 0
     if given["name"] == "maml_plus_plus":
-        assert float(state.params["annealed"]) == 0.25
+        assert float(state.params["progress"]) == 0.25
 
 
 def test_logistic_is_for_clicks():
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
     with pytest.raises(MetarecError, match="'logistic' is for clicks, and the data has ratings; give --implicit"):
-        build_learner(Config(learner=LearnerConfig(name="logistic")), data)
+        build_learner(Config(learner=LearnerConfig("logistic")), data)

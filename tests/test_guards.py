@@ -63,7 +63,9 @@ def interactions(name: str, items: int) -> Interactions:
 
 def learner_of(name: str, data: Interactions) -> Learner:
     if name == "seed":
-        return learners.maml(models.meta_recommender(data.users.num_rows, data.items.num_rows, size=SIZE))
+        return learners.maml(
+            models.meta_recommender(data.users.num_rows, data.items.num_rows, size=SIZE), inner_steps=1
+        )
     return learners.ridge(models.content_model(data.columns, size=SIZE))
 
 

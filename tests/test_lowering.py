@@ -31,7 +31,9 @@ DATA = synthetic(60, 40, ratings_per_user=(8, 20), seed=0).data
 DOT = models.content_model(DATA.columns, size=4)
 MLP = models.content_model(DATA.columns, size=4, head="mlp", hidden=(16, 16))
 LEARNERS = {
-    "maml_seed": learners.maml(models.meta_recommender(DATA.users.num_rows, DATA.items.num_rows, size=4)),
+    "maml_seed": learners.maml(
+        models.meta_recommender(DATA.users.num_rows, DATA.items.num_rows, size=4), inner_steps=1
+    ),
     "maml_net": learners.maml(MLP, inner_steps=2, only=("net",)),
     "maml_net_full_rank": learners.maml(MLP, inner_steps=2, only=("net",), low_rank=False),
     "meta_sgd": learners.maml(DOT, inner_steps=7, rule=learners.meta_sgd(0.05)),

@@ -118,7 +118,7 @@ def test_by_name(implicit):
     source = config.build_source(Config(tasks=tasks), data)
     batch = source.draw(source.data, KEY)
     chosen = [LearnerConfig(name=name) for name in ("protonet", "in_context", "hypernetwork", "leo", "memory")]
-    chosen += [LearnerConfig(name="matching", similarity="relation"), LearnerConfig(name="neural_process", clusters=2)]
+    chosen += [LearnerConfig("matching", {"similarity": "relation"}), LearnerConfig("neural_process", {"clusters": 2})]
     for given in chosen:
         assert (
             config.build_loss(given, data)

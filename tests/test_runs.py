@@ -15,9 +15,9 @@ from metarec_jax.training.checkpoint import Checkpoints
 DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
 
-@pytest.mark.parametrize("given", [{"name": "reptile"}, {"name": "maml", "first_order": True}])
+@pytest.mark.parametrize("given", ["reptile:inner_steps=2", "maml:inner_steps=2:first_order=true"])
 def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
-    learned = config.LearnerConfig(**given, inner_steps=2)
+    learned = config.learner_of(given, {})
     whole = config.Config(model=config.ModelConfig(size=2), learner=learned)
     learner = config.build_learner(whole, DATA)
     params = learner.init(jax.random.key(0))
@@ -44,7 +44,7 @@ def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
 def test_other_numbers_of_inner_steps(tmp_path):
     """Trained with 2 steps: 0, 1, 2 and 4 are shown; 2 are the run's own numbers, 0 steps move nothing."""
     whole = config.Config(
-        model=config.ModelConfig(size=2), learner=config.LearnerConfig(name="maml", inner_steps=2, only=("all",))
+        model=config.ModelConfig(size=2), learner=config.LearnerConfig("maml", {"inner_steps": 2, "only": None})
     )
     learner = config.build_learner(whole, DATA)
     with Checkpoints(tmp_path, identity={}) as checkpoints:

@@ -168,7 +168,7 @@ def test_owners_asked_for_too_much_change_nothing(monkeypatch):
 def compiled_chunk(mesh, items: int):
     """The compiled program of a chunk, for a catalogue that is never made, and the shapes of its state."""
     known = models.meta_recommender(2000, items, size=8)
-    learner = learners.maml(known, inner_lr=0.05)
+    learner = learners.maml(known, inner_lr=0.05, inner_steps=1)
 
     def draw(data, key):
         batch = SOURCE.draw(SOURCE.data, key)
@@ -238,7 +238,7 @@ def test_parameters_are_born_cut():
 
 def test_a_table_too_large_for_one_device_trains_on_eight():
     """Small scale, same code: with room for a third of the state on each device, one refuses and eight train."""
-    learner = learners.maml(models.meta_recommender(400, 40_000, size=8), inner_lr=0.05)
+    learner = learners.maml(models.meta_recommender(400, 40_000, size=8), inner_lr=0.05, inner_steps=1)
     optimizers = Optimizers(optax.adam(0.01), lazy_adam(0.01))
     keys = jax.random.split(jax.random.key(0))
     state = _start(learner, optimizers, None, *keys, keeps_best=False, mesh=sharding.make_mesh(1, 8))

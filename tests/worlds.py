@@ -9,6 +9,7 @@ import optax
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, Model, Task
+from metarec_jax.learners import registry
 from metarec_jax.learners.made_rows import made, with_cold_loss
 
 COLUMNS = {
@@ -55,54 +56,56 @@ def one(batch: Task, k: int = 0) -> Task:
     return jax.tree.map(lambda a: a[k], batch)
 
 
+def of_the_registry(name: str) -> Learner:
+    """A learner of the registry on the small world, with the small options of its row, scored by squares."""
+    row, dot = registry.row(name), content("dot")
+    first = {"columns": COLUMNS, "items": 600}.get(row.built_from, dot)
+    options = dict(row.small)
+    if row.feedback == "clicks" or row.family == "cold rows" or name == "gaussian_process":
+        options["loss"] = losses.mse
+    if row.family == "cold rows":
+        options["column"] = "user_id"
+    if name == "mwuf":
+        options["other"] = "item_id"
+    built = registry.factory(name)(*((first, ages()) if row.built_from == "content" else (first,)), **options)
+    return counted(built) if name == "gaussian_process" else built
+
+
+def ages() -> Model:
+    return models.content_model({"user_age": COLUMNS["user_age"]}, size=3, head="mlp", hidden=(4,))
+
+
 def every_learner() -> dict[str, Learner]:
-    """The shared table of properties runs over these."""
+    """The shared table of properties runs over these: all of the registry, and variants."""
     dot, mlp, seed = content("dot"), content("mlp"), seed_model()
-    ages = models.content_model({"user_age": COLUMNS["user_age"]}, size=3, head="mlp", hidden=(4,))
-    aged = made(dot, ages, column="user_id")
-    return {
-        "maml": learners.maml(dot, inner_lr=0.05, inner_steps=2),
+    aged = made(dot, ages(), column="user_id")
+    return {name: of_the_registry(name) for name in registry.ROWS} | {
+        "maml_all": learners.maml(dot, inner_lr=0.05, inner_steps=2, only=None),
         "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
         "maml_mlp": learners.maml(mlp, inner_lr=0.05, inner_steps=7),
         "fomaml": learners.maml(seed, inner_lr=0.05, inner_steps=2, first_order=True),
         "anil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net/params/out",)),
         "boil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("tables", "net/params/dense_0")),
         "melu": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net",)),
-        "user_row": learners.maml(dot, inner_lr=0.05, inner_steps=2, prior=3.0, only=("tables/user_id",)),
-        "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05)),
-        "inner_adam": learners.maml(dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8))),
+        "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05), only=None),
+        "inner_adam": learners.maml(
+            dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8)), only=None
+        ),
         "per_step": learners.maml(seed, inner_lr=0.05, inner_steps=3, per_step_losses=True),
-        "reptile": learners.reptile(dot, inner_lr=0.05, inner_steps=2),
-        "ridge": learners.ridge(dot),
+        "reptile_all": learners.reptile(dot, inner_lr=0.05, inner_steps=2, only=None),
         "ridge_mlp": learners.ridge(mlp),
         "lslr": learners.maml(seed, inner_steps=2, rule=learners.lslr(0.05, 2)),
         "meta_curvature": learners.maml(mlp, inner_steps=2, rule=learners.meta_curvature(0.05)),
-        "lstm": learners.maml(dot, inner_steps=2, rule=learners.lstm(0.05, hidden=3)),
-        "maml_plus_plus": learners.maml_plus_plus(seed, inner_lr=0.05, inner_steps=2, first_order_until=0.5),
-        "imaml": learners.imaml(dot, inner_lr=0.05, inner_steps=8, cg_steps=4),
-        "cavia": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
-        "protomaml": learners.protomaml(dot, inner_lr=0.05, inner_steps=2),
-        "logistic": learners.logistic(dot, newton_steps=4, loss=losses.mse),
-        "fine_tune": learners.fine_tune(dot, lr=0.05, steps=2),
-        "item_map": learners.item_map(600, size=3, loss=losses.mse),
-        "meta_embedding": learners.meta_embedding(dot, ages, column="user_id", inner_lr=0.05, loss=losses.mse),
-        "mwuf": learners.mwuf(dot, ages, column="user_id", other="item_id", hidden=4, inner_lr=0.05, loss=losses.mse),
-        "cvar": learners.cvar(dot, ages, column="user_id", latent=2, loss=losses.mse),
-        "dropout_net": learners.dropout_net(dot, column="user_id", inner_lr=0.05, loss=losses.mse),
+        "lstm": learners.maml(dot, inner_steps=2, rule=learners.lstm(0.05, hidden=3), only=None),
+        "first_order_until": learners.maml_plus_plus(seed, inner_lr=0.05, inner_steps=2, first_order_until=0.5),
+        "imaml_all": learners.imaml(dot, inner_lr=0.05, inner_steps=8, cg_steps=4, only=None),
+        "cavia_mlp": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
         "made_logistic": with_cold_loss(
             learners.logistic(aged, newton_steps=4, loss=losses.mse), aged, loss=losses.mse
         ),
-        "protonet": learners.protonet(dot),
-        "matching": learners.matching(dot),
         "relation": learners.matching(mlp, similarity="relation", hidden=4),
-        "neural_process": learners.neural_process(mlp, size=2, width=4, hidden=(4,)),
         "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
-        "in_context": learners.in_context(dot, width=4, heads=2),
-        "hypernetwork": learners.hypernetwork(dot, width=4),
-        "leo": learners.leo(dot, latent=2, inner_lr=0.05, inner_steps=2, width=4),
         "written_head": learners.hypernetwork(dot, hidden=3, width=4),
-        "memory": learners.memory(dot, slots=2, inner_steps=2),
-        "gaussian_process": counted(learners.gaussian_process(COLUMNS, loss=losses.mse)),
     }
 
 

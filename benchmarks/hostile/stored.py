@@ -123,7 +123,7 @@ def _enter_datasets(folder: Path) -> None:
 def _good_configs() -> list[Files]:
     whole = config.Config(
         split=config.SplitConfig(by="time", partition="part.csv"),
-        learner=config.LearnerConfig(name="maml", only=("net",), inner_lr=0.1),
+        learner=config.LearnerConfig("maml", {"only": ("net",), "inner_lr": 0.1}),
         model=config.ModelConfig(hidden=(8, 4)),
         train=config.TrainConfig(lr=1e-2, patience=3),
     )

@@ -21,7 +21,7 @@ from metarec_jax.commands.compare_entries import (
     all_entries,
     baseline_of,
     default_learners,
-    learner_of,
+    learners_of,
     names_of,
 )
 from metarec_jax.commands.compare_report import tell
@@ -53,6 +53,7 @@ class World(NamedTuple):
 def compare(
     config: configs.Config,
     *,
+    flags: Mapping[str, Any],
     learners: Sequence[str] | None,
     baselines: Sequence[str] | None,
     seeds: int,
@@ -75,14 +76,14 @@ def compare(
             raise MetarecError(f"{name} must be above 0, and is {bound:g}; leave it out for no bound")
     if any(k < 0 for k in support_curve):
         raise MetarecError(f"--support-curve has {min(support_curve)}; give numbers of support examples, 0 or more")
-    ours = None if learners is None else [learner_of(config, name) for name in names_of(learners)]
+    ours = None if learners is None else learners_of(config, names_of(learners), flags)
     plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
     compile_cache()
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
     print(f"{data.name}: {runs.summary({'counts': counts})}")
     if ours is None:
-        ours = [learner_of(config, name) for name in default_learners(data)]
+        ours = learners_of(config, default_learners(data), flags)
     entries = all_entries(config, data, ours, plain)
     folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
     if fresh:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from metarec_jax import config as configs
 from metarec_jax.baselines import BASELINES
-from metarec_jax.config_gradients import STEPPERS
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.learners import registry
 from metarec_jax.learners.gaussian_process import DENSE_LIMIT
 from metarec_jax.options import meant
 from metarec_jax.plain import TRAINED
@@ -32,8 +30,13 @@ class Entry(NamedTuple):
 
 def default_learners(data: Interactions) -> tuple[str, ...]:
     """One of each family, and the closed form that is made for the kind of feedback."""
-    counted = () if data.items.num_rows > DENSE_LIMIT else ("gaussian_process",)
-    return ("ridge", *(("item_map",) if data.implicit else counted), "maml", "protonet", "neural_process")
+    kind = "clicks" if data.implicit else "ratings"
+    fits = {"gaussian_process": data.items.num_rows <= DENSE_LIMIT}
+    return tuple(
+        name
+        for name, row in registry.ROWS.items()
+        if row.compared and row.feedback in ("any", kind) and fits.get(name, True)
+    )
 
 
 def names_of(given: Sequence[str]) -> list[str]:
@@ -45,27 +48,25 @@ def names_of(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.strip() for part in given for name in part.split(",") if name.strip()))
 
 
-def learner_of(config: configs.Config, text: str) -> Entry:
-    """A learner by its name, with options of its own after colons: ``maml:inner_steps=1:first_order=true``."""
-    name, *options = text.split(":")
-    hints = typing.get_type_hints(configs.LearnerConfig)
-    names = typing.get_args(hints["name"])
-    if name not in names:
-        raise MetarecError(f"--learners has {name!r}, which is not known; {meant(name, names)}")
-    given: dict[str, Any] = {"name": name}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if key not in hints or key == "name" or not equals:
+def learners_of(config: configs.Config, names: Sequence[str], flags: Mapping[str, Any]) -> list[Entry]:
+    """Learners by their names and options, as ``maml:inner_steps=1``; ``flags`` are for those that have them.
+
+    Raises:
+      MetarecError: a name or an option that is not known, or a flag that none of them has.
+    """
+    for flag in flags:
+        if not any(flag in configs.flags_of(registry.parse(text)[0]) for text in names):
             raise MetarecError(
-                f"--learners: {option!r} of {name!r} is no option=value of a learner; {meant(key, sorted(hints))}"
+                f"--{flag.replace('_', '-')} is not an option of {', '.join(names)}; leave it out, or name "
+                "a learner that has it (metarec learners lists them)"
             )
-        try:
-            given[key] = json.loads(value)
-        except ValueError:
-            given[key] = value
-        if hints[key] == tuple[str, ...]:
-            given[key] = tuple(value.split("+"))
-    return Entry(text, "learner", dataclasses.replace(config, learner=dataclasses.replace(config.learner, **given)))
+    return [_learner(config, text, flags) for text in names]
+
+
+def _learner(config: configs.Config, text: str, flags: Mapping[str, Any]) -> Entry:
+    own = configs.flags_of(registry.parse(text)[0])
+    chosen = configs.learner_of(text, {flag: value for flag, value in flags.items() if flag in own})
+    return Entry(text, "learner", dataclasses.replace(config, learner=chosen))
 
 
 def baseline_of(config: configs.Config, name: str) -> Entry:
@@ -87,16 +88,7 @@ def all_entries(
 
 
 def _simplicity(entry: Entry) -> tuple[int, int]:
-    """Statistics and closed forms without training; plain models trained; closed forms on trained vectors; nearness;
-    gradient steps; networks that read the support."""
+    """Statistics and closed forms without training, plain models that are trained, then learners as in the registry."""
     if entry.kind != "learner":
         return (0, list(BASELINES).index(entry.name)) if entry.kind == "baseline" else (1, 0)
-    name = entry.config.learner.name
-    families = (
-        ("ridge", "logistic", "item_map", "gaussian_process"),
-        ("protonet", "matching"),
-        STEPPERS,
-        ("maml_plus_plus", "memory"),
-    )
-    places = ((k, family.index(name)) for k, family in enumerate(families, 2) if name in family)
-    return next(places, (2 + len(families), 0))
+    return 2, list(registry.ROWS).index(entry.config.learner.name)

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from metarec_jax import config as configs
-from metarec_jax.config_gradients import inner_rate, with_inner_steps
-from metarec_jax.core import Learner, Params
+from metarec_jax.core import PROGRESS, Learner, Params
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches
 from metarec_jax.diagnostics import Convergence, converge
-from metarec_jax.learners.maml_plus_plus import CLOCK
 
 _TASKS = 64
 
@@ -27,7 +25,7 @@ def diagnose(
       held: validation tasks by scenario, of which 64 are used at the most.
     """
     given = config.learner
-    if with_inner_steps(given, 1) is None or not held:
+    if configs.with_inner_steps(given, 1) is None or not held:
         return None
     tasks = held.get("user_cold") or next(iter(held.values()))
     tasks = tasks.take(np.flatnonzero(tasks.support_mask.any(axis=1))[:_TASKS])
@@ -35,23 +33,17 @@ def diagnose(
         return None
 
     def at(steps: int, first_order: bool = False) -> Learner:
-        changed = with_inner_steps(given, steps, first_order=first_order) or given
+        changed = configs.with_inner_steps(given, steps, first_order=first_order) or given
         return configs.build_learner(dataclasses.replace(config, learner=changed), data)
 
     index, batch = next(batches(tasks, known, _TASKS))
+    steps = given.options["inner_steps"]
     return converge(
         at,
-        {name: part for name, part in params.items() if name != CLOCK},
+        {name: part for name, part in params.items() if name != PROGRESS},
         batch,
-        trained=given.inner_steps,
+        trained=steps,
         loss=configs.build_loss(given, data),
         real=np.arange(_TASKS) < len(index),
-        orders=None if given.name == "imaml" else (at(given.inner_steps, True), at(given.inner_steps)),
+        orders=None if given.name == "imaml" else (at(steps, True), at(steps)),
     )
-
-
-def rate_of(config: configs.Config) -> float | None:
-    """The inner rate that a learner of gradient steps was started with; None for the others."""
-    if with_inner_steps(config.learner, 1) is None:
-        return None
-    return inner_rate(config.learner, dot=(config.model.name, config.model.head) == ("content", "dot"))

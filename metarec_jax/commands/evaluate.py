@@ -12,7 +12,7 @@ from typing import Any
 from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
-from metarec_jax.commands.diagnose import diagnose, rate_of
+from metarec_jax.commands.diagnose import diagnose
 from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, measuring_options
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.describe import describe
@@ -71,7 +71,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
     from metarec_jax.tuning import fit_baselines
 
     config = run.config
-    own = runs.method(run)
+    own, rate = runs.method(run), configs.inner_rate(config, run.data)
     with phases("baselines"):
         parts = runs.split_of(run)
         if run.trained not in (None, runs.rows_digest(parts.train)):
@@ -111,7 +111,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
             title=f"{run.data.name}: {config.learner.name}",
             by_inner_steps=by_steps,
             convergence=None if curves is None else {config.learner.name: curves},
-            inner_lr={config.learner.name: rate_of(config)},
+            inner_lr={config.learner.name: rate},
         )
         found = report.to_json() | {"phases": phases.seconds, "run": str(run.directory)}
         if by_steps is not None:
@@ -120,7 +120,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
             found["convergence"] = diagnostics.to_json(curves)
         runs.write_json(run.directory / "evaluation" / "summary.json", found)
     print(terminal_table(report))
-    if curves is not None and (warning := diagnostics.remedy(curves, inner_lr=rate_of(config))):
+    if curves is not None and (warning := diagnostics.remedy(curves, inner_lr=rate)):
         print(warning)
     print(f"report: {run.directory / 'report.html'}")
     print(phases)

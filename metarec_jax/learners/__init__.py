@@ -1,64 +1,45 @@
-"""Meta-learners: one file an idea, each ending in one factory that returns a `core.Learner`."""
+"""Meta-learners: one file per idea, each with one factory that returns a `core.Learner`; `registry` lists them.
 
-from metarec_jax.learners.cavia import cavia
-from metarec_jax.learners.cvar import cvar
-from metarec_jax.learners.dropout_net import dropout_net
-from metarec_jax.learners.ensemble import ensemble
-from metarec_jax.learners.fine_tune import fine_tune
-from metarec_jax.learners.gaussian_process import gaussian_process, gaussian_process_start
-from metarec_jax.learners.hypernetwork import hypernetwork
-from metarec_jax.learners.imaml import imaml
-from metarec_jax.learners.in_context import in_context
-from metarec_jax.learners.item_map import item_map, item_map_start
-from metarec_jax.learners.leo import leo
-from metarec_jax.learners.logistic import logistic
-from metarec_jax.learners.maml import maml
-from metarec_jax.learners.maml_plus_plus import anneal, maml_plus_plus
-from metarec_jax.learners.matching import matching
-from metarec_jax.learners.memory import memory
-from metarec_jax.learners.meta_embedding import meta_embedding
-from metarec_jax.learners.mwuf import mwuf
-from metarec_jax.learners.neural_process import neural_process
-from metarec_jax.learners.protomaml import protomaml
-from metarec_jax.learners.protonet import protonet
-from metarec_jax.learners.reptile import reptile
-from metarec_jax.learners.ridge import ridge
-from metarec_jax.learners.rules import Rule, from_optax, lslr, lstm, meta_curvature, meta_sgd, sgd
-from metarec_jax.learners.warm_start import warm_start
+A learner's file and its factory have the same name: ``learners.maml`` is the factory. Each is imported when it is first
+used, so that the registry can be read without importing JAX.
+"""
 
-__all__ = [
-    "Rule",
-    "anneal",
-    "cavia",
-    "cvar",
-    "dropout_net",
-    "ensemble",
-    "fine_tune",
-    "from_optax",
-    "gaussian_process",
-    "gaussian_process_start",
-    "hypernetwork",
-    "imaml",
-    "in_context",
-    "item_map",
-    "item_map_start",
-    "leo",
-    "logistic",
-    "lslr",
-    "lstm",
-    "maml",
-    "maml_plus_plus",
-    "matching",
-    "memory",
-    "meta_curvature",
-    "meta_embedding",
-    "meta_sgd",
-    "mwuf",
-    "neural_process",
-    "protomaml",
-    "protonet",
-    "reptile",
-    "ridge",
-    "sgd",
-    "warm_start",
-]
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from metarec_jax.learners.registry import ROWS
+
+_HOMES = {
+    "ensemble": ("ensemble",),
+    "gaussian_process": ("gaussian_process_start",),
+    "item_map": ("item_map_start",),
+    "rules": ("Rule", "from_optax", "lslr", "lstm", "meta_curvature", "meta_sgd", "sgd"),
+    "warm_start": ("warm_start",),
+}
+_HOME = {name: name for name in ROWS} | {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+class _Learners(ModuleType):
+    """This package: Python sets a submodule as an attribute once it is imported; its factory is set in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if isinstance(value, ModuleType) and name in _HOME else value)
+
+
+sys.modules[__name__].__class__ = _Learners
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'metarec_jax.learners' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"metarec_jax.learners.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "registry"]

@@ -6,7 +6,7 @@ Source: Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, "Fast Context Adaptatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners.maml import maml
-from metarec_jax.learners.rules import Rule
+from metarec_jax.learners.rules import MakeRule, Rule
+from metarec_jax.options import Bounds
 
 START = "context/start"
 """Path of the context, as `maml` sees it."""
@@ -23,12 +24,12 @@ START = "context/start"
 def cavia(
     model: Model,
     *,
-    size: int = 16,
+    size: Annotated[int, Bounds(1)] = 16,
     table: str = "user_id",
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
-    prior: float = 0.0,
-    rule: Rule | None = None,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    prior: Annotated[float | None, Bounds(0.0)] = None,
+    rule: Rule | MakeRule | None = None,
     loss: Callable[..., Array] = losses.mse,
     first_order: bool = False,
 ) -> Learner:
@@ -57,7 +58,6 @@ def cavia(
         prior=prior,
         rule=rule,
         loss=loss,
-        only=(START,),
         first_order=first_order,
     )
 
@@ -107,4 +107,4 @@ def with_context(model: Model, size: int, table: str) -> Model:
         moved = jnp.concatenate(parts) + shift[None]
         return model.apply({**body, "tables": {**params["tables"], table: moved}}, local)
 
-    return Model(init, apply, model.tables)
+    return Model(init, apply, model.tables, adapts=(START,))

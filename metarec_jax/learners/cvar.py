@@ -7,6 +7,7 @@ Variational Autoencoder", 2022.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import made_rows as made
+from metarec_jax.options import Bounds
 
 
 def wasserstein(mean: Array, log_variance: Array, other_mean: Array, other_log_variance: Array) -> Array:
@@ -48,12 +50,12 @@ def cvar(
     content: Model,
     *,
     column: str = "item_id",
-    latent: int = 16,
-    distance: str = "wasserstein",
-    distance_weight: float = 1e-2,
-    reconstruction_weight: float = 1.0,
-    inner_lr: float = 0.1,
-    inner_steps: int = 0,
+    latent: Annotated[int, Bounds(1)] = 16,
+    distance: Literal["wasserstein", "kl"] = "wasserstein",
+    distance_weight: Annotated[float, Bounds(0.0)] = 1e-2,
+    reconstruction_weight: Annotated[float, Bounds(0.0)] = 1.0,
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.1,
+    inner_steps: Annotated[int, Bounds(0)] = 0,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
     """Meta-train a decoder of latents that content and a trained row agree upon; the decoded row replaces the id's.
@@ -71,6 +73,7 @@ def cvar(
       content: a model with ``features`` over the content columns.
       latent: length of z.
       distance: "wasserstein", as in the paper, or "kl".
+      distance_weight, reconstruction_weight: of the two other terms of the loss.
       inner_lr, inner_steps: the steps on the support; in training too, where ``query_loss`` is taken after them.
       loss: inside and outside, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 

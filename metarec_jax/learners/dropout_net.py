@@ -6,6 +6,7 @@ Source: Volkovs, Yu and Poutanen, "DropoutNet: Addressing Cold Start in Recommen
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,17 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import made_rows as made
+from metarec_jax.options import Bounds
 
 
 def dropout_net(
     model: Model,
     *,
     column: str = "item_id",
-    drop: float = 0.5,
-    start: str = "unknown",
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
+    drop: Annotated[float, Bounds(0.0, 1.0)] = 0.5,
+    start: Literal["unknown", "own"] = "unknown",
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.1,
+    inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
     """Plain training on all examples alike, with an example's id replaced by the unknown one with chance ``drop``.

@@ -6,7 +6,8 @@ at Few-shot Classification", 2019.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,18 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
 from metarec_jax.learners.maml import maml
-from metarec_jax.learners.rules import Rule
+from metarec_jax.learners.rules import RULES, MakeRule, Rule
+from metarec_jax.options import Bounds
 
 
 def fine_tune(
     model: Model,
     *,
-    lr: float = 0.1,
-    steps: int = 5,
-    rule: Rule | None = None,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    rule: Rule | MakeRule = RULES["sgd"],
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] | None = None,
+    only: tuple[str, ...] | None = (),
 ) -> Learner:
     """Train ``model`` on all examples of a task alike, and fine-tune it on the support of a new user.
 
@@ -33,10 +35,10 @@ def fine_tune(
     (``only=("tables/user_id",)``: the fold-in of matrix factorisation by gradients), of the last layer, of everything.
 
     Args:
-      lr, steps: of fine-tuning by SGD; with 0 steps, `adapt` changes nothing.
-      rule: an inner rule in place of SGD (`learners.rules`); what it would learn of its own stays as it starts.
+      inner_lr, inner_steps: of fine-tuning; with 0 steps, `adapt` changes nothing.
+      rule: an inner rule, as for `maml`, by default SGD; what it would learn of its own stays as it starts.
       loss: of training and of fine-tuning, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      only: path prefixes of the parameters that fine-tuning moves; None moves all. Training moves all.
+      only: path prefixes of the parameters that fine-tuning moves, as for `maml`. Training moves all.
 
     Returns:
       A learner whose ``adapted`` is that of `maml`. Its ``query_loss`` is taken after fine-tuning on the support, which
@@ -46,7 +48,7 @@ def fine_tune(
       MetarecError: as `maml`.
 
     >>> from metarec_jax.models import meta_recommender
-    >>> learner = fine_tune(meta_recommender(4, 6, size=2), steps=0)
+    >>> learner = fine_tune(meta_recommender(4, 6, size=2), inner_steps=0)
     >>> params = learner.init(jax.random.key(0))
     >>> part = Examples({"user_id": jnp.array([1]), "item_id": jnp.array([2])}, jnp.array([3.0]), jnp.ones(1))
     >>> scores = learner.predict(params, learner.adapt(params, part, jax.random.key(0)), part.inputs)
@@ -54,7 +56,16 @@ def fine_tune(
     >>> bool(abs(loss - (scores[0] - 3.0) ** 2) < 1e-5)
     True
     """
-    tuned = maml(model, inner_lr=lr, inner_steps=steps, rule=rule, loss=loss, only=only, first_order=True)
+    tuned = maml(
+        model,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        prior=0.0,
+        rule=rule,
+        loss=loss,
+        only=only,
+        first_order=True,
+    )
 
     def pooled(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         body = {name: part for name, part in params.items() if name != "rule"}
@@ -66,7 +77,7 @@ def fine_tune(
         scores = [scores_of(support), scores_of(query)]
         both = jnp.concatenate(scores), jnp.concatenate([support.target, query.target])
         value = loss(*both, where=jnp.concatenate([support.mask, query.mask]))
-        if steps == 0:
+        if inner_steps == 0:
             return value, {"query_loss": loss(scores[1], query.target, where=query.mask)}
         fixed = jax.lax.stop_gradient(params)
         after = tuned.predict(fixed, tuned.adapt(fixed, support, key), query.inputs)

@@ -12,7 +12,7 @@ view: Harrison et al., "Meta-Learning Priors for Efficient Online Bayesian Regre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from metarec_jax.core import Array, Column, Examples, Inputs, Learner, MetarecEr
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import bias_terms
 from metarec_jax.learners.warm_start import content_blocks, regress
+from metarec_jax.options import Bounds
 
 DENSE_LIMIT = 10_000
 """Item rows, at the most, for which square matrices are made."""
@@ -32,7 +33,10 @@ _GROUPS = 1000
 
 
 def gaussian_process(
-    columns: Mapping[str, Column], *, loss: Callable[..., Array] = losses.mse, dense_limit: int = DENSE_LIMIT
+    columns: Mapping[str, Column],
+    *,
+    loss: Callable[..., Array] = losses.mse,
+    dense_limit: Annotated[int, Bounds(1)] = DENSE_LIMIT,
 ) -> Learner:
     """Meta-train the weights of a mean and of kernels that `gaussian_process_start` counts. For ratings.
 
@@ -75,8 +79,8 @@ def gaussian_process(
     return Learner(init, adapt, predict, meta_loss, {})
 
 
-def gaussian_process_start(params: Params, train: Interactions) -> Params:
-    """Parameters of a `gaussian_process` with mean and kernels counted on ``train`` (`counted`).
+def gaussian_process_start(params: Params, train: Interactions, *, seed: int = 0) -> Params:
+    """Parameters of a `gaussian_process` with mean and kernels counted on ``train`` (`counted`); ``seed`` is not used.
 
     Raises:
       MetarecError: implicit feedback, nothing to count, or data with other columns than the learner's.

@@ -7,6 +7,7 @@ al., "Fast and Flexible Multi-Task Classification Using Conditional Neural Adapt
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,16 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
+from metarec_jax.options import Bounds
 
 
 def hypernetwork(
     model: Model,
     *,
-    hidden: int = 0,
-    width: int = 64,
-    prior: float = 3.0,
-    prior_weight: float = 0.5,
+    hidden: Annotated[int, Bounds(0)] = 0,
+    width: Annotated[int, Bounds(1)] = 64,
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:

@@ -5,26 +5,28 @@ Source: Rajeswaran, Finn, Kakade and Levine, "Meta-Learning with Implicit Gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 
 from metarec_jax import losses, tree
 from metarec_jax.core import Array, Learner, MetarecError, Model, Params, Task
+from metarec_jax.learners._inner import inner
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import Rule
+from metarec_jax.options import Bounds
 
 
 def imaml(
     model: Model,
     *,
-    inner_lr: float = 0.1,
-    inner_steps: int = 16,
-    proximal: float = 1.0,
-    cg_steps: int = 8,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    proximal: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    cg_steps: Annotated[int, Bounds(1)] = 8,
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] | None = None,
+    only: tuple[str, ...] | None = (),
 ) -> Learner:
     """Meta-train through the minimum of ``L_support(q) + proximal / 2 |q - p|^2``, reached by gradient steps from p.
 
@@ -48,8 +50,9 @@ def imaml(
     """
     if not proximal > 0 or cg_steps < 1:
         raise MetarecError(f"imaml: proximal is {proximal} and cg_steps {cg_steps}; give one above 0, and 1 or more")
-    rule = towards_start(inner_lr, proximal)
-    steps = maml(model, inner_steps=inner_steps, rule=rule, loss=loss, only=only)
+    _, only, _, rate = inner(model, lr=inner_lr, steps=inner_steps, only=only)
+    rule = towards_start(rate, proximal)
+    steps = maml(model, inner_steps=inner_steps, prior=0.0, rule=rule, loss=loss, only=only)
 
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         body = {name: part for name, part in params.items() if name != "rule"}

@@ -8,7 +8,7 @@ the pairs of several users and items; here they are one user's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import transformer
+from metarec_jax.options import Bounds
 
 
 def in_context(
     model: Model,
     *,
-    width: int = 32,
-    layers: int = 2,
-    heads: int = 2,
-    prior: float = 3.0,
-    prior_weight: float = 0.5,
+    width: Annotated[int, Bounds(1)] = 32,
+    layers: Annotated[int, Bounds(1)] = 2,
+    heads: Annotated[int, Bounds(1)] = 2,
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:

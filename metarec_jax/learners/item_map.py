@@ -8,6 +8,7 @@ random drop-out of a history is here the draw of a support.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,15 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import support_map
+from metarec_jax.options import Bounds
 
 
 def item_map(
     num_items: int,
     *,
-    size: int = 64,
+    size: Annotated[int, Bounds(1)] = 64,
     loss: Callable[..., Array] = losses.sampled_softmax,
-    table_scale: float = 0.1,
+    table_scale: Annotated[float, Bounds(0.0)] = 0.1,
 ) -> Learner:
     """Meta-train two vectors for each item, for when it is in the support and for when it is asked for. For clicks.
 

@@ -7,6 +7,7 @@ taken at their means: without the paper's sampling and its penalties.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,18 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
+from metarec_jax.options import Bounds
 
 
 def leo(
     model: Model,
     *,
-    latent: int = 8,
-    inner_lr: float = 0.3,
-    inner_steps: int = 5,
-    width: int = 64,
-    prior: float = 3.0,
-    prior_weight: float = 0.5,
+    latent: Annotated[int, Bounds(1)] = 8,
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.3,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    width: Annotated[int, Bounds(1)] = 64,
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     inner_loss: Callable[..., Array] | None = None,
     expected: shows.Expected = shows.itself,
@@ -44,8 +46,8 @@ def leo(
         order outside.
       width: units of the encoder; prior: where the encoder's prior, and that of the steps, start, in examples.
       prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; inner_loss: of the support, by default
-        the same.
+      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; inner_loss: of the support; by default
+        squares, or cross-entropy where scores are logits.
       expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
 
     Returns:
@@ -59,7 +61,8 @@ def leo(
         raise MetarecError(
             f"leo: latent is {latent}, width {width}, inner_steps {inner_steps}; give 1 or more, and steps of 0 or more"
         )
-    of_support, size = inner_loss or loss, model.num_features
+    of_support = inner_loss or (losses.mse if expected is shows.itself else losses.bce)
+    size = model.num_features
     net = encoder(2 * size + 1, width, latent, prior)
 
     def init(key: Array) -> Params:

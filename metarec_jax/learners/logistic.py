@@ -7,6 +7,7 @@ The sibling of `learners.ridge`. Source: Bertinetto et al., "Meta-learning with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Learner, Model
 from metarec_jax.learners.ridge import closed_form
+from metarec_jax.options import Bounds
 
 _HALVINGS = 8
 """Shares of a Newton step that are tried: 1, 1/2, 1/4, ..."""
@@ -22,9 +24,9 @@ _HALVINGS = 8
 def logistic(
     model: Model,
     *,
-    precision: float = 1.0,
-    bias_precision: float = 1.0,
-    newton_steps: int = 8,
+    precision: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    bias_precision: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    newton_steps: Annotated[int, Bounds(1)] = 8,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
     """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by a few Newton steps.

@@ -8,8 +8,8 @@ loss of MAML++ (Antoniou et al. 2019) ``per_step_losses=True`` (all of it: `lear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from metarec_jax import losses, rows, tree
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 from metarec_jax.learners import low_rank as thin
-from metarec_jax.learners.rules import Rule, sgd
+from metarec_jax.learners._inner import inner as choose
+from metarec_jax.learners.rules import MakeRule, Rule
+from metarec_jax.options import Bounds
 
 _UNROLL_UP_TO = 5
 
@@ -25,12 +27,12 @@ _UNROLL_UP_TO = 5
 def maml(
     model: Model,
     *,
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
-    prior: float = 0.0,
-    rule: Rule | None = None,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    prior: Annotated[float | None, Bounds(0.0)] = None,
+    rule: Rule | MakeRule | None = None,
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] | None = None,
+    only: tuple[str, ...] | None = (),
     first_order: bool = False,
     per_step_losses: bool | Array = False,
     low_rank: bool = True,
@@ -41,14 +43,16 @@ def maml(
     ``loss(task) = L_query(p_k)``, ``p_{j+1} = rule(p_j, grad L_support(p_j))``, differentiated through every step.
 
     Args:
-      inner_lr: rate of the default rule, SGD.
+      inner_lr: rate at the start; by default 0.3 where only what the model names for a task adapts (the user's row of a
+        dot product), else 0.1.
       inner_steps: k, gradient steps on the support.
       prior: in examples: the loss of n support examples counts ``n / (n + prior)``, so that one alone does not move a
-        user as far as many do. 0 is the paper's mean.
-      rule: an inner rule in place of SGD (`learners.rules`); ``inner_lr`` is then not used.
+        user as far as many do. 0 is the paper's mean. By default 30 where ``inner_lr`` is 0.3, else 0.
+      rule: an inner rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one; by default
+        `meta_sgd` where ``inner_lr`` is 0.3, else `sgd`.
       loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
       only: path prefixes of the parameters that adapt, such as ``("net",)`` or
-        ``("net/params/out", "tables/user_id")``; None adapts all.
+        ``("net/params/out", "tables/user_id")``; () adapts what the model names (`Model.adapts`), None all.
       first_order: take the inner gradients for constants (FOMAML).
       per_step_losses: mean of the query loss after every step, in place of the last alone; or their weights ``[k]``.
       low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
@@ -76,7 +80,7 @@ def maml(
     >>> learner.predict(params, adapted, {"user_id": jnp.array([1, 0])}).tolist()
     [0.75, 0.0]
     """
-    if inner_steps < 0 or prior < 0:
+    if inner_steps < 0 or (prior or 0) < 0:
         raise MetarecError(f"inner_steps and prior must be 0 or more, got {inner_steps} and {prior:g}")
     weights = None if isinstance(per_step_losses, bool) else jnp.asarray(per_step_losses)
     if weights is not None and weights.shape != (inner_steps,):
@@ -84,7 +88,7 @@ def maml(
             f"per_step_losses has shape {weights.shape}; give one weight for each of {inner_steps} steps"
         )
     every_step = inner_steps > 0 and per_step_losses is not False
-    inner = sgd(inner_lr) if rule is None else rule
+    inner, only, prior, _ = choose(model, lr=inner_lr, steps=inner_steps, prior=prior, rule=rule, only=only)
     adapted_tables = {
         name: table._replace(adapted=only is None or any(_covers(p, f"tables/{name}") for p in only))
         for name, table in model.tables.items()

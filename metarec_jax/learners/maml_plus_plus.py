@@ -6,43 +6,39 @@ here, for want of batch normalisation; its cosine schedule of the outer rate is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import PROGRESS, Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import lslr
-
-CLOCK = "annealed"
-"""Name of the parameter that says how far training has come, from 0 to 1."""
+from metarec_jax.options import Bounds
 
 
 def maml_plus_plus(
     model: Model,
     *,
-    inner_lr: float = 0.1,
-    inner_steps: int = 5,
-    prior: float = 0.0,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(1)] = 5,
+    prior: Annotated[float | None, Bounds(0.0)] = None,
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] | None = None,
-    first_order_until: float = 0.0,
+    only: tuple[str, ...] | None = (),
+    first_order_until: Annotated[float, Bounds(0.0, 1.0)] = 0.0,
     remat: bool = False,
 ) -> Learner:
-    """`maml` with the rule `lslr`, query losses after every step, and weights of them that depend on ``annealed``.
+    """`maml` with the rule `lslr`, query losses after every step, and weights of them that depend on the progress.
 
-    ``annealed`` in [0, 1] is a parameter without gradient: a loss is a function of parameters and task alone. `anneal`
-    wraps the outer optimiser so that every outer step adds to it; with any other optimiser it stays at 0, where all
-    inner steps weigh the same.
+    ``params["progress"]`` in [0, 1] has no gradient; training sets it to the share of outer steps that are done. At 0 all
+    inner steps weigh the same, at 1 the last alone counts.
 
     Args:
       inner_lr: the first rate of every layer and step.
       inner_steps, prior, loss, only, remat: as for `maml`.
-      first_order_until: inner gradients are constants while ``annealed`` is below this, as in `maml` with
+      first_order_until: inner gradients are constants while the progress is below this, as in `maml` with
         ``first_order=True``; 0: never.
 
     Returns:
@@ -54,14 +50,14 @@ def maml_plus_plus(
     >>> [round(float(w), 2) for w in step_weights(4, jnp.array(0.0))], step_weights(4, jnp.array(1.0)).tolist()
     ([0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0])
     """
-    rule = lslr(inner_lr, inner_steps)
 
     def at(weights: Array, first_order: bool) -> Learner:
         return maml(
             model,
+            inner_lr=inner_lr,
             inner_steps=inner_steps,
             prior=prior,
-            rule=rule,
+            rule=lslr,
             loss=loss,
             only=only,
             per_step_losses=weights,
@@ -71,21 +67,21 @@ def maml_plus_plus(
 
     steps = at(step_weights(inner_steps, jnp.zeros(())), False)
 
-    def without_clock(params: Params) -> Params:
-        return {name: part for name, part in params.items() if name != CLOCK}
+    def without_progress(params: Params) -> Params:
+        return {name: part for name, part in params.items() if name != PROGRESS}
 
     def init(key: Array) -> Params:
-        return {**steps.init(key), CLOCK: jnp.zeros(())}
+        return {**steps.init(key), PROGRESS: jnp.zeros(())}
 
     def adapt(params: Params, support: Examples, key: Array) -> Any:
-        return steps.adapt(without_clock(params), support, key)
+        return steps.adapt(without_progress(params), support, key)
 
     def predict(params: Params, adapted: Any, inputs: Inputs) -> Array:
-        return steps.predict(without_clock(params), adapted, inputs)
+        return steps.predict(without_progress(params), adapted, inputs)
 
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, Any]:
-        done = jax.lax.stop_gradient(params[CLOCK])
-        body, weights = without_clock(params), step_weights(inner_steps, done)
+        done = jax.lax.stop_gradient(params[PROGRESS])
+        body, weights = without_progress(params), step_weights(inner_steps, done)
         orders = [lambda body, task, first=first: at(weights, first).loss(body, task, key) for first in (True, False)]
         if first_order_until <= 0:
             return orders[1](body, task)
@@ -101,33 +97,3 @@ def step_weights(steps: int, done: Array) -> Array:
     """
     others = jnp.broadcast_to((1 - jnp.clip(done, 0.0, 1.0)) / steps, (steps - 1,))
     return jnp.concatenate([others, 1 - others.sum(keepdims=True)])
-
-
-def anneal(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-    """``optimizer`` for the dense parameters of `maml_plus_plus`; each update adds ``1 / steps`` to ``annealed``.
-
-    Args:
-      steps: outer steps until all weight is on the last inner step.
-
-    Raises:
-      MetarecError: ``steps`` below 1, or (from ``init``) parameters that are not those of `maml_plus_plus`.
-
-    >>> by = anneal(optax.sgd(0.1), steps=4)
-    >>> params = {"annealed": jnp.array(0.5), "w": jnp.array(1.0)}
-    >>> updates, _ = by.update({"annealed": jnp.array(0.0), "w": jnp.array(2.0)}, by.init(params), params)
-    >>> float(updates["annealed"]), round(float(updates["w"]), 4)
-    (0.25, -0.2)
-    """
-    if steps < 1:
-        raise MetarecError(f"anneal wants 1 outer step or more, got {steps}")
-
-    def init(params: Any) -> Any:
-        if CLOCK not in params:
-            raise MetarecError(f"anneal wants the parameters of maml_plus_plus; these are {sorted(params)}")
-        return optimizer.init(params)
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, state, params)
-        return {**updates, CLOCK: jnp.full_like(updates[CLOCK], 1 / steps)}, state
-
-    return optax.GradientTransformation(init, update)

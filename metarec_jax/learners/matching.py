@@ -9,7 +9,7 @@ Source: Vinyals et al., "Matching Networks for One Shot Learning", 2016; ``simil
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend, relation
+from metarec_jax.options import Bounds
 
 _SHORT = 1e-4
 """Added to a squared length: an item of which nothing is known has the vector 0, and no direction."""
@@ -28,9 +29,9 @@ def matching(
     model: Model,
     *,
     similarity: Literal["cosine", "dot", "euclidean", "relation"] = "cosine",
-    temperature: float = 4.0,
-    prior: float = 3.0,
-    hidden: int = 32,
+    temperature: Annotated[float, Bounds(0.0, above=True)] = 4.0,
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    hidden: Annotated[int, Bounds(1)] = 32,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:

@@ -6,7 +6,7 @@ Source: Dong et al., "MAMO: Memory-Augmented Meta-Optimization for Cold-start Re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ import numpy as np
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
+from metarec_jax.learners._inner import PRIOR
+from metarec_jax.options import Bounds
 
 _SHORT = 1e-4
 """Added to squared lengths: a profile of which nothing is known is 0, and alike all slots."""
@@ -26,11 +28,11 @@ _UNROLL_UP_TO = 5
 def memory(
     model: Model,
     *,
-    slots: int = 8,
-    inner_lr: float = 0.3,
-    inner_steps: int = 5,
-    prior: float = 0.0,
-    prior_weight: float = 0.5,
+    slots: Annotated[int, Bounds(1)] = 8,
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.3,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    prior: Annotated[float, Bounds(0.0)] = PRIOR,
+    prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
     """Meta-train memories that give a user of some profile a start, and the rates of the gradient steps from there.

@@ -7,12 +7,14 @@ Embeddings", 2019.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import made_rows as made
+from metarec_jax.options import Bounds
 
 
 def meta_embedding(
@@ -20,9 +22,9 @@ def meta_embedding(
     content: Model,
     *,
     column: str = "item_id",
-    alpha: float = 0.1,
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
+    alpha: Annotated[float, Bounds(0.0, 1.0)] = 0.1,
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.1,
+    inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
     freeze: bool = True,
 ) -> Learner:

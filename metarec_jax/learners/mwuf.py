@@ -7,6 +7,7 @@ Recommendation with Meta Scaling and Shifting Networks", 2021.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import made_rows as made
+from metarec_jax.options import Bounds
 
 
 def mwuf(
@@ -22,9 +24,9 @@ def mwuf(
     *,
     column: str = "item_id",
     other: str = "user_id",
-    hidden: int = 16,
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
+    hidden: Annotated[int, Bounds(1)] = 16,
+    inner_lr: Annotated[float, Bounds(0.0)] = 0.1,
+    inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
     """Meta-train two networks that make a cold row a warm one: ``r' = r * scale(content) + shift(mean user row)``.

@@ -8,7 +8,7 @@ sharpens the clusters is left out: its target is a sum over a whole batch of use
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,20 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import decoder, encoder
+from metarec_jax.options import Bounds
 
 
 def neural_process(
     model: Model,
     *,
     latent: bool = False,
-    clusters: int = 0,
-    size: int = 16,
-    width: int = 64,
-    hidden: tuple[int, ...] = (64,),
-    prior: float = 3.0,
-    kl_weight: float = 1.0,
-    prior_weight: float = 0.5,
+    clusters: Annotated[int, Bounds(0)] = 0,
+    size: Annotated[int, Bounds(1)] = 16,
+    width: Annotated[int, Bounds(1)] = 64,
+    hidden: Annotated[tuple[int, ...], Bounds(1)] = (64,),
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    kl_weight: Annotated[float, Bounds(0.0)] = 1.0,
+    prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] | None = None,
     expected: shows.Expected = shows.itself,
 ) -> Learner:

@@ -8,8 +8,8 @@ less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,19 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners.maml import maml
-from metarec_jax.learners.rules import Rule
+from metarec_jax.learners.rules import MakeRule, Rule
+from metarec_jax.options import Bounds
 
 
 def protomaml(
     model: Model,
     *,
-    inner_lr: float = 0.1,
-    inner_steps: int = 1,
-    prior: float = 0.0,
-    rule: Rule | None = None,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    prior: Annotated[float | None, Bounds(0.0)] = None,
+    rule: Rule | MakeRule | None = None,
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] = (),
+    only: tuple[str, ...] | None = (),
     first_order: bool = False,
 ) -> Learner:
     """Meta-train features and a prior; a task's head starts at its prototypes and adapts by gradient steps.
@@ -39,7 +40,7 @@ def protomaml(
     Args:
       model: with ``features``, such as `content_model`.
       inner_lr, inner_steps, prior, rule, loss, first_order: as for `maml`; 0 steps leave the prototypes as they are.
-      only: path prefixes of the model's parameters that adapt beside the head.
+      only: path prefixes of the model's parameters that adapt beside the head; None adapts all of them.
 
     Returns:
       A learner; ``adapted["rest"]`` holds the head, ``"head/weight" [D]`` and ``"head/bias" []``.
@@ -51,7 +52,7 @@ def protomaml(
         raise MetarecError(
             "protomaml wants a model with features (vectors the score is linear in), such as content_model"
         )
-    features = model.features
+    features, beside = model.features, ("tables", "net") if only is None else only
     empty = {"weight": jnp.zeros((model.num_features,)), "bias": jnp.zeros(())}
 
     def apply(params: Params, inputs: Inputs) -> Array:
@@ -59,13 +60,12 @@ def protomaml(
         return model.apply(params, inputs) + features(params, inputs) @ head["weight"] + head["bias"]
 
     steps = maml(
-        Model(lambda key: {**model.init(key), "head": empty}, apply, model.tables),
+        Model(lambda key: {**model.init(key), "head": empty}, apply, model.tables, adapts=("head", *beside)),
         inner_lr=inner_lr,
         inner_steps=inner_steps,
         prior=prior,
         rule=rule,
         loss=loss,
-        only=("head", *only),
         first_order=first_order,
     )
 

@@ -7,7 +7,7 @@ recommendation: Vartak et al., "A Meta-Learning Perspective on Cold-Start Recomm
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend
+from metarec_jax.options import Bounds
 
 _NOTHING = -1e30
 """A null logit that counts only where there is no example at all."""
@@ -25,9 +26,9 @@ _NOTHING = -1e30
 def protonet(
     model: Model,
     *,
-    classes: int = 5,
-    sharpness: float = 1.0,
-    prior: float = 3.0,
+    classes: Annotated[int, Bounds(1)] = 5,
+    sharpness: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:

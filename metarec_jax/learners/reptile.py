@@ -5,26 +5,29 @@ Source: Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses, tree
 from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
+from metarec_jax.learners._inner import inner
 from metarec_jax.learners.maml import maml
-from metarec_jax.learners.rules import Rule
+from metarec_jax.learners.rules import MakeRule, Rule
+from metarec_jax.options import Bounds
 
 
 def reptile(
     model: Model,
     *,
-    inner_lr: float = 0.1,
-    inner_steps: int = 5,
-    prior: float = 0.0,
-    rule: Rule | None = None,
+    inner_lr: Annotated[float | None, Bounds(0.0)] = None,
+    inner_steps: Annotated[int, Bounds(0)] = 5,
+    prior: Annotated[float | None, Bounds(0.0)] = None,
+    rule: Rule | MakeRule | None = None,
     loss: Callable[..., Array] = losses.mse,
-    only: Sequence[str] | None = None,
+    only: tuple[str, ...] | None = (),
 ) -> Learner:
     """Meta-train by the surrogate ``<stop_gradient(p - adapted(p)), p>``, whose gradient is Reptile's direction.
 
@@ -41,6 +44,7 @@ def reptile(
     Raises:
       MetarecError: as `maml`.
     """
+    only = inner(model, lr=inner_lr, steps=inner_steps, only=only).only
     steps = maml(
         model,
         inner_lr=inner_lr,

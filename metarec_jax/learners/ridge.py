@@ -6,6 +6,7 @@ Source: Bertinetto et al., "Meta-learning with differentiable closed-form solver
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import numpy as np
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.options import Bounds
 
 
 def ridge(
     model: Model,
     *,
-    precision: float = 8.0,
-    bias_precision: float = 5.0,
+    precision: Annotated[float, Bounds(0.0, above=True)] = 8.0,
+    bias_precision: Annotated[float, Bounds(0.0, above=True)] = 5.0,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
     """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.

@@ -6,7 +6,8 @@ SGD and any optax transformation; learned ones: Meta-SGD, rates by step and laye
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,10 @@ class Rule(NamedTuple):
     update: Callable[..., tuple[dict[str, Array], Any]]
     lr: float | None = None
     sees_loss: bool = False
+
+
+MakeRule = Callable[[float, int], Rule]
+"""``make(lr, steps) -> Rule``: a rule that starts at a rate, for a number of steps."""
 
 
 def sgd(lr: float) -> Rule:
@@ -234,3 +239,16 @@ def _touched(name: str, grad: Array) -> Array:
     if not name.startswith("tables/"):
         return jnp.ones(grad.shape, bool)
     return jnp.broadcast_to((grad != 0).any(1, keepdims=True), grad.shape)
+
+
+RULES: Mapping[str, MakeRule] = MappingProxyType(
+    {
+        "sgd": lambda lr, steps: sgd(lr),
+        "meta_sgd": lambda lr, steps: meta_sgd(lr),
+        "lslr": lambda lr, steps: lslr(lr, max(steps, 1)),
+        "meta_curvature": lambda lr, steps: meta_curvature(lr),
+        "lstm": lambda lr, steps: lstm(lr),
+        "adam": lambda lr, steps: from_optax(optax.adam(lr, eps_root=1e-8)),
+    }
+)
+"""The inner rules by name; all except sgd and adam are learned."""

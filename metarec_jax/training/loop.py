@@ -170,7 +170,9 @@ def fit(
         data = feed.take(length)
         if run is None:
             began = time.perf_counter()
-            step = make_step(learner, source, optimizers, debug=debug, groups=micro_batches, mesh=mesh, dtype=dtype)
+            step = make_step(
+                learner, source, optimizers, debug=debug, groups=micro_batches, mesh=mesh, dtype=dtype, steps=steps
+            )
             run = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length).compile()
             compile_seconds = time.perf_counter() - began
             told = _fits(run, state.train, keeps_best=validate is not None)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metarec_jax import rows
-from metarec_jax.core import Array, Learner, MetarecError, Params, Table, Task
+from metarec_jax.core import PROGRESS, Array, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.tasks import TaskSource
 from metarec_jax.training import exchange, sharding
 from metarec_jax.training.row_optimizers import (
@@ -66,6 +66,7 @@ def make_step(
     groups: int | None = None,
     mesh: Mesh | None = None,
     dtype: Any = None,
+    steps: int = 1,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them.
 
@@ -76,6 +77,7 @@ def make_step(
         else one.
       mesh: of `sharding.make_mesh`; the tasks are cut over its devices. The same result to rounding.
       dtype: the parameters as the learner sees them, such as bfloat16; they are kept, and stepped, as they are.
+      steps: outer steps of the whole training, for learners that follow its progress (`core.PROGRESS`).
 
     Raises:
       MetarecError: ``groups`` does not divide the tasks of a device, or the devices do not divide those of a batch.
@@ -94,6 +96,8 @@ def make_step(
             batch = sharding.spread_inside(mesh, batch)
         (loss, metrics), grads, ids, ways = _grads(learner, state.params, batch, k_loss, groups, mesh, dtype)
         params, dense, tables = _apply(optimizers, state, grads, ids, ways, mesh)
+        if PROGRESS in params:
+            params = {**params, PROGRESS: ((state.step + 1) / steps).astype(params[PROGRESS].dtype)}
         bad = jnp.argmax(~jnp.isfinite(metrics.pop(TASK_LOSSES))).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads["dense"]), **metrics, BAD_TASK: bad}
         if debug:

@@ -1,0 +1,52 @@
+"""What inner steps do unless they are told otherwise: one place for all learners that take gradient steps.
+
+Where a task moves only what the model names for it (`core.Model.adapts`: the user's row of a dot product), a context or
+a head, each number has a learned rate (`meta_sgd`) that starts at 0.3, and the loss of n support examples counts
+``n / (n + 30)``: chosen on validation users (docs/decisions.md). Everything else moves by plain gradient steps at 0.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from metarec_jax.core import Model
+from metarec_jax.learners.rules import MakeRule, Rule, meta_sgd, sgd
+
+PRIOR = 30.0
+"""Support examples at which a step is half as long as on any number of them."""
+
+
+class Inner(NamedTuple):
+    """How a task moves: the rule, the paths that move (None: all), the prior in examples, and the rate at the start."""
+
+    rule: Rule
+    only: tuple[str, ...] | None
+    prior: float
+    lr: float
+
+
+def inner(
+    model: Model,
+    *,
+    lr: float | None,
+    steps: int,
+    prior: float | None = None,
+    rule: Rule | MakeRule | None = None,
+    only: Sequence[str] | None = (),
+    alone: bool = False,
+) -> Inner:
+    """The arguments of a learner with what is not given filled in.
+
+    Args:
+      lr, prior, rule: None for the default; a function is called as ``rule(lr, steps)``.
+      only: () for what the model names, None for everything.
+      alone: whether what moves is small and of the task alone, whatever ``only`` says (a context, a head).
+    """
+    chosen = model.adapts if only is not None and not tuple(only) else only
+    paths = None if chosen is None else tuple(chosen)
+    alone = alone or (paths is not None and paths == model.adapts)
+    rate = lr if lr is not None else 0.3 if alone else 0.1
+    make: MakeRule = (lambda lr, steps: meta_sgd(lr)) if alone else (lambda lr, steps: sgd(lr))
+    made = rule if isinstance(rule, Rule) else (make if rule is None else rule)(rate, steps)
+    return Inner(made, paths, prior if prior is not None else PRIOR if alone else 0.0, rate)
