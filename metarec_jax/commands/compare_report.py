@@ -10,7 +10,6 @@ from typing import Any
 from metarec_jax import config as configs
 from metarec_jax import diagnostics, runs
 from metarec_jax.cells import Cell
-from metarec_jax.commands.diagnose import rate_of
 from metarec_jax.comparison import Choice, Cost, Gap, by_support, choose, join, mean_cost, over_seeds, overall
 from metarec_jax.core import MetarecError
 from metarec_jax.data.describe import describe
@@ -59,7 +58,7 @@ def tell(
     costs = {name: mean_cost([_cost(table[name, seed]) for seed in seeds]) for name in measured}
     curves = {name: c for name in measured if (c := table[name, seeds[0]].convergence) is not None}
     metric = main_metric(report)
-    rates = {name: rate_of(ours[name]) for name in curves}
+    rates = {name: configs.inner_rate(ours[name], data) for name in curves}
     told = {name: diagnostics.remedy(c, inner_lr=rates[name]) for name, c in curves.items()}
     warnings = {name: warning for name, warning in told.items() if warning is not None}
     said, choice = [], None
