@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax import rows
 from metarec_jax.core import Array, Learner, MetarecError, Params, Task
 
 _POINTS = 12
@@ -251,12 +252,13 @@ def _touched(learner: Learner, params: Params, tasks: Task) -> tuple[Params, Tas
     """Tables cut to the rows that the tasks name (row 0 first), and the tasks' ids to match: cost without catalogue."""
     parts = [dict(part.inputs) for part in tasks]
     tables = dict(params["tables"])
-    for name, table in learner.tables.items():
-        uses = [(k, c) for k, inputs in enumerate(parts) for c in table.columns if c in inputs]
+    for group in rows.groups(learner.tables):
+        uses = [(k, c) for k, inputs in enumerate(parts) for c in rows.columns_of(group) if c in inputs]
         ids = np.unique(
             np.concatenate([np.zeros(1, np.int32), *(np.asarray(parts[k][c]).reshape(-1) for k, c in uses)])
         )
-        tables[name] = tables[name][ids]
+        for name in group:
+            tables[name] = jnp.take(tables[name], ids, axis=0, mode="clip")  # ids of other columns may be larger
         for k, c in uses:
             parts[k][c] = jnp.asarray(np.searchsorted(ids, np.asarray(parts[k][c])), jnp.int32)
     support, query = (part._replace(inputs=inputs) for part, inputs in zip(tasks, parts, strict=True))

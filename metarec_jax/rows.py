@@ -2,12 +2,13 @@
 
 The rows of a task are gathered into a local table ``[L, size]`` and its ids re-indexed to local positions. Local row 0
 is always global row 0 (the unknown id, or padding), so a model that tests ``id == 0`` works in both worlds. Repeated
-ids of an adapted table share one local row, since the inner loop must move them together.
+ids of an adapted table share one local row, since the inner loop must move them together. Tables that share a column
+are numbered together: an example has one local id in it for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -64,8 +65,33 @@ def first_occurrence(ids: Array) -> Array:
     return jnp.zeros((n,), jnp.int32).at[order].set(order[run])
 
 
+def groups(tables: Mapping[str, Table]) -> list[dict[str, Table]]:
+    """The tables in groups: two that share a column, or that a third one links so, are in the same group.
+
+    An example has one id in a column, so that all tables of a group must number their rows alike.
+
+    >>> a, b, c = (Table(9, 2, columns) for columns in (("item_id",), ("user_id",), ("item_id", "last_item")))
+    >>> [sorted(group) for group in groups({"a": a, "b": b, "c": c})]
+    [['b'], ['a', 'c']]
+    """
+    apart: list[dict[str, Table]] = []
+    for name, table in tables.items():
+        linked = [g for g in apart if any(set(t.columns) & set(table.columns) for t in g.values())]
+        joined = {n: t for group in linked for n, t in group.items()} | {name: table}
+        apart = [group for group in apart if group not in linked] + [joined]
+    return apart
+
+
+def linked(tables: Mapping[str, Table], names: Collection[str]) -> dict[str, Table]:
+    """The tables of all groups that hold one of ``names``."""
+    return {n: t for group in groups(tables) if not group.keys().isdisjoint(names) for n, t in group.items()}
+
+
 def view(tables: Mapping[str, Table], *examples: Inputs) -> View:
-    """The rows that ``examples`` touch. L = 1 + the ids of the table's columns, over all examples.
+    """The rows that ``examples`` touch. L = 1 + the ids of the columns of a table's group, over all examples.
+
+    Tables that share columns have the same slots (`groups`); a slot of a column that a table does not have holds its
+    row 0. Repeated ids share a slot where any table of the group is adapted.
 
     >>> seen = view({"item": Table(9, 2, ("item_id",))}, {"item_id": jnp.array([7, 0, 7])}, {"item_id": jnp.array([4])})
     >>> seen.ids["item"].tolist(), seen.inputs[0]["item_id"].tolist(), seen.inputs[1]["item_id"].tolist()
@@ -73,18 +99,33 @@ def view(tables: Mapping[str, Table], *examples: Inputs) -> View:
     """
     ids: dict[str, Array] = {}
     local: list[dict[str, Array]] = [dict(inputs) for inputs in examples]
-    for name, table in tables.items():
-        uses = [(k, c) for k, inputs in enumerate(examples) for c in table.columns if c in inputs]
+    for group in groups(tables):
+        columns = columns_of(group)
+        uses = [(k, c) for k, inputs in enumerate(examples) for c in columns if c in inputs]
         flat = jnp.concatenate([jnp.zeros((1,), jnp.int32), *(examples[k][c].reshape(-1) for k, c in uses)])
-        ids[name] = flat
-        slots = first_occurrence(flat) if table.adapted else jnp.arange(flat.shape[0], dtype=jnp.int32)
+        adapted = any(table.adapted for table in group.values())
+        slots = first_occurrence(flat) if adapted else jnp.arange(flat.shape[0], dtype=jnp.int32)
         slots = jnp.where(flat == 0, 0, slots)
         start = 1
         for k, c in uses:
             column = examples[k][c]
             local[k][c] = slots[start : start + column.size].reshape(column.shape)
             start += column.size
-    return View(ids, tuple(local))
+        for name, table in group.items():
+            ids[name] = flat
+            own = [(k, c) for k, c in uses if c in table.columns]
+            if len(own) < len(uses):
+                pointed, there = (
+                    jnp.concatenate([jnp.zeros((1,), jnp.int32), *(part[k][c].reshape(-1) for k, c in own)])
+                    for part in (local, examples)
+                )
+                ids[name] = jnp.zeros_like(flat).at[pointed].set(there)
+    return View({name: ids[name] for name in tables}, tuple(local))
+
+
+def columns_of(tables: Mapping[str, Table]) -> tuple[str, ...]:
+    """The columns that index any of the tables, each once."""
+    return tuple(dict.fromkeys(c for table in tables.values() for c in table.columns))
 
 
 def gather(tables: Mapping[str, Array], ids: Mapping[str, Array]) -> dict[str, Array]:
@@ -92,24 +133,19 @@ def gather(tables: Mapping[str, Array], ids: Mapping[str, Array]) -> dict[str, A
     return {name: tables[name][ids[name]] for name in ids}
 
 
-def overlay(table: Array, ids: Array, moved: Array, slots: Array) -> tuple[Array, Array]:
-    """Rows of ``table`` at ``slots``, with ``moved[k]`` in place of row ``ids[k]``.
+def overlay(table: Array, ids: Array, moved: Array, slots: Array) -> Array:
+    """Rows of ``table`` at ``slots [n]``, with ``moved[k]`` in place of row ``ids[k]``: ``[n, size]``.
 
-    Returns a local table ``[1 + n, size]`` and the local ids of ``slots``; nothing of the table's size is made.
-    A repeated id in ``ids`` counts where it stands first. Cost: ``slots.size * ids.size`` comparisons.
+    Nothing of the table's size is made. A repeated id in ``ids`` counts where it stands first.
+    Cost: ``slots.size * ids.size`` comparisons.
 
     >>> table = jnp.array([[0.0], [1.0], [2.0]])
-    >>> local, at = overlay(table, jnp.array([2]), jnp.array([[9.0]]), jnp.array([1, 2, 0]))
-    >>> local[at][:, 0].tolist()
+    >>> overlay(table, jnp.array([2]), jnp.array([[9.0]]), jnp.array([1, 2, 0]))[:, 0].tolist()
     [1.0, 9.0, 0.0]
     """
-    flat = slots.reshape(-1)
     n = ids.shape[0]
-    at = jnp.min(jnp.where(flat[:, None] == ids[None, :], jnp.arange(n, dtype=jnp.int32), n), axis=1)
-    rows = jnp.where((at < n)[:, None], moved[jnp.minimum(at, n - 1)], table[flat])
-    zero = jnp.where((ids == 0).any(), moved[jnp.argmax(ids == 0)], table[0])[None]
-    local = jnp.where(flat == 0, 0, 1 + jnp.arange(flat.shape[0], dtype=jnp.int32)).reshape(slots.shape)
-    return jnp.concatenate([zero, rows]), local
+    at = jnp.min(jnp.where(slots[:, None] == ids[None, :], jnp.arange(n, dtype=jnp.int32), n), axis=1)
+    return jnp.where((at < n)[:, None], moved[jnp.minimum(at, n - 1)], table[slots])
 
 
 def id_extent(tables: Mapping[str, Table], *examples: Inputs) -> dict[str, tuple[Array, Array]]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from worlds import content, double, every_learner, largest_difference, one, seed_model, tasks
+from worlds import (
+    content,
+    double,
+    every_learner,
+    largest_difference,
+    one,
+    seed_model,
+    shared_columns,
+    tasks,
+    wide_and_deep,
+)
 
-from metarec_jax import learners
+from metarec_jax import learners, losses
 from metarec_jax.core import MetarecError, Task
 from metarec_jax.data.tasks import TaskSource
 from metarec_jax.training.row_optimizers import lazy_adam
@@ -55,6 +66,34 @@ def test_row_view_equals_dense(name, float64):
     assert grads["rows"] or not learner.tables, "the world must be large enough that some table is viewed"
     assert abs(float(value - want_value)) < 1e-12
     assert largest_difference(got, {k: want[k] for k in got}) < 1e-12
+
+
+@pytest.mark.parametrize("name", shared_columns())
+def test_served_equals_dense_where_tables_share_a_column(name, float64):
+    """The loss of what `adapt` and `predict` give, and that of the loss over whole tables: |diff| <= 1e-12."""
+    learner, params, batch = world(name)
+    params, task = double(params), one(double(batch), 1)
+
+    @jax.jit
+    def both(params, task):
+        scores = score(learner, params, task.support, task.query.inputs)
+        served = losses.mse(scores, task.query.target, where=task.query.mask)
+        return served, learner.loss(params, task, KEY)[1]["query_loss"]
+
+    served, dense = both(params, task)
+    assert float(served) == pytest.approx(float(dense), abs=1e-12)
+
+
+def test_the_order_of_tables_changes_nothing(float64):
+    """Three tables on two columns, in each of their orders: one loss and one gradient."""
+    batch = double(tasks(jax.random.key(1), 3))
+    runs = []
+    for names in itertools.permutations(("deep", "wide", "pair")):
+        learner = learners.maml(wide_and_deep(names), inner_lr=0.05, inner_steps=2, only=("tables/wide",))
+        (value, _), grads, ids = loss_and_grads(learner, double(learner.init(KEY)), batch, KEY)
+        tables = {n: jnp.zeros((600, g.shape[-1])).at[ids[n]].add(g) for n, g in grads["rows"].items()}
+        runs.append((value, tables))
+    assert max(largest_difference(runs[0], other) for other in runs[1:]) < 1e-12
 
 
 def score(learner, params, support, inputs, key=KEY):

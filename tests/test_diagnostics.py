@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from worlds import tasks, wide_and_deep
 
 from metarec_jax import diagnostics, learners, losses
 from metarec_jax.core import Examples, MetarecError, Model, Table, Task
@@ -223,3 +224,13 @@ def test_from_a_configuration(name):
     ridge = configs.Config()
     assert diagnose(ridge, data, {}, catalogue(data), {"user_cold": make_tasks(data, query=4)}) is None
     assert configs.inner_rate(ridge, data) is None
+
+
+def test_cut_tables_that_share_a_column_show_the_same_rows():
+    """The loss on tables cut to the rows of the tasks is the loss on whole ones, also with three tables on two columns."""
+    learner = learners.maml(wide_and_deep(), inner_lr=0.05, only=("tables/wide",))
+    params, batch, key = learner.init(jax.random.key(0)), tasks(jax.random.key(1), 3), jax.random.key(2)
+    cut, local = diagnostics._touched(learner, params, batch)
+    loss = jax.vmap(lambda params, task: learner.loss(params, task, key)[0], (None, 0))
+    np.testing.assert_allclose(loss(cut, local), loss(params, batch), rtol=1e-6)
+    assert cut["tables"]["wide"].shape[0] < 60

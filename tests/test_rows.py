@@ -45,15 +45,36 @@ def test_a_view_shows_the_same_rows(ids, adapted):
 
 
 @settings(max_examples=30, deadline=None)
+@given(IDS, IDS, st.booleans(), st.permutations(["wide", "deep", "pair", "alone"]))
+def test_tables_that_share_a_column_are_numbered_together(left, right, adapted, order):
+    """Each table shows its own rows at the local ids of its columns, whatever the order of the tables."""
+    tables = {
+        "wide": Table(10, 1, ("b",), False),
+        "deep": Table(10, 2, ("b",), adapted),
+        "pair": Table(10, 2, ("a", "b"), False),
+        "alone": Table(10, 2, ("c",)),
+    }
+    values = {n: jnp.arange(10.0 * t.size).reshape(10, t.size) + k for k, (n, t) in enumerate(tables.items())}
+    inputs = {"a": jnp.array(left), "b": jnp.array(right), "c": jnp.array(left)}
+    seen = rows.view({name: tables[name] for name in order}, inputs)
+    local = rows.gather(values, seen.ids)
+    for name, table in tables.items():
+        for c in table.columns:
+            np.testing.assert_array_equal(local[name][seen.inputs[0][c]], values[name][inputs[c]])
+    assert local["wide"].shape[0] == local["pair"].shape[0] == 1 + len(left) + len(right)
+    assert set(seen.ids["wide"].tolist()) <= {0, *right}  # no row of another column counts as touched
+
+
+@settings(max_examples=30, deadline=None)
 @given(IDS, IDS)
 def test_overlay_is_a_write_to_a_copy(ids, slots):
     """overlay(table, ids, moved, slots) shows what a full copy of the table with rows ids replaced would show."""
     table = jnp.arange(20.0).reshape(10, 2)
     first = rows.first_occurrence(jnp.array(ids))
     moved = -1.0 - jnp.arange(2.0 * len(ids)).reshape(-1, 2)
-    local, where = rows.overlay(table, jnp.array(ids), moved, jnp.array(slots))
+    laid = rows.overlay(table, jnp.array(ids), moved, jnp.array(slots))
     whole = table.at[jnp.array(ids)].set(moved[first])
-    np.testing.assert_array_equal(local[where], whole[jnp.array(slots)])
+    np.testing.assert_array_equal(laid, whole[jnp.array(slots)])
 
 
 def dense_adam_by_hand(table, ids, grads, state, lr=0.1, b1=0.9, b2=0.999, eps=1e-8):

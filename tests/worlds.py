@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from metarec_jax import learners, losses, models
-from metarec_jax.core import Column, Examples, Learner, Model, Task
+from metarec_jax.core import Column, Examples, Learner, Model, Table, Task
 from metarec_jax.learners import registry
 from metarec_jax.learners.made_rows import made, with_cold_loss
 
@@ -27,6 +27,24 @@ def content(head: str = "dot", size: int = 3) -> Model:
 
 def seed_model(size: int = 3) -> Model:
     return models.meta_recommender(400, 600, size=size)
+
+
+def wide_and_deep(names: tuple[str, ...] = ("deep", "wide", "pair")) -> Model:
+    """Three tables that share columns, listed in the order of ``names``: two of ``item_id``, one of both ids."""
+    both = ("user_id", "item_id")
+    tables = {"deep": Table(600, 3, both[1:]), "wide": Table(600, 1, both[1:]), "pair": Table(600, 3, both)}
+
+    def init(key: jax.Array):
+        keys = dict(zip(tables, jax.random.split(key, 3), strict=True))
+        drawn = {n: 0.3 * jax.random.normal(keys[n], (tables[n].num_rows, tables[n].size)) for n in names}
+        return {"tables": {n: rows.at[0].set(0.0) for n, rows in drawn.items()}, "net": {"mean": jnp.zeros(())}}
+
+    def apply(params, inputs):
+        of, user, item = params["tables"], inputs["user_id"], inputs["item_id"]
+        joint = of["deep"][item] * of["pair"][user] + of["pair"][item]
+        return params["net"]["mean"] + of["wide"][item, 0] + joint.sum(-1)
+
+    return Model(init, apply, {n: tables[n] for n in names})
 
 
 def tasks(key: jax.Array, count: int, support: int = 6, query: int = 4, columns=COLUMNS) -> Task:
@@ -106,6 +124,20 @@ def every_learner() -> dict[str, Learner]:
         "relation": learners.matching(mlp, similarity="relation", hidden=4),
         "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
         "written_head": learners.hypernetwork(dot, hidden=3, width=4),
+        **shared_columns(),
+    }
+
+
+def shared_columns() -> dict[str, Learner]:
+    """Learners whose model has several tables on one column, of which some adapt."""
+    aged, joint = made(content(), ages(), column="user_id"), wide_and_deep()
+    return {
+        "own_of_two": learners.maml(aged, inner_lr=0.05, inner_steps=2, only=("tables/user_age",)),
+        "made_of_two": learners.maml(aged, inner_lr=0.05, inner_steps=2, only=("tables/content_user_age",)),
+        "wide": learners.maml(joint, inner_lr=0.05, inner_steps=2, only=("tables/wide",)),
+        "pair": learners.maml(joint, inner_lr=0.05, inner_steps=2, only=("tables/pair", "net")),
+        "deep_and_wide": learners.reptile(joint, inner_lr=0.05, inner_steps=2, only=("tables/deep", "tables/wide")),
+        "context_of_pair": learners.cavia(joint, size=2, table="pair", inner_lr=0.05, inner_steps=2),
     }
 
 

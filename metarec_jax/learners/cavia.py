@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from metarec_jax import losses
+from metarec_jax import losses, rows
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import MakeRule, Rule
@@ -88,6 +88,8 @@ def with_context(model: Model, size: int, table: str) -> Model:
     the row itself.
     """
 
+    seen_tables = {n: t._replace(adapted=False) for n, t in rows.linked(model.tables, (table,)).items()}
+
     def init(key: Array) -> Params:
         k_model, k_map = jax.random.split(key)
         mapping = jax.random.normal(k_map, (size, model.tables[table].size)) / size**0.5
@@ -95,16 +97,9 @@ def with_context(model: Model, size: int, table: str) -> Model:
 
     def apply(params: Params, inputs: Inputs) -> Array:
         shift = params["context"]["start"] @ params["context"]["map"]
-        rows, local = params["tables"][table], dict(inputs)
-        columns = [c for c in model.tables[table].columns if c in inputs]
-        parts = [rows[:1]]  # the unknown row stays local row 0
-        for c in columns:
-            first = sum(part.shape[0] for part in parts)
-            slots = first + jnp.arange(inputs[c].size, dtype=jnp.int32).reshape(inputs[c].shape)
-            local[c] = jnp.where(inputs[c] == 0, 0, slots)
-            parts.append(rows[inputs[c].reshape(-1)])
+        seen = rows.view(seen_tables, inputs)
+        tables = {**params["tables"], **rows.gather(params["tables"], seen.ids)}
         body = {name: part for name, part in params.items() if name != "context"}
-        moved = jnp.concatenate(parts) + shift[None]
-        return model.apply({**body, "tables": {**params["tables"], table: moved}}, local)
+        return model.apply({**body, "tables": {**tables, table: tables[table] + shift[None]}}, seen.inputs[0])
 
     return Model(init, apply, model.tables, adapts=(START,))

@@ -114,11 +114,7 @@ def frozen(params: Params, *own: str) -> Params:
 
 
 def unmoved(*tables: Mapping[str, Table]) -> dict[str, Table]:
-    """All these tables, none of whose rows changes in a task.
-
-    A column that indexes two of them (the model's and the reader's) has one local id for both: in a view without merged
-    repeats, slots are numbered by the column alone.
-    """
+    """All these tables, none of whose rows changes in a task."""
     return {name: table._replace(adapted=False) for part in tables for name, table in part.items()}
 
 

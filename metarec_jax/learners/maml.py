@@ -63,7 +63,7 @@ def maml(
 
     Returns:
       A learner whose ``adapted`` is what the task moved: ``{"ids": {table: [L]}, "rows": {table: [L, size]},
-      "rest": {path: array}}``, with L = 1 + the ids of the support.
+      "rest": {path: array}}``, with L = 1 + the ids of the support (of the columns of the table's group: `rows.view`).
 
     Raises:
       MetarecError: ``inner_steps`` or ``prior`` below 0, weights that are not one a step, or (from ``init``) ``only``
@@ -94,6 +94,7 @@ def maml(
         for name, table in model.tables.items()
     }
     moving_tables = {name: table for name, table in adapted_tables.items() if table.adapted}
+    seen_tables = rows.linked(adapted_tables, moving_tables)
 
     def init(key: Array) -> Params:
         params = model.init(key)
@@ -161,18 +162,18 @@ def maml(
         return [thin.run(query, *adapted)[0] for adapted in (after if every_step else after[-1:])]
 
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Any]:
-        seen = rows.view(moving_tables, support.inputs)
+        seen = rows.view(seen_tables, support.inputs)
         local = {**params, "tables": {**params["tables"], **rows.gather(params["tables"], seen.ids)}}
         moved, _ = inner_loop(local, support._replace(inputs=seen.inputs[0]), None)
         moving, _ = tree.partition({k: v for k, v in moved.items() if k != "rule"}, only)
         return {
-            "ids": seen.ids,
+            "ids": {name: seen.ids[name] for name in moving_tables},
             "rows": {name: moved["tables"][name] for name in moving_tables},
             "rest": {name: leaf for name, leaf in moving.items() if not name.startswith("tables/")},
         }
 
     def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
-        return model.apply(*laid_over(params, adapted, inputs, moving_tables))
+        return model.apply(*laid_over(params, adapted, inputs, seen_tables))
 
     return Learner(init, adapt, predict, meta_loss, adapted_tables)
 
@@ -191,22 +192,20 @@ def _scan_in_segments(step: Callable[[Any, None], tuple[Any, Array]], start: Any
 
 
 def laid_over(
-    params: Params, adapted: dict[str, Any], inputs: Inputs, moving: Mapping[str, Table]
+    params: Params, adapted: dict[str, Any], inputs: Inputs, tables: Mapping[str, Table]
 ) -> tuple[Params, Inputs]:
-    """Meta-parameters with a task's moved rows and dense parameters over them, and ``inputs`` that index them."""
-    tables, local = dict(params["tables"]), dict(inputs)
-    for name, table in moving.items():
-        columns = [c for c in table.columns if c in inputs]
-        if not columns:
-            continue  # the model says which column it misses
-        slots = jnp.concatenate([inputs[c].reshape(-1) for c in columns])
-        tables[name], where = rows.overlay(tables[name], adapted["ids"][name], adapted["rows"][name], slots)
-        start = 0
-        for c in columns:
-            local[c] = where[start : start + inputs[c].size].reshape(inputs[c].shape)
-            start += inputs[c].size
+    """Meta-parameters with a task's moved rows and dense parameters over them, and ``inputs`` that index them.
+
+    ``tables`` are those that the task moves rows of, and those that share columns with them.
+    """
+    seen = rows.view({name: table._replace(adapted=False) for name, table in tables.items()}, inputs)
+    whole, moved = params["tables"], adapted["rows"]
+    laid = {
+        name: rows.overlay(whole[name], adapted["ids"][name], moved[name], ids) if name in moved else whole[name][ids]
+        for name, ids in seen.ids.items()
+    }
     rest = {k: v for k, v in params.items() if k not in ("tables", "rule")}
-    return {**tree.merge(rest, adapted["rest"]), "tables": tables}, local
+    return {**tree.merge(rest, adapted["rest"]), "tables": {**whole, **laid}}, seen.inputs[0]
 
 
 def _covers(prefix: str, name: str) -> bool:

@@ -103,8 +103,7 @@ def item_tables(tables: Mapping[str, Table], params: Params, num_rows: int) -> t
         shape = params["tables"][name].shape if there else (0, 0)  # there may be more rows: see `rows.rounded`
         if table.columns != ("item_id",) or table.num_rows != num_rows or shape[0] < num_rows or shape[1] != table.size:
             return ()
-    adapted = any(table.adapted for table in mine.values())  # one local row for all tables, so one way to number it
-    return tuple((name, table._replace(adapted=adapted)) for name, table in mine.items())
+    return tuple(mine.items())
 
 
 def linear(

@@ -226,13 +226,15 @@ def _cast(values: Any, dtype: Any) -> Any:
 def _plan(
     tables: Mapping[str, Table], batch: Task, tasks: int, cut: tuple[str, ...]
 ) -> tuple[dict[str, Table], dict[str, Table]]:
-    """Which tables are seen through a row view, and which are so small that every task gets them whole."""
+    """Which tables are seen through a row view, and which are so small that every task gets them whole.
 
-    def slots(table: Table) -> int:
-        used = [part.inputs[c].size // tasks for part in batch for c in table.columns if c in part.inputs]
-        return 1 + sum(used)
-
-    whole = {name for name, table in tables.items() if name not in cut and shared_whole(table, slots(table), tasks)}
+    Tables that share a column go the same way: its ids are local ones, or they are not.
+    """
+    whole: set[str] = set()
+    for group in rows.groups(tables):
+        used = [part.inputs[c].size // tasks for part in batch for c in rows.columns_of(group) if c in part.inputs]
+        if all(name not in cut and shared_whole(table, 1 + sum(used), tasks) for name, table in group.items()):
+            whole |= group.keys()
     return (
         {name: table for name, table in tables.items() if name not in whole},
         {name: table for name, table in tables.items() if name in whole},
