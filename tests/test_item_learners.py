@@ -341,3 +341,32 @@ def test_users_can_be_made_as_well():
 def test_a_setting_out_of_its_range_is_told(make, message):
     with pytest.raises(MetarecError, match=message):
         make()
+
+
+def test_a_made_row_of_a_table_over_two_columns():
+    """score = row[item] + 10 row[last] + wide[last]: the made row 5 for the item, the table's own 7 and 2 for the last."""
+
+    def score(params, inputs):
+        of = params["tables"]
+        return (
+            of["item"][inputs["item_id"], 0]
+            + 10 * of["item"][inputs["item_last"], 0]
+            + of["wide"][inputs["item_last"], 0]
+        )
+
+    tables = {"item": Table(9, 1, ("item_id", "item_last")), "wide": Table(9, 1, ("item_last",))}
+    params = {"tables": {"item": jnp.arange(9.0)[:, None], "wide": jnp.full((9, 1), 2.0).at[0].set(0.0)}}
+    scores = made_rows.with_row(score, tables, "item", "item_id")
+    inputs = {"item_id": jnp.array([4]), "item_last": jnp.array([7, 0, 1])}
+    assert scores(params, jnp.array([5.0]), inputs).tolist() == [5 + 70 + 2, 5.0, 5 + 10 + 2]
+
+
+def test_a_column_of_two_tables_has_no_one_row_to_make():
+    for learner in (learners.meta_embedding, learners.mwuf, learners.cvar, made_rows.made):
+        with pytest.raises(MetarecError, match=r"2 tables for the column 'item_id', \['deep', 'wide'\]"):
+            learner(wide_only(), CONTENT)
+
+
+def wide_only() -> Model:
+    tables = {name: Table(9, size, ("item_id",)) for name, size in (("deep", 3), ("wide", 1))}
+    return Model(lambda key: {"tables": {}}, lambda params, inputs: jnp.zeros(1), tables)

@@ -137,6 +137,7 @@ def shared_columns() -> dict[str, Learner]:
         "wide": learners.maml(joint, inner_lr=0.05, inner_steps=2, only=("tables/wide",)),
         "pair": learners.maml(joint, inner_lr=0.05, inner_steps=2, only=("tables/pair", "net")),
         "deep_and_wide": learners.reptile(joint, inner_lr=0.05, inner_steps=2, only=("tables/deep", "tables/wide")),
+        "made_in_pair": learners.meta_embedding(joint, ages(), column="user_id", inner_lr=0.05, loss=losses.mse),
         "context_of_pair": learners.cavia(joint, size=2, table="pair", inner_lr=0.05, inner_steps=2),
     }
 

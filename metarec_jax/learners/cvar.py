@@ -91,7 +91,7 @@ def cvar(
     apart = DISTANCES[distance]
     table, size = made.table_of(model, column, "cvar")
     know = made.reader(content, "cvar")
-    scores = made.with_row(model.apply, table, column)
+    scores = made.with_row(model.apply, model.tables, table, column)
 
     def init(key: Array) -> Params:
         k_model, k_reader, k_encoder, k_prior, k_decoder = jax.random.split(key, 5)

@@ -56,7 +56,7 @@ def dropout_net(
             "or 'own', and 0 or more"
         )
     table, _ = made.table_of(model, column, "dropout_net")
-    scores = made.with_row(model.apply, table, column)
+    scores = made.with_row(model.apply, model.tables, table, column)
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:
         row = params["tables"][table][0 if start == "unknown" else support.inputs[column][0]]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metarec_jax import losses
+from metarec_jax import losses, rows
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 
 CONTENT = "content_"
@@ -38,27 +38,42 @@ class Reader(NamedTuple):
 
 
 def table_of(model: Model, column: str, learner: str) -> tuple[str, int]:
-    """Name and row length of the table that ``column`` indexes. Raises MetarecError where there is none."""
-    for name, table in model.tables.items():
-        if column in table.columns:
-            return name, table.size
-    known = sorted(c for table in model.tables.values() for c in table.columns)
-    raise MetarecError(f"{learner}: the model has no table for the column {column!r}; its columns are {known}")
+    """Name and row length of the table that ``column`` indexes. Raises MetarecError where there is none, or several."""
+    names = [name for name, table in model.tables.items() if column in table.columns]
+    if len(names) > 1:
+        raise MetarecError(
+            f"{learner}: the model has {len(names)} tables for the column {column!r}, {sorted(names)}, and one row is "
+            "made; give a model with one table for it"
+        )
+    if not names:
+        columns = sorted(c for table in model.tables.values() for c in table.columns)
+        raise MetarecError(f"{learner}: the model has no table for the column {column!r}; its columns are {columns}")
+    return names[0], model.tables[names[0]].size
 
 
-def with_row(function: Callable[[Params, Inputs], Array], table: str, column: str) -> WithRow:
-    """``f(params, row, inputs)``: the function with ``row [size]`` in the place of the row that ``column`` names.
+def with_row(
+    function: Callable[[Params, Inputs], Array], tables: Mapping[str, Table], table: str, column: str
+) -> WithRow:
+    """``f(params, row, inputs)``: the function with ``row [size]`` as what ``column`` looks up in its table.
+
+    No other table may have that column (`table_of`). Other columns of the table look up its own rows, also where they
+    hold the same id.
 
     >>> score = lambda params, inputs: params["tables"]["item"][inputs["item_id"], 0] + inputs["user_x"]
     >>> params, inputs = {"tables": {"item": jnp.zeros((9, 1))}}, {"item_id": jnp.array([7]), "user_x": jnp.arange(3.0)}
-    >>> with_row(score, "item", "item_id")(params, jnp.array([5.0]), inputs).tolist()
+    >>> scores = with_row(score, {"item": Table(9, 1, ("item_id",))}, "item", "item_id")
+    >>> scores(params, jnp.array([5.0]), inputs).tolist()
     [5.0, 6.0, 7.0]
     """
+    seen_tables = {n: t._replace(adapted=False) for n, t in rows.linked(tables, (table,)).items()}
 
     def call(params: Params, row: Array, inputs: Inputs) -> Array:
-        own = jnp.stack([params["tables"][table][0], row])
-        inputs = {**inputs, column: jnp.ones((1,), jnp.int32)}
-        return function({**params, "tables": {**params["tables"], table: own}}, inputs)
+        others = {name: values for name, values in inputs.items() if name != column}
+        seen = rows.view(seen_tables, others)
+        own = rows.gather(params["tables"], seen.ids)
+        inputs = {**seen.inputs[0], column: jnp.full((1,), own[table].shape[0], jnp.int32)}
+        own[table] = jnp.concatenate([own[table], row[None]])
+        return function({**params, "tables": {**params["tables"], **own}}, inputs)
 
     return call
 
@@ -165,7 +180,7 @@ def made(model: Model, content: Model, *, column: str = "item_id") -> Model:
         return {**params, "tables": {**params["tables"], **tables}, **own}
 
     def laid(function: Callable[[Params, Inputs], Array]) -> Callable[[Params, Inputs], Array]:
-        placed = with_row(function, table, column)
+        placed = with_row(function, model.tables, table, column)
         return lambda params, inputs: placed(params, affine(params["made"], know.read(params, inputs)), inputs)
 
     tables = unmoved(model.tables, know.tables)

@@ -56,7 +56,7 @@ def meta_embedding(
         raise MetarecError(f"alpha is {alpha} and inner_steps {inner_steps}; give 0 to 1, and 0 or more")
     table, size = made.table_of(model, column, "meta_embedding")
     know = made.reader(content, "meta_embedding")
-    scores = made.with_row(model.apply, table, column)
+    scores = made.with_row(model.apply, model.tables, table, column)
 
     def init(key: Array) -> Params:
         k_model, k_reader, k_row = jax.random.split(key, 3)

@@ -56,7 +56,7 @@ def mwuf(
     table, size = made.table_of(model, column, "mwuf")
     other_table, other_size = made.table_of(model, other, "mwuf")
     know = made.reader(content, "mwuf")
-    scores = made.with_row(model.apply, table, column)
+    scores = made.with_row(model.apply, model.tables, table, column)
 
     def init(key: Array) -> Params:
         k_model, k_reader, k_scale, k_shift = jax.random.split(key, 4)
