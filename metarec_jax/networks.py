@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.core import Array
+from metarec_jax.core import Array, check_positive
 
 
 class Net(NamedTuple):
@@ -50,9 +50,10 @@ def encoder(inputs: int, width: int, outputs: int, prior: float = 3.0) -> Net:
     """A set as one vector: ``f(r) - f(0)`` with ``r = sum_i w_i h(x_i) / (prior + sum_i w_i)``; 0 for an empty set.
 
     ``apply(params, x [n, inputs], weight [n]) -> [outputs]``; h and f are dense layers of ``width`` units, the prior is
-    learned.
+    learned. Raises MetarecError where it is not above 0.
     Source: Zaheer et al., "Deep Sets", 2017.
     """
+    check_positive("encoder", prior=prior)
     return _net(_Encoder(width, outputs, prior), jnp.zeros((1, inputs)), jnp.ones(1))
 
 

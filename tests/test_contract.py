@@ -250,3 +250,56 @@ def test_remat_needs_less_memory():
         compiled = jax.jit(partial(loss_and_grads, learner)).lower(params, batch, KEY).compile()
         taken.append(compiled.memory_analysis().temp_size_in_bytes)
     assert taken[1] < taken[0] / 3
+
+
+STRICT = {
+    "matching": ("prior", "temperature"),
+    "protonet": ("prior", "sharpness"),
+    "in_context": ("prior",),
+    "hypernetwork": ("prior",),
+    "leo": ("prior",),
+    "neural_process": ("prior",),
+    "memory": ("inner_lr",),
+    "ridge": ("precision", "bias_precision"),
+    "logistic": ("precision", "bias_precision"),
+}
+"""Numbers whose logarithm is learned, or that a closed form divides by."""
+WEIGHTS = {
+    "in_context": ("prior_weight",),
+    "hypernetwork": ("prior_weight",),
+    "leo": ("prior_weight",),
+    "neural_process": ("prior_weight", "kl_weight"),
+    "memory": ("prior_weight", "prior"),
+    "maml": ("prior",),
+    "reptile": ("prior",),
+    "cavia": ("prior",),
+    "protomaml": ("prior",),
+    "maml_plus_plus": ("prior",),
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, a) for name, given in STRICT.items() for a in given])
+def test_a_number_that_must_be_above_0_is_refused_in_the_factory(name, argument):
+    for value in (0, -1, float("nan"), float("inf"), 1e-40):
+        with pytest.raises(MetarecError, match=f"{name}: {argument} is .*give a number above 0"):
+            getattr(learners, name)(content(), **{argument: value})
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, a) for name, given in WEIGHTS.items() for a in given])
+def test_a_weight_may_be_0_and_not_less(name, argument):
+    factory = getattr(learners, name)
+    factory(content(), **{argument: 0})
+    for value in (-1, float("nan"), float("inf")):
+        with pytest.raises(MetarecError, match=argument):
+            factory(content(), **{argument: value})
+
+
+@pytest.mark.parametrize("prior", [1e-12, 1e12])
+@pytest.mark.parametrize("name", [name for name, given in STRICT.items() if "prior" in given])
+def test_the_least_and_the_largest_prior_are_safe(name, prior):
+    """No support at all: a finite loss and finite gradients, at both ends of what the factory takes."""
+    learner = getattr(learners, name)(content(), prior=prior)
+    task = one(tasks(KEY, 1), 0)
+    task = task._replace(support=task.support._replace(mask=0 * task.support.mask))
+    value, grads = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, task, KEY)[0]))(learner.init(KEY))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((value, grads)))

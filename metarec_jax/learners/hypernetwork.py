@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import (
+    Array,
+    Examples,
+    Inputs,
+    Learner,
+    MetarecError,
+    Model,
+    Params,
+    check_not_negative,
+    check_positive,
+)
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
 from metarec_jax.options import Bounds
@@ -51,12 +61,15 @@ def hypernetwork(
       "shift": [hidden]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, or ``hidden`` is below 0.
+      MetarecError: the model has no ``features``, ``hidden`` or ``prior_weight`` is below 0, or ``prior`` is not
+        above 0.
     """
     model = shows.scaled(model, "hypernetwork")
     vectors = shows.features_of(model, "hypernetwork")
     if hidden < 0 or width < 1:
         raise MetarecError(f"hypernetwork: hidden is {hidden}, width {width}; give 0 or more, and 1 or more")
+    check_positive("hypernetwork", prior=prior)
+    check_not_negative("hypernetwork", prior_weight=prior_weight)
     size = model.num_features
     length = 3 * hidden + 1 if hidden else size + 1
     net = encoder(2 * size + 1, width, length, prior)

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import (
+    Array,
+    Examples,
+    Inputs,
+    Learner,
+    MetarecError,
+    Model,
+    Params,
+    check_not_negative,
+    check_positive,
+)
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import transformer
 from metarec_jax.options import Bounds
@@ -54,7 +64,8 @@ def in_context(
       ``[layers, S, heads, width / heads]``, and its weights ``[S]``.
 
     Raises:
-      MetarecError: the model has no ``features``, or ``width`` cannot be shared by the heads.
+      MetarecError: the model has no ``features``, ``width`` cannot be shared by the heads, ``prior`` is not above 0, or
+        ``prior_weight`` is below 0.
     """
     model = shows.scaled(model, "in_context")
     vectors = shows.features_of(model, "in_context")
@@ -62,6 +73,8 @@ def in_context(
         raise MetarecError(
             f"in_context: width {width}, layers {layers}, heads {heads}; give 1 or more, the width a multiple of heads"
         )
+    check_positive("in_context", prior=prior)
+    check_not_negative("in_context", prior_weight=prior_weight)
     net = transformer(model.num_features, width, layers, heads)
 
     def init(key: Array) -> Params:

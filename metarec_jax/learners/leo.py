@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import (
+    Array,
+    Examples,
+    Inputs,
+    Learner,
+    MetarecError,
+    Model,
+    Params,
+    check_not_negative,
+    check_positive,
+)
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
 from metarec_jax.options import Bounds
@@ -54,7 +64,8 @@ def leo(
       A learner whose ``adapted`` is ``{"code": [latent]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, a size below 1, or steps below 0.
+      MetarecError: the model has no ``features``, a size is below 1, steps or ``prior_weight`` are below 0, or
+        ``prior`` is not above 0.
     """
     vectors, model = shows.features_of(model, "leo"), shows.scaled(model, "leo")
     if latent < 1 or width < 1 or inner_steps < 0:
@@ -63,6 +74,8 @@ def leo(
         )
     of_support = inner_loss or (losses.mse if expected is shows.itself else losses.bce)
     size = model.num_features
+    check_positive("leo", prior=prior)
+    check_not_negative("leo", prior_weight=prior_weight)
     net = encoder(2 * size + 1, width, latent, prior)
 
     def init(key: Array) -> Params:

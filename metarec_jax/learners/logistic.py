@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Learner, Model
+from metarec_jax.core import Array, Learner, MetarecError, Model
 from metarec_jax.learners.ridge import closed_form
 from metarec_jax.options import Bounds
 
@@ -45,8 +45,11 @@ def logistic(
         logistic loss.
 
     Raises:
-      MetarecError: the model has no ``features``.
+      MetarecError: the model has no ``features``, a precision is not above 0, or ``newton_steps`` is below 0.
     """
+
+    if newton_steps < 0:
+        raise MetarecError(f"logistic: newton_steps is {newton_steps}; give 0 or more")
 
     def fit(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
         return optimum(phi, prior, target, weight, precision, newton_steps)

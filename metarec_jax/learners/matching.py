@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, check_positive
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend, relation
 from metarec_jax.options import Bounds
@@ -56,7 +56,7 @@ def matching(
       A learner whose ``adapted`` is the support's `Evidence`: vectors ``[S, D]``, residuals and weights ``[S]``.
 
     Raises:
-      MetarecError: the model has no ``features``, or the similarity is not known.
+      MetarecError: the model has no ``features``, the similarity is not known, or a number is not above 0.
 
     Items are numbers, the model's own score is 0; temperature 0 and a prior of one example: ``(4 + 2) / (1 + 2)``.
 
@@ -73,6 +73,9 @@ def matching(
     known = ("cosine", "dot", "euclidean", "relation")
     if similarity not in known:
         raise MetarecError(f"matching: similarity {similarity!r} is not known; use one of {', '.join(known)}")
+    check_positive("matching", temperature=temperature, prior=prior)
+    if hidden < 1:
+        raise MetarecError(f"matching: hidden is {hidden}; give 1 or more")
     if similarity == "relation":
         model = shows.scaled(model, "matching")
         vectors = shows.features_of(model, "matching")

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import (
+    Array,
+    Examples,
+    Inputs,
+    Learner,
+    MetarecError,
+    Model,
+    Params,
+    check_not_negative,
+    check_positive,
+)
 from metarec_jax.learners import evidence as shows
 from metarec_jax.learners._inner import PRIOR
 from metarec_jax.options import Bounds
@@ -65,13 +75,14 @@ def memory(
       A learner whose ``adapted`` is ``{"user": [D + 1], "preference": [D, D]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, no slot, or ``inner_steps`` or ``prior`` below 0.
+      MetarecError: the model has no ``features``, no slot, ``inner_lr`` is not above 0, or ``inner_steps``, ``prior``
+        or ``prior_weight`` is below 0.
     """
     vectors = shows.features_of(model, "memory")
-    if slots < 1 or inner_steps < 0 or prior < 0:
-        raise MetarecError(
-            f"memory: slots is {slots}, inner_steps {inner_steps}, prior {prior:g}; give 1 or more, and 0 or more"
-        )
+    if slots < 1 or inner_steps < 0:
+        raise MetarecError(f"memory: slots is {slots}, inner_steps {inner_steps}; give 1 or more, and 0 or more")
+    check_positive("memory", inner_lr=inner_lr)
+    check_not_negative("memory", prior=prior, prior_weight=prior_weight)
     size = model.num_features
     columns = [(table, c) for table, t in sorted(model.tables.items()) for c in t.columns if c.startswith("user_")]
 

@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import (
+    Array,
+    Examples,
+    Inputs,
+    Learner,
+    MetarecError,
+    Model,
+    Params,
+    Task,
+    check_not_negative,
+    check_positive,
+)
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import decoder, encoder
 from metarec_jax.options import Bounds
@@ -66,7 +77,7 @@ def neural_process(
       A learner whose ``adapted`` is ``{"z": [size], "task": [size or 0]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, or a count that is below its least.
+      MetarecError: the model has no ``features``, or a number is below its least; ``prior`` must be above 0.
     """
     model = shows.scaled(model, "neural_process")
     vectors = shows.features_of(model, "neural_process")
@@ -75,6 +86,8 @@ def neural_process(
             f"neural_process: clusters {clusters}, size {size}, width {width}, hidden {hidden}; "
             "give clusters 0 or more, and the others 1 or more"
         )
+    check_positive("neural_process", prior=prior)
+    check_not_negative("neural_process", prior_weight=prior_weight, kl_weight=kl_weight)
     measure = losses.mse if loss is None else loss
     num_read = 2 * model.num_features + 1
     to_z = encoder(num_read, width, 2 * size if latent else size, prior)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, check_positive
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend
 from metarec_jax.options import Bounds
@@ -58,7 +58,7 @@ def protonet(
       A learner whose ``adapted`` is ``{"prototype": [K, D], "count": [K], "value": [K]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, or fewer than 1 class.
+      MetarecError: the model has no ``features``, fewer than 1 class, or a number is not above 0.
 
     Items are numbers, the model's own score is 0. Two examples of residual 1 at 0 and 2 make the prototype 1, one of -1
     makes 3, and the query 2 lies between: ``e^-1 (2 - 1) / (1 + e^-1 (2 + 1))``.
@@ -77,6 +77,7 @@ def protonet(
     vectors = shows.features_of(model, "protonet")
     if classes < 1:
         raise MetarecError(f"protonet: classes is {classes}; give 1 or more")
+    check_positive("protonet", sharpness=sharpness, prior=prior)
 
     def init(key: Array) -> Params:
         own = {

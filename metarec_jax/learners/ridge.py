@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task, check_positive
 from metarec_jax.options import Bounds
 
 
@@ -40,7 +40,7 @@ def ridge(
         squares.
 
     Raises:
-      MetarecError: the model has no ``features``.
+      MetarecError: the model has no ``features``, or a precision is not above 0.
     """
 
     def fit(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
@@ -69,6 +69,7 @@ def closed_form(
         raise MetarecError(
             f"{name} wants a model with features (vectors the score is linear in), such as content_model"
         )
+    check_positive(name, least=1e-6, precision=precision, bias_precision=bias_precision)
     vectors = model.features
 
     def design(params: Params, inputs: Inputs) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from metarec_jax.core import MetarecError, Params
+from metarec_jax.core import MetarecError, Params, check_positive
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import als_factors, implicit_als_factors
 
@@ -39,8 +39,9 @@ def warm_start(
       iterations: sweeps of ALS.
 
     Raises:
-      MetarecError: the parameters are not those of a dot-product `content_model`.
+      MetarecError: the parameters are not those of a dot-product `content_model`, or a ridge is not above 0.
     """
+    check_positive("warm_start", reg=reg, content_reg=content_reg)
     tables = params["tables"]
     if "item_id" not in tables or "mean" not in params["net"].get("params", {}):
         raise MetarecError(
