@@ -119,27 +119,3 @@ class Method(NamedTuple):
 
 class MetarecError(Exception):
     """Bad input, in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""
-
-
-def check_positive(name: str, *, least: float = 1e-12, **numbers: float) -> None:
-    """Raise where one of the ``numbers``, arguments of ``name``, is not from ``least`` to 1e12: 0, negative, nan.
-
-    >>> check_positive("ridge", precision=0.0)
-    Traceback (most recent call last):
-    metarec_jax.core.MetarecError: ridge: precision is 0; give a number above 0, from 1e-12 to 1e+12
-    """
-    for what, value in numbers.items():
-        if not least <= value <= 1e12:
-            raise MetarecError(f"{name}: {what} is {value:g}; give a number above 0, from {least:g} to 1e+12")
-
-
-def check_not_negative(name: str, **numbers: float) -> None:
-    """Raise where one of the ``numbers``, arguments of ``name``, is below 0, infinite or nan.
-
-    >>> check_not_negative("maml", prior=-2.0)
-    Traceback (most recent call last):
-    metarec_jax.core.MetarecError: maml: prior is -2; give 0 or more
-    """
-    for what, value in numbers.items():
-        if not 0 <= value < float("inf"):
-            raise MetarecError(f"{name}: {what} is {value:g}; give 0 or more")

@@ -7,13 +7,14 @@ their order does not matter and an example of weight 0 is not there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.core import Array, check_positive
+from metarec_jax.core import Array
+from metarec_jax.options import POSITIVE, bounded
 
 
 class Net(NamedTuple):
@@ -46,14 +47,14 @@ def attend(logits: Array, weight: Array, values: Array, null: Array | float = 0.
     return (each @ values) / (jnp.exp(null - top) + each.sum(1, keepdims=True))
 
 
-def encoder(inputs: int, width: int, outputs: int, prior: float = 3.0) -> Net:
+@bounded
+def encoder(inputs: int, width: int, outputs: int, prior: Annotated[float, POSITIVE] = 3.0) -> Net:
     """A set as one vector: ``f(r) - f(0)`` with ``r = sum_i w_i h(x_i) / (prior + sum_i w_i)``; 0 for an empty set.
 
     ``apply(params, x [n, inputs], weight [n]) -> [outputs]``; h and f are dense layers of ``width`` units, the prior is
     learned. Raises MetarecError where it is not above 0.
     Source: Zaheer et al., "Deep Sets", 2017.
     """
-    check_positive("encoder", prior=prior)
     return _net(_Encoder(width, outputs, prior), jnp.zeros((1, inputs)), jnp.ones(1))
 
 

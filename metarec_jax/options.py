@@ -28,17 +28,55 @@ def option(
     return field(default=default, metadata={"help": help, "flag": flag, "low": low, "high": high})
 
 
+F = typing.TypeVar("F", bound=Callable[..., Any])
+
+
 class Bounds(NamedTuple):
     """Bounds of the numbers of an argument, in a signature: ``size: Annotated[int, Bounds(1)] = 16``.
 
     Attributes:
       low, high: the smallest and the largest value that is allowed; None for no bound.
-      above: whether ``low`` itself is not allowed.
     """
 
     low: float | None = None
     high: float | None = None
-    above: bool = False
+
+
+POSITIVE = Bounds(1e-12, 1e12)
+"""Of numbers whose logarithm is learned, or that a closed form divides by: 0 would give NaN."""
+
+
+def bounded(factory: F) -> F:
+    """A factory that refuses numbers beyond the `Bounds` in its signature.
+
+    >>> @bounded
+    ... def steps(count: Annotated[int, Bounds(1)] = 5):
+    ...     return count
+    >>> steps(0)
+    Traceback (most recent call last):
+    metarec_jax.core.MetarecError: steps: count must be 1 or more, got 0; correct it
+    """
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, bounds in _bounds_of(factory).items():
+            if name in given and isinstance(given[name], int | float | tuple):
+                _check_numbers(f"{factory.__name__}: {name}", given[name], bounds.low, bounds.high)
+        return factory(*args, **kwargs)
+
+    return typing.cast("F", build)
+
+
+@functools.cache
+def _bounds_of(factory: Callable[..., Any]) -> dict[str, Bounds]:
+    marks = {
+        name: [mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Bounds)]
+        for name, hint in typing.get_type_hints(factory, include_extras=True).items()
+        if typing.get_origin(hint) is Annotated
+    }
+    return {name: found[0] for name, found in marks.items() if found}
 
 
 class Checked:
@@ -65,7 +103,7 @@ def arguments_of(function: Callable[..., Any], named: tuple[tuple[str, tuple[str
     Returns:
       For each argument ``(type, dataclasses.Field)``.
 
-    >>> def steps(model, *, lr: Annotated[float, Bounds(0.0, above=True)] = 0.1, loss=None):
+    >>> def steps(model, *, lr: Annotated[float, Bounds(0.0)] = 0.1, loss=None):
     ...     '''Steps.
     ...
     ...     Args:
@@ -198,15 +236,15 @@ def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Non
         raise error(f"{name} expected {_spoken(hint)}, got {shown(value)}; correct it")
     if isinstance(value, str) and "\0" in value:
         raise error(f"{name} has a zero byte in it: {shown(value)}; correct it")
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        low, high = metadata["low"], metadata["high"]
+    _check_numbers(name, value, metadata["low"], metadata["high"])
+
+
+def _check_numbers(name: str, value: Any, low: float | None, high: float | None) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool | str | NoneType):
             continue
-        excluded = metadata.get("above", False) and number == low
-        if excluded or not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
-            least = f"above {low}" if metadata.get("above", False) else f"{low} or more"
-            bounds = least if high is None else f"between {low} and {high}"
+        if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
+            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
             raise error(f"{name} must be {bounds}, got {shown(number)}; correct it")
         if not abs(number) <= (_LARGEST if isinstance(number, int) else sys.float_info.max):
             raise error(f"{name} is {shown(number)}, beyond what can be counted with; correct it")

@@ -43,7 +43,7 @@ def test_the_registry_is_read_without_jax():
         ("leo:latent=0", "leo:latent must be 1 or more, got 0"),
         ("leo:latent=many", "leo:latent expected a whole number, got 'many'"),
         ("leo:latent", "'latent' is not option=value"),
-        ("ridge:precision=0", "ridge:precision must be above 0.0"),
+        ("ridge:precision=0", "ridge:precision must be between 1e-06 and"),
         ("maml:rule=sgdd", "maml:rule: 'sgdd' is not known; perhaps you meant 'sgd'"),
     ],
 )

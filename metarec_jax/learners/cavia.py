@@ -15,12 +15,13 @@ from metarec_jax import losses, rows
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import MakeRule, Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 START = "context/start"
 """Path of the context, as `maml` sees it."""
 
 
+@bounded
 def cavia(
     model: Model,
     *,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import made_rows as made
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
 def wasserstein(mean: Array, log_variance: Array, other_mean: Array, other_log_variance: Array) -> Array:
@@ -45,6 +45,7 @@ _LOG_VARIANCE = -4.0
 DISTANCES = {"wasserstein": wasserstein, "kl": kl}
 
 
+@bounded
 def cvar(
     model: Model,
     content: Model,

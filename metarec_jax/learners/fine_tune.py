@@ -16,9 +16,10 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import RULES, MakeRule, Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def fine_tune(
     model: Model,
     *,

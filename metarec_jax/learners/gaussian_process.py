@@ -24,7 +24,7 @@ from metarec_jax.core import Array, Column, Examples, Inputs, Learner, MetarecEr
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import bias_terms
 from metarec_jax.learners.warm_start import content_blocks, regress
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 DENSE_LIMIT = 10_000
 """Item rows, at the most, for which square matrices are made."""
@@ -32,6 +32,7 @@ _GROUPS = 1000
 """Values of a user feature, at the most, by which users are grouped: there are two numbers for each and each item."""
 
 
+@bounded
 def gaussian_process(
     columns: Mapping[str, Column],
     *,

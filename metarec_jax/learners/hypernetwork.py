@@ -13,28 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import (
-    Array,
-    Examples,
-    Inputs,
-    Learner,
-    MetarecError,
-    Model,
-    Params,
-    check_not_negative,
-    check_positive,
-)
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 
+@bounded
 def hypernetwork(
     model: Model,
     *,
     hidden: Annotated[int, Bounds(0)] = 0,
     width: Annotated[int, Bounds(1)] = 64,
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
@@ -68,8 +59,6 @@ def hypernetwork(
     vectors = shows.features_of(model, "hypernetwork")
     if hidden < 0 or width < 1:
         raise MetarecError(f"hypernetwork: hidden is {hidden}, width {width}; give 0 or more, and 1 or more")
-    check_positive("hypernetwork", prior=prior)
-    check_not_negative("hypernetwork", prior_weight=prior_weight)
     size = model.num_features
     length = 3 * hidden + 1 if hidden else size + 1
     net = encoder(2 * size + 1, width, length, prior)

@@ -15,15 +15,16 @@ from metarec_jax.core import Array, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners._inner import inner
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def imaml(
     model: Model,
     *,
     inner_lr: Annotated[float | None, Bounds(0.0)] = None,
     inner_steps: Annotated[int, Bounds(0)] = 5,
-    proximal: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    proximal: Annotated[float, Bounds(1e-6, 1e12)] = 1.0,
     cg_steps: Annotated[int, Bounds(1)] = 8,
     loss: Callable[..., Array] = losses.mse,
     only: tuple[str, ...] | None = (),

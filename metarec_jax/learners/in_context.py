@@ -15,29 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import (
-    Array,
-    Examples,
-    Inputs,
-    Learner,
-    MetarecError,
-    Model,
-    Params,
-    check_not_negative,
-    check_positive,
-)
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import transformer
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 
+@bounded
 def in_context(
     model: Model,
     *,
     width: Annotated[int, Bounds(1)] = 32,
     layers: Annotated[int, Bounds(1)] = 2,
     heads: Annotated[int, Bounds(1)] = 2,
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
@@ -73,8 +64,6 @@ def in_context(
         raise MetarecError(
             f"in_context: width {width}, layers {layers}, heads {heads}; give 1 or more, the width a multiple of heads"
         )
-    check_positive("in_context", prior=prior)
-    check_not_negative("in_context", prior_weight=prior_weight)
     net = transformer(model.num_features, width, layers, heads)
 
     def init(key: Array) -> Params:

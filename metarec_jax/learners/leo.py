@@ -14,22 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import (
-    Array,
-    Examples,
-    Inputs,
-    Learner,
-    MetarecError,
-    Model,
-    Params,
-    check_not_negative,
-    check_positive,
-)
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 
+@bounded
 def leo(
     model: Model,
     *,
@@ -37,7 +28,7 @@ def leo(
     inner_lr: Annotated[float, Bounds(0.0)] = 0.3,
     inner_steps: Annotated[int, Bounds(0)] = 5,
     width: Annotated[int, Bounds(1)] = 64,
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
     inner_loss: Callable[..., Array] | None = None,
@@ -74,8 +65,6 @@ def leo(
         )
     of_support = inner_loss or (losses.mse if expected is shows.itself else losses.bce)
     size = model.num_features
-    check_positive("leo", prior=prior)
-    check_not_negative("leo", prior_weight=prior_weight)
     net = encoder(2 * size + 1, width, latent, prior)
 
     def init(key: Array) -> Params:

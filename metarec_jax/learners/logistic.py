@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Learner, MetarecError, Model
 from metarec_jax.learners.ridge import closed_form
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 _HALVINGS = 8
 """Shares of a Newton step that are tried: 1, 1/2, 1/4, ..."""
 
 
+@bounded
 def logistic(
     model: Model,
     *,
-    precision: Annotated[float, Bounds(0.0, above=True)] = 1.0,
-    bias_precision: Annotated[float, Bounds(0.0, above=True)] = 1.0,
+    precision: Annotated[float, Bounds(1e-6, 1e12)] = 1.0,
+    bias_precision: Annotated[float, Bounds(1e-6, 1e12)] = 1.0,
     newton_steps: Annotated[int, Bounds(1)] = 8,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:

@@ -19,11 +19,12 @@ from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Mod
 from metarec_jax.learners import low_rank as thin
 from metarec_jax.learners._inner import inner as choose
 from metarec_jax.learners.rules import MakeRule, Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 _UNROLL_UP_TO = 5
 
 
+@bounded
 def maml(
     model: Model,
     *,

@@ -16,9 +16,10 @@ from metarec_jax import losses
 from metarec_jax.core import PROGRESS, Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import lslr
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def maml_plus_plus(
     model: Model,
     *,
@@ -32,8 +33,8 @@ def maml_plus_plus(
 ) -> Learner:
     """`maml` with the rule `lslr`, query losses after every step, and weights of them that depend on the progress.
 
-    ``params["progress"]`` in [0, 1] has no gradient; training sets it to the share of outer steps that are done. At 0 all
-    inner steps weigh the same, at 1 the last alone counts.
+    ``params["progress"]`` in [0, 1] has no gradient; training sets it to the share of outer steps that are done. At 0
+    all inner steps weigh the same, at 1 the last alone counts.
 
     Args:
       inner_lr: the first rate of every layer and step.

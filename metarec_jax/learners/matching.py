@@ -16,21 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, check_positive
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend, relation
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _SHORT = 1e-4
 """Added to a squared length: an item of which nothing is known has the vector 0, and no direction."""
 
 
+@bounded
 def matching(
     model: Model,
     *,
     similarity: Literal["cosine", "dot", "euclidean", "relation"] = "cosine",
-    temperature: Annotated[float, Bounds(0.0, above=True)] = 4.0,
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    temperature: Annotated[float, POSITIVE] = 4.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     hidden: Annotated[int, Bounds(1)] = 32,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
@@ -73,7 +74,6 @@ def matching(
     known = ("cosine", "dot", "euclidean", "relation")
     if similarity not in known:
         raise MetarecError(f"matching: similarity {similarity!r} is not known; use one of {', '.join(known)}")
-    check_positive("matching", temperature=temperature, prior=prior)
     if hidden < 1:
         raise MetarecError(f"matching: hidden is {hidden}; give 1 or more")
     if similarity == "relation":

@@ -13,20 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import (
-    Array,
-    Examples,
-    Inputs,
-    Learner,
-    MetarecError,
-    Model,
-    Params,
-    check_not_negative,
-    check_positive,
-)
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.learners._inner import PRIOR
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _SHORT = 1e-4
 """Added to squared lengths: a profile of which nothing is known is 0, and alike all slots."""
@@ -35,11 +25,12 @@ _LONGEST = 5.0
 _UNROLL_UP_TO = 5
 
 
+@bounded
 def memory(
     model: Model,
     *,
     slots: Annotated[int, Bounds(1)] = 8,
-    inner_lr: Annotated[float, Bounds(0.0)] = 0.3,
+    inner_lr: Annotated[float, POSITIVE] = 0.3,
     inner_steps: Annotated[int, Bounds(0)] = 5,
     prior: Annotated[float, Bounds(0.0)] = PRIOR,
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
@@ -81,8 +72,6 @@ def memory(
     vectors = shows.features_of(model, "memory")
     if slots < 1 or inner_steps < 0:
         raise MetarecError(f"memory: slots is {slots}, inner_steps {inner_steps}; give 1 or more, and 0 or more")
-    check_positive("memory", inner_lr=inner_lr)
-    check_not_negative("memory", prior=prior, prior_weight=prior_weight)
     size = model.num_features
     columns = [(table, c) for table, t in sorted(model.tables.items()) for c in t.columns if c.startswith("user_")]
 

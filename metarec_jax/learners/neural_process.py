@@ -14,23 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import (
-    Array,
-    Examples,
-    Inputs,
-    Learner,
-    MetarecError,
-    Model,
-    Params,
-    Task,
-    check_not_negative,
-    check_positive,
-)
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import decoder, encoder
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 
+@bounded
 def neural_process(
     model: Model,
     *,
@@ -39,7 +29,7 @@ def neural_process(
     size: Annotated[int, Bounds(1)] = 16,
     width: Annotated[int, Bounds(1)] = 64,
     hidden: Annotated[tuple[int, ...], Bounds(1)] = (64,),
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     kl_weight: Annotated[float, Bounds(0.0)] = 1.0,
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] | None = None,
@@ -86,8 +76,6 @@ def neural_process(
             f"neural_process: clusters {clusters}, size {size}, width {width}, hidden {hidden}; "
             "give clusters 0 or more, and the others 1 or more"
         )
-    check_positive("neural_process", prior=prior)
-    check_not_negative("neural_process", prior_weight=prior_weight, kl_weight=kl_weight)
     measure = losses.mse if loss is None else loss
     num_read = 2 * model.num_features + 1
     to_z = encoder(num_read, width, 2 * size if latent else size, prior)

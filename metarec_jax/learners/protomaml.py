@@ -18,9 +18,10 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import MakeRule, Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def protomaml(
     model: Model,
     *,

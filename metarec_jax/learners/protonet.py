@@ -14,21 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, check_positive
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import attend
-from metarec_jax.options import Bounds
+from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _NOTHING = -1e30
 """A null logit that counts only where there is no example at all."""
 
 
+@bounded
 def protonet(
     model: Model,
     *,
     classes: Annotated[int, Bounds(1)] = 5,
-    sharpness: Annotated[float, Bounds(0.0, above=True)] = 1.0,
-    prior: Annotated[float, Bounds(0.0, above=True)] = 3.0,
+    sharpness: Annotated[float, POSITIVE] = 1.0,
+    prior: Annotated[float, POSITIVE] = 3.0,
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
@@ -77,7 +78,6 @@ def protonet(
     vectors = shows.features_of(model, "protonet")
     if classes < 1:
         raise MetarecError(f"protonet: classes is {classes}; give 1 or more")
-    check_positive("protonet", sharpness=sharpness, prior=prior)
 
     def init(key: Array) -> Params:
         own = {

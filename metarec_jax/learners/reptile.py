@@ -16,9 +16,10 @@ from metarec_jax.core import Array, Examples, Learner, Model, Params, Task
 from metarec_jax.learners._inner import inner
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import MakeRule, Rule
-from metarec_jax.options import Bounds
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def reptile(
     model: Model,
     *,

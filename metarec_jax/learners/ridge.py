@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task, check_positive
-from metarec_jax.options import Bounds
+from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.options import Bounds, bounded
 
 
+@bounded
 def ridge(
     model: Model,
     *,
-    precision: Annotated[float, Bounds(0.0, above=True)] = 8.0,
-    bias_precision: Annotated[float, Bounds(0.0, above=True)] = 5.0,
+    precision: Annotated[float, Bounds(1e-6, 1e12)] = 8.0,
+    bias_precision: Annotated[float, Bounds(1e-6, 1e12)] = 5.0,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
     """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.
@@ -69,7 +70,6 @@ def closed_form(
         raise MetarecError(
             f"{name} wants a model with features (vectors the score is linear in), such as content_model"
         )
-    check_positive(name, least=1e-6, precision=precision, bias_precision=bias_precision)
     vectors = model.features
 
     def design(params: Params, inputs: Inputs) -> Array:

@@ -8,25 +8,28 @@ item never rated by its content. Users start from their factors, and what is kno
 from __future__ import annotations
 
 import itertools
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from metarec_jax.core import MetarecError, Params, check_positive
+from metarec_jax.core import MetarecError, Params
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import als_factors, implicit_als_factors
+from metarec_jax.options import POSITIVE, bounded
 
 _POPULARITY = 20.0
 """Ratings at which an item counts half in the regression on content."""
 
 
+@bounded
 def warm_start(
     params: Params,
     train: Interactions,
     *,
-    reg: float = 8.0,
-    content_reg: float = 3.0,
+    reg: Annotated[float, POSITIVE] = 8.0,
+    content_reg: Annotated[float, POSITIVE] = 3.0,
     iterations: int = 10,
     seed: int = 0,
 ) -> Params:
@@ -41,7 +44,6 @@ def warm_start(
     Raises:
       MetarecError: the parameters are not those of a dot-product `content_model`, or a ridge is not above 0.
     """
-    check_positive("warm_start", reg=reg, content_reg=content_reg)
     tables = params["tables"]
     if "item_id" not in tables or "mean" not in params["net"].get("params", {}):
         raise MetarecError(
