@@ -1,5 +1,6 @@
 """A run resumes from what it saved, bit for bit, and never from what was damaged."""
 
+import errno
 import json
 import os
 import signal
@@ -149,21 +150,49 @@ def test_a_torn_step_is_passed_over(run, victim):
 def test_all_damaged_is_a_start_from_nothing(run):
     damage(run, "latest", 2)
     damage(run, "latest", 3)
+    damage(run, "best", 2)
     said = []
     with Checkpoints(run, identity=IDENTITY, say=said.append) as checkpoints:
         assert checkpoints.restore(state(0)) is None
-    assert len(said) == 2
+    assert len(said) == 3
 
 
-def test_resuming_before_the_best_forgets_it_and_finds_it_again(run):
+def test_a_sound_best_is_taken_where_every_latest_is_damaged(run):
+    """The best is a whole state: the run goes on from it, and it is still there afterwards."""
+    damage(run, "latest", 2)
+    damage(run, "latest", 3)
+    said = []
+    with Checkpoints(run, identity=IDENTITY, say=said.append) as checkpoints:
+        step, restored = checkpoints.restore(state(0))
+        assert step == 2
+        assert equal(restored, state(2))
+        assert (kept(run, "latest"), kept(run, "best")) == ([2], [2])
+        assert equal(checkpoints.restore(state(0), which="best")[1], state(2))
+    assert "passed over the damaged checkpoint of step 3" in said[0]
+    assert "the best one, of step 2; it is taken" in said[2]
+
+
+def test_a_sound_best_that_is_newer_than_the_sound_latest_is_taken(run):
     with Checkpoints(run, identity=IDENTITY) as checkpoints:
         checkpoints.save(4, state(4), best=True)
     damage(run, "latest", 4)
     with Checkpoints(run, identity=IDENTITY, say=lambda _: None) as checkpoints:
-        assert checkpoints.restore(state(0))[0] == 3
-        assert kept(run, "best") == [2]
-        checkpoints.save(4, state(4), best=True)
+        step, restored = checkpoints.restore(state(0))
+        assert step == 4
+        assert equal(restored, state(4))
+        checkpoints.save(5, state(5), wait=True)
     assert kept(run, "best") == [2, 4]
+
+
+def test_what_this_machine_cannot_read_is_neither_damaged_nor_deleted(run, monkeypatch):
+    def exhausted(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, Checkpoints(run, identity=IDENTITY) as checkpoints:
+        patch.setattr(folders, "_sums", exhausted)
+        with pytest.raises(MetarecError, match="cannot be read: .*Too many open files; it is left as it is"):
+            checkpoints.restore(state(0))
+    assert (kept(run, "latest"), kept(run, "best")) == ([2, 3], [2])
 
 
 def test_saving_a_step_again_keeps_one(run):

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +112,7 @@ class Checkpoints:
         self.wait()
         step, flat = int(step), leaves.flatten(state)
         extra = {name: float(value) for name, value in (metrics or {}).items()}
-        # The best goes first: a run killed in between redoes this step from an older "latest", and finds its own best.
+        # The best goes first: a run killed in between goes on from it, as from a latest one.
         kinds: list[Which] = ["best", "latest"] if best else ["latest"]
         if processes.count() == 1:
             self._pending = self._worker.submit(self._write, step, flat, extra, kinds)
@@ -137,17 +137,21 @@ class Checkpoints:
     def restore(self, like: Any, *, which: Which = "latest") -> tuple[int, Any] | None:
         """The step and the state of the newest sound checkpoint, or None where there is none.
 
-        A damaged checkpoint is passed over (one line says so) for the one before. What the run wrote after the step
-        that is restored is deleted: training will write it again.
+        A damaged checkpoint is passed over (one line says so) for the one before. The best checkpoints hold whole
+        states, so ``which="latest"`` takes the newest sound one of both kinds, and says so where that is a best one.
+        What is newer than the step that is restored, all of it damaged, is deleted.
 
         Args:
+          which: "latest", to resume, or "best", which reads the best checkpoints alone and deletes nothing.
           like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`; its shardings are kept.
 
         Raises:
-          MetarecError: the checkpoint's leaves have other names, shapes or dtypes than ``like``.
+          MetarecError: the checkpoint's leaves have other names, shapes or dtypes than ``like``; this machine cannot
+            read it (permissions, open files, memory), which is no reason to take an older one.
         """
         self.wait()
-        found = _newest(self.directory, which, like, self._say, together=True)
+        kinds: tuple[Which, ...] = _KINDS if which == "latest" else ("best",)
+        found = _newest(self.directory, kinds, like, self._say, together=True)
         if which == "latest":
             processes.decide(lambda: self._forget_after(-1 if found is None else found[0]))
         return found
@@ -275,7 +279,7 @@ def load_params(
         which = "latest"
     if not folders.steps(run / "checkpoints" / which):
         raise MetarecError(f"{run} holds no checkpoint; train one first (metarec fit), or name another run directory")
-    found = _newest(run, which, like, say or _log.warning, under)
+    found = _newest(run, (which,), like, say or _log.warning, under)
     if found is None:
         raise MetarecError(f"no checkpoint in {run} is sound; train again with --fresh")
     return found[1]
@@ -292,19 +296,26 @@ def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -
 
 def _newest(
     run: Path,
-    which: Which,
+    kinds: Sequence[Which],
     like: Any,
     say: Callable[[str], None],
     under: str | None = None,
     *,
     together: bool = False,
 ) -> tuple[int, Any] | None:
-    """The newest step that is sound, and what it holds; with ``together`` all processes come to the same one."""
-    root = run / "checkpoints" / which
+    """The newest step that is sound, and what it holds; with ``together`` all processes come to the same one.
+
+    Of one step that is there in several kinds the first of ``kinds`` is taken.
+    """
+    roots = {kind: run / "checkpoints" / kind for kind in kinds}
     decide = processes.decide if together else lambda choose: choose()
-    for step in decide(lambda: folders.numbered(root)[::-1]):
-        folder = root / str(step)
-        wrong, refused, found = decide(functools.partial(folders.damage, folder)), None, None
+
+    def newest_first() -> list[tuple[int, Which]]:
+        return sorted(((n, kind) for kind in kinds for n in folders.numbered(roots[kind])), key=lambda s: -s[0])
+
+    for step, kind in decide(newest_first):
+        folder = roots[kind] / str(step)
+        wrong, refused, found = decide(functools.partial(_damage, folder)), None, None
         if wrong is None:
             wrong, refused, found = _load(folder, like, under)
             if together:
@@ -312,11 +323,25 @@ def _newest(
                 wrong, refused = (next((a[k] for a in answers if a[k]), None) for k in (0, 1))
         if refused is not None:
             raise MetarecError(_fit_to_print(f"the checkpoint of step {step} in {run} {refused}"))
+        speaks = not together or processes.is_first()
         if wrong is None:
+            if kind != kinds[0] and speaks:
+                say(f"the newest sound checkpoint in {run} is the best one, of step {step}; it is taken")
             return step, found
-        if not together or processes.is_first():
+        if speaks:
             say(_fit_to_print(f"passed over the damaged checkpoint of step {step} in {run} ({wrong})"))
     return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a step; raises where it is this machine that cannot read them."""
+    try:
+        return folders.damage(folder)
+    except OSError as error:
+        raise MetarecError(
+            f"the checkpoint {folder} cannot be read: {first_line(error)}; it is left as it is. Mend that, and run the "
+            "same command again"
+        ) from error
 
 
 def _fit_to_print(message: str) -> str:

@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 
 MARK = "sha256.json"
+_OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
+"""Errors of reading that say nothing of a file's contents."""
 
 
 def steps(root: Path) -> list[int]:
@@ -45,13 +47,19 @@ def mark(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a step, in words; None where they are those that were marked."""
+    """What is wrong with the files of a step, in words; None where they are those that were marked.
+
+    Raises:
+      OSError: the machine cannot read them at present, so that nothing is known of them.
+    """
     if not is_whole(folder):
         return "its save, or its deletion, was cut short"
     try:
         marked = json.loads((folder / MARK).read_text())
         found = _sums(folder)
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
         return str(error)
     if not isinstance(marked, dict):
         return f"{MARK} holds no digests"
