@@ -124,6 +124,25 @@ def test_early_stopping_returns_the_best(tmp_path):
     assert largest_difference(result.params, seen[1]) == 0.0
 
 
+@pytest.mark.parametrize("stops_at", [None, 4])
+def test_a_constant_validation_is_better_once(tmp_path, stops_at):
+    """0.1 is no float32: of a validation that never changes the first is the best, after a resume too.
+
+    Saved are the best, the step of the interruption and the step of the early stop, and no other of the validations.
+    """
+    saved, polls = [], iter(range(2, 100, 2))
+    arguments = {"steps": 100, "chunk": 2, "validate": lambda _: {"loss": 0.1}, "validate_every": 2, "patience": 3}
+    for _ in range(1 if stops_at is None else 2):
+        with Checkpoints(tmp_path, identity={}) as checkpoints:
+            save = checkpoints.save
+            checkpoints.save = lambda step, *a, save=save, **k: saved.append((step, k["best"])) or save(step, *a, **k)
+            result = fit(
+                learner(), source(), **arguments, checkpoints=checkpoints, stop=lambda: next(polls) == stops_at
+            )
+    assert (result.step, result.stopped) == (8, "early stop")
+    assert saved == [(2, True), *([] if stops_at is None else [(stops_at, False)]), (8, False)]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step_named():
     with pytest.raises(
         MetarecError,

@@ -106,7 +106,9 @@ def fit(
       validate: ``validate(params) -> {metric: value}``, called every ``validate_every`` steps and at the end.
       monitor: the validation metric that selects; smaller is better.
       patience: validations without a better value before stopping early; None never stops.
-      checkpoints: saves every ``save_every`` steps, at every validation and at the end, and resumes from the latest.
+      checkpoints: saves every ``save_every`` steps, at each validation that is the best so far, and at the end (an
+        early stop and an interruption included); resumes from the newest. A validation that is not saved is repeated
+        after a kill, to the same value.
       progress: called after every chunk with the step and its metrics.
       say: called once, before the first step, with a line on how long compiling took and how much memory the run takes.
       stop: polled after every chunk; True saves and returns.
@@ -194,8 +196,8 @@ def fit(
                     f"validate() returned no {monitor!r}; it returned {sorted(values)}; set monitor= to one of them"
                 )
             row |= {f"validation_{name}": value for name, value in values.items()}
-            better = row[f"validation_{monitor}"] < float(state.best)
-            value = np.float32(row[f"validation_{monitor}"])
+            value = np.float32(row[f"validation_{monitor}"])  # as it is kept, so that like is compared with like
+            better = bool(value < state.best)
             state = (
                 state._replace(best=value, stale=np.int32(0))
                 if better
@@ -207,8 +209,9 @@ def fit(
         if progress is not None:
             progress(done, row)
         halted = stop()
-        if checkpoints is not None and (better or halted or done == steps or done % save_every == 0):
-            checkpoints.save(done, state, metrics=row, best=better, wait=halted or done == steps)
+        ended = halted or done == steps or (patience is not None and int(state.stale) >= patience)
+        if checkpoints is not None and (better or ended or done % save_every == 0):
+            checkpoints.save(done, state, metrics=row, best=better, wait=ended)
             last_saved = done
         if halted and done < steps:
             stopped = "interrupted"
