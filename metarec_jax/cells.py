@@ -29,15 +29,24 @@ class Cell(NamedTuple):
     """One method under one seed, measured; or the reason why it could not be.
 
     Attributes:
-      report: of the method alone; cost: what it takes; both None where it ``failed``.
+      report: of the method alone; cost: what it takes; both None where there is nothing measured.
       convergence: of its inner loop, where it has one.
-      failed: in one line.
+      diverged: why training cannot end, in one line: a result, kept like any other.
+      passing: why the cell is not measured this time, in one line; never kept, since it may pass.
     """
 
     report: Report | None
     cost: Cost | None
     convergence: Convergence | None = None
-    failed: str | None = None
+    diverged: str | None = None
+    passing: str | None = None
+
+    @property
+    def failed(self) -> str | None:
+        """Why there is no report, in words for the table."""
+        if self.passing is not None:
+            return f"not measured (the same command tries it again): {self.passing}"
+        return self.diverged
 
 
 def place(folder: Path, name: str, seed: int, identity: Mapping[str, Any]) -> Path:
@@ -65,7 +74,7 @@ def write(where: Path, cell: Cell, identity: Mapping[str, Any]) -> None:
             "identity": identity,
             "cost": None if cell.cost is None else cell.cost._asdict(),
             "convergence": None if cell.convergence is None else diagnostics.to_json(cell.convergence),
-            "failed": cell.failed,
+            "diverged": cell.diverged,
             "files": {name: _sha256(partial / name) for name in _FILES if (partial / name).is_file()},
         }
         (partial / "cell.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -81,8 +90,8 @@ def read(where: Path, identity: Mapping[str, Any]) -> Cell | None:
         told = json.loads((where / "cell.json").read_text(encoding="utf-8"))
         if told["identity"] != json.loads(json.dumps(identity)):
             return None
-        if told["failed"] is not None:
-            return Cell(None, None, failed=str(told["failed"]))
+        if told.get("diverged") is not None:
+            return Cell(None, None, diverged=str(told["diverged"]))
         if any(told["files"][name] != _sha256(where / name) for name in _FILES):
             return None
         curves = told["convergence"]

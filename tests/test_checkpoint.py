@@ -190,7 +190,7 @@ def test_what_this_machine_cannot_read_is_neither_damaged_nor_deleted(run, monke
 
     with monkeypatch.context() as patch, Checkpoints(run, identity=IDENTITY) as checkpoints:
         patch.setattr(folders, "_sums", exhausted)
-        with pytest.raises(MetarecError, match="cannot be read: .*Too many open files; it is left as it is"):
+        with pytest.raises(MetarecError, match=r"cannot be read: .*Too many open files; it is left as it is"):
             checkpoints.restore(state(0))
     assert (kept(run, "latest"), kept(run, "best")) == ([2, 3], [2])
 

@@ -2,13 +2,15 @@
 
 import csv
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import pandas as pd
 import pytest
 
-from metarec_jax import cli, results
+from metarec_jax import cells, cli, results
 from metarec_jax import config as configs
 from metarec_jax.baselines import item_mean
 from metarec_jax.commands import compare as command
@@ -17,6 +19,7 @@ from metarec_jax.commands.protocol import fixed_tasks, rating_range, relevant_fr
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
 from metarec_jax.evaluation import evaluate
+from metarec_jax.training import run_directory
 
 SMALL = [
     "--steps",
@@ -241,6 +244,54 @@ def test_what_diverges_and_what_does_not_suit_is_told_and_the_others_go_on(tmp_p
     work.clear()
     assert run(*command) == 0
     assert work == []
+
+
+def test_a_failure_that_may_pass_keeps_the_training_and_so_does_one_that_another_process_holds(
+    tmp_path, monkeypatch, capsys
+):
+    """The disk is full at step 8 of 12; then another process trains there; then the run goes on from step 4."""
+    steps, full, fit = [], True, command.fit
+
+    def watched(*args, progress, **given):
+        def noted(step, row):
+            if step == 8 and full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            steps.append(step)
+            progress(step, row)
+
+        return fit(*args, progress=noted, **given)
+
+    monkeypatch.setattr(command, "fit", watched)
+    out = ["--learners", "ridge", "--steps", "12", "--save-every", "4", "--out", str(tmp_path)]
+    assert run(*out) == 0
+    assert "not measured: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert found(tmp_path)["failed"]["ridge"].startswith("not measured (the same command tries it again): [Errno 28]")
+    [training] = (tmp_path / "cells").glob("*.training")
+    full = False
+    handle, _ = run_directory.lock(training)
+    try:
+        assert run(*out) == 0
+        assert "is in use by another process" in found(tmp_path)["failed"]["ridge"]
+        assert run(*out, "--fresh") == 2
+        assert "is in use by another process" in capsys.readouterr().err
+        assert list((tmp_path / "cells").glob("item_mean-*"))
+    finally:
+        os.close(handle)
+    assert steps == [4]
+    assert run(*out) == 0
+    assert steps == [4, 8, 12]
+    assert found(tmp_path)["failed"] == {}
+    assert not training.exists()
+
+
+def test_a_failure_kept_by_an_earlier_version_is_measured_again(tmp_path):
+    """It kept every failure of a training that had begun; only a divergence is a result."""
+    cells.write(tmp_path / "cell", cells.Cell(None, None, diverged="the loss of step 3 is nan"), {"seed": 0})
+    assert cells.read(tmp_path / "cell", {"seed": 0}).diverged == "the loss of step 3 is nan"
+    told = json.loads((tmp_path / "cell" / "cell.json").read_text())
+    told["failed"] = told.pop("diverged")
+    (tmp_path / "cell" / "cell.json").write_text(json.dumps(told))
+    assert cells.read(tmp_path / "cell", {"seed": 0}) is None
 
 
 @pytest.mark.parametrize(

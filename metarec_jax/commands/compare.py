@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +36,9 @@ from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
 from metarec_jax.plain import fit_plain
+from metarec_jax.training import run_directory
 from metarec_jax.training.checkpoint import Checkpoints
-from metarec_jax.training.loop import fit
+from metarec_jax.training.loop import Diverged, fit
 from metarec_jax.training.progress import StopSignal
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -87,7 +90,7 @@ def compare(
     entries = all_entries(config, data, ours, plain)
     folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
     if fresh:
-        shutil.rmtree(folder / "cells", ignore_errors=True)
+        _clear_all(folder / "cells")
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,14 +154,44 @@ def _measure(
         if world is None or world[0] != seed:
             world = seed, _world(seeded, data, seed, max_users)
         training = where.with_name(f"{where.name}.training")
-        cell, keep = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity)
-        if keep:
+        cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity)
+        if cell.passing is None:
             cells.write(where, cell, identity)
-        shutil.rmtree(training, ignore_errors=True)
+            _clear(training)
         seconds[entry.name, seed] = time.perf_counter() - began
-        _say(f"  {f'failed: {cell.failed}' if cell.failed else 'measured'} ({seconds[entry.name, seed]:.1f} s)")
+        outcome = f"diverged: {cell.diverged}" if cell.diverged else "measured"
+        outcome = outcome if cell.passing is None else f"not measured: {cell.passing}"
+        _say(f"  {outcome} ({seconds[entry.name, seed]:.1f} s)")
         table[entry.name, seed] = cell
     return table
+
+
+def _clear(training: Path) -> None:
+    """Delete the training of a cell that is measured; where another process trains there by now, it is that one's."""
+    if training.is_dir():
+        with contextlib.suppress(MetarecError), _held(training):
+            shutil.rmtree(training, ignore_errors=True)
+
+
+def _clear_all(folder: Path) -> None:
+    """Delete all cells.
+
+    Raises:
+      MetarecError: another process trains one of them; then nothing is deleted.
+    """
+    with contextlib.ExitStack() as stack:
+        for training in folder.glob("*.training"):
+            stack.enter_context(_held(training))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(training: Path) -> Iterator[None]:
+    handle, _ = run_directory.lock(training)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _say(text: str) -> None:
@@ -226,16 +259,15 @@ def _cell(
     built: dict[str, Learner],
     training: Path,
     identity: Mapping[str, Any],
-) -> tuple[Cell, bool]:
-    """A cell, and whether to keep it: a failure before training began may pass, such as a lack of memory."""
+) -> Cell:
+    """A cell: measured, diverged, or not measured for a reason that may pass, such as a full disk."""
     from metarec_jax.evaluation import evaluate
 
-    began: list[str] = []
     try:
         if entry.kind == "learner":
             if entry.name not in built:  # one for all seeds, so that evaluating compiles once
                 built[entry.name] = configs.build_learner(config, data)
-            method, seconds = _train(config, built[entry.name], data, world, training, identity, began.append)
+            method, seconds = _train(config, built[entry.name], data, world, training, identity)
         else:
             start = time.perf_counter()
             method = fit_plain(
@@ -269,9 +301,17 @@ def _cell(
         curves = None
         if entry.kind == "learner":
             curves = diagnose(config, data, method.params, world.known, world.held)
-    except (MetarecError, jax.errors.JaxRuntimeError) as error:
-        return Cell(None, None, failed=" ".join(str(error).split())[:500]), bool(began)
-    return Cell(report, took, curves), True
+    except Diverged as error:
+        return Cell(None, None, diverged=_one_line(error))
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except (MetarecError, jax.errors.JaxRuntimeError, OSError, MemoryError) as error:
+        return Cell(None, None, passing=_one_line(error))
+    return Cell(report, took, curves)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:500]
 
 
 def _train(
@@ -281,7 +321,6 @@ def _train(
     world: World,
     folder: Path,
     identity: Mapping[str, Any],
-    begun: Callable[[str], None],
 ) -> tuple[Method, float]:
     """A learner trained as `metarec fit` trains it, on one device, and the seconds that took; interrupted, it resumes.
 
@@ -310,7 +349,6 @@ def _train(
             configs.build_source(config, world.parts.train),
             checkpoints=checkpoints,
             progress=noted,
-            say=begun,
             stop=lambda: bool(stop),
             **given,
         )

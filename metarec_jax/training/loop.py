@@ -27,6 +27,10 @@ from metarec_jax.training.step import BAD_TASK, HIGHEST, LOWEST, Optimizers, Tra
 Validate = Callable[[Params], Mapping[str, float]]
 
 
+class Diverged(MetarecError):
+    """The loss of an outer step is not finite. The same training again ends there again."""
+
+
 class FitResult(NamedTuple):
     """What `fit` returns.
 
@@ -122,10 +126,10 @@ def fit(
       dtype: what the learner computes in, such as ``jnp.bfloat16``; parameters and optimisers keep their own.
 
     Raises:
-      MetarecError: a loss that is not finite (the step, the task and the last good checkpoint are named); a monitored
-        metric that ``validate`` does not return; ``params`` of another learner; ids that a table lacks; a count below
-        1; a mesh that cannot share the tasks; tables, or a batch, for which there is not the memory (before they are
-        made; how much each takes is told).
+      Diverged: a loss that is not finite (the step, the task and the last good checkpoint are named).
+      MetarecError: a monitored metric that ``validate`` does not return; ``params`` of another learner; ids that a
+        table lacks; a count below 1; a mesh that cannot share the tasks; tables, or a batch, for which there is not
+        the memory (before they are made; how much each takes is told).
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> from metarec_jax.learners.ridge import ridge
@@ -370,7 +374,7 @@ def _checked(learner: Learner, metrics: Mapping[str, Any], done: int, last_saved
     if len(bad):
         kept = f"the checkpoint of step {last_saved} is good" if last_saved >= 0 else "no checkpoint was saved yet"
         task = int(metrics[BAD_TASK][bad[0]])
-        raise MetarecError(
+        raise Diverged(
             f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}, first in task {task} of its batch; {kept}; "
             "lower the learning rate or the inner rate"
         )
