@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import datasets, movielens
 from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.datasets import Dataset, Files, cache_directory, describe, load
-from metarec_jax.data.interactions import Interactions, Vocabulary
+from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.synthetic import checkerboard, synthetic
 
 GENRES = dict(zip(movielens.GENRES_100K, range(19), strict=True))
@@ -260,6 +262,95 @@ def test_a_cache_keeps_everything(tmp_path):
         for name, f in data.item_features.items():
             assert np.array_equal(back.item_features[name].values, f.values)
             assert back.item_features[name].values.dtype == f.values.dtype
+
+
+def odd() -> Interactions:
+    """Fewer interactions than ids; a lone surrogate in an id, a line break in a title; features of each kind, one of width 0."""
+    users, items = np.array(["a", "b\ud800", "c"], object), np.arange(5)
+    tags = Vocabulary(np.array(["x", "y.z", "", "w", "v", "u", "t"], object))
+    return Interactions(
+        user=np.array([1, 3]),
+        item=np.array([5, 1]),
+        rating=np.array([0.1, -2.0], np.float32),
+        timestamp=np.array([2**60, -1]),
+        users=Vocabulary(users),
+        items=Vocabulary(items),
+        user_features={"user_age.x": Feature("numeric", np.array([[0.0, 1e-30], [1, 2], [3, 4], [5, 6]], np.float32))},
+        item_features={
+            "item_year": Feature("categorical", np.arange(6), Vocabulary(np.arange(2000, 2008))),
+            "item_tags": Feature("multi", np.array([[0, 0], [1, 2], [7, 0], [1, 0], [2, 0], [3, 4]]), tags),
+            "item_none": Feature("multi", np.zeros((6, 0), np.int32), tags),
+        },
+        titles=np.array(["Heat\n", "", "é", "日本", "x" * 300], object),
+        notes=("1 row dropped",),
+        name="odd",
+    )
+
+
+def as_json(data: Interactions) -> dict:
+    """What stood in the footer of a file of the first format."""
+
+    def feature(f):
+        ids = None if f.vocabulary is None else f.vocabulary.ids.tolist()
+        return {"kind": f.kind, "values": f.values.tolist(), "vocabulary": ids}
+
+    return {
+        "name": data.name,
+        "notes": data.notes,
+        "users": data.users.ids.tolist(),
+        "items": data.items.ids.tolist(),
+        "titles": None if data.titles is None else data.titles.tolist(),
+        "user_features": {name: feature(f) for name, f in data.user_features.items()},
+        "item_features": {name: feature(f) for name, f in data.item_features.items()},
+    }
+
+
+def write_first_format(data: Interactions, path: Path) -> None:
+    columns = {n: getattr(data, n) for n in ("user", "item", "rating", "timestamp") if getattr(data, n) is not None}
+    table = pa.table(columns).replace_schema_metadata({"metarec_jax": json.dumps(as_json(data))})
+    pq.write_table(table, path, compression="zstd")
+    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@pytest.mark.parametrize("write", [write_cache, write_first_format])
+@pytest.mark.parametrize("data", [odd(), checkerboard(4, 4, implicit=True)], ids=["odd", "clicks"])
+def test_all_of_a_data_set_comes_back(tmp_path, write, data):
+    if write is write_first_format:  # it could not hold a feature without any values
+        kept = {name: f for name, f in data.item_features.items() if name != "item_none"}
+        data = replace(data, item_features=kept)
+    write(data, tmp_path / "x.parquet")
+    back = read_cache(tmp_path / "x.parquet")
+    for name in ("user", "item", "rating", "timestamp"):
+        old, new = getattr(data, name), getattr(back, name)
+        assert (old is None and new is None) or (np.array_equal(old, new) and old.dtype == new.dtype)
+    assert as_json(back) == as_json(data)
+
+
+@pytest.mark.parametrize("write", [write_cache, pytest.param(write_first_format, marks=pytest.mark.slow)])
+def test_a_million_titled_items_come_back(tmp_path, write):
+    """1.2 million: the titles alone, as JSON, pass the 100 MB that a Parquet footer may have by default."""
+    count = 1_200_000
+    titles = np.array(
+        [f"The {k}th part of a film with a title of a length that titles have ({k})" for k in range(count)], object
+    )
+    ids = Vocabulary(np.arange(count) * 7)
+    years = Feature("categorical", np.arange(count + 1) % 90, Vocabulary(np.arange(100)))
+    data = Interactions(
+        np.array([1, 1]),
+        np.array([1, count]),
+        None,
+        None,
+        Vocabulary(np.array(["u"])),
+        ids,
+        {},
+        {"item_year": years},
+        titles,
+    )
+    write(data, tmp_path / "x.parquet")
+    back = read_cache(tmp_path / "x.parquet")
+    assert np.array_equal(back.titles, titles)
+    assert np.array_equal(back.items.ids, ids.ids)
+    assert np.array_equal(back.item_features["item_year"].values, years.values)
 
 
 def test_describe_by_hand():

@@ -90,7 +90,7 @@ def test_any_cells_are_a_table_or_refused(tmp_path, cells):
 
 
 @settings(QUIET, max_examples=60)
-@given(rest=JSON, name=st.sampled_from(["users", "items", "titles", "user_features", "item_features", "notes", "name"]))
+@given(rest=JSON, name=st.sampled_from(["format", "lengths", "features", "notes", "name"]))
 def test_any_metadata_is_a_data_set_or_damaged(tmp_path, rest, name):
     """Whatever stands in the JSON of a cached data set, with its right sum: the caller knows ValueError alone."""
     path = tmp_path / "data.parquet"

@@ -58,18 +58,24 @@ def read(path: Path, wanted: list[str] | None = None) -> pd.DataFrame:
 
 
 def counted(
-    source: Any, path: Path, size: int, wanted: Sequence[str] | None = None, as_dictionary: Sequence[str] = ()
+    source: Any,
+    path: Path,
+    size: int,
+    wanted: Sequence[str] | None = None,
+    as_dictionary: Sequence[str] = (),
+    footer: int | None = None,
 ) -> pa.Table:
     """Columns of a file of ``size`` bytes, batch by batch until it is found to hold more than such a file can.
 
     Args:
       source: what pyarrow reads: the path or a buffer.
       as_dictionary: the columns of text to be read as codes.
+      footer: bytes that the file's metadata may have; default: pyarrow's 100 MB.
 
     Raises:
       MetarecError: there are more rows than `_ROWS` and than `_ROWS_A_BYTE` allows, or more bytes than `bounds` allows.
     """
-    with pq.ParquetFile(source, read_dictionary=list(as_dictionary)) as file:
+    with pq.ParquetFile(source, read_dictionary=list(as_dictionary), thrift_string_size_limit=footer) as file:
         names = list(file.schema_arrow.names if wanted is None else wanted)
         batches, rows, room = [], 0, 0
         for batch in file.iter_batches(_BATCH, columns=names):
