@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from metarec_jax import config
-from metarec_jax.cpu import tune_cpu
+from metarec_jax import config, files
+from metarec_jax.cpu import missing_platform, tune_cpu
 from metarec_jax.learners import registry
 
 _SECTIONS: dict[str, Any] = {**typing.get_type_hints(config.Config), "learner": config.LearnerFlags}
@@ -383,13 +383,20 @@ _COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted.
+
+    With ``--debug`` anywhere among the arguments, or METAREC_DEBUG=1, an error is printed with its traceback.
+    """
+    args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args or os.environ.get("METAREC_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
     tune_cpu()
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
             prog="metarec",
-            description="Recommend to users never seen, from a table of interactions. Begin with: metarec fit ml-1m",
+            description="Recommend to users never seen, from a table of interactions. Begin with: metarec fit ml-1m\n\n"
+            "With --debug, or METAREC_DEBUG=1, every command prints the traceback of an error as well.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -401,16 +408,25 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a file that may not be read or written
-        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
-        return 2
     except Exception as error:
-        from metarec_jax.core import MetarecError
-
-        if not isinstance(error, MetarecError):
+        message = _refusal(error)
+        if message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+def _refusal(error: Exception) -> str | None:
+    """What a person can mend, in words; None for an error that is this program's own."""
+    from metarec_jax.core import MetarecError
+
+    if isinstance(error, MetarecError):
+        return str(error)
+    if isinstance(error, OSError | MemoryError):
+        return files.cause(error)
+    return missing_platform()
 
 
 def run() -> None:

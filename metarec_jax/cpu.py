@@ -64,6 +64,31 @@ def tune_cpu() -> bool:
     return _UNROLL in flags
 
 
+def missing_platform() -> str | None:
+    """What ``JAX_PLATFORMS`` asks for and JAX cannot start here, and what to do; None where all of it starts.
+
+    It is for whoever has seen JAX fail: JAX's own errors differ by platform, down to an AssertionError without words.
+    """
+    import jax
+
+    asked = jax.config.jax_platforms
+    if not asked:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        jax.config.update("jax_platforms", None)
+        try:
+            found = sorted({device.platform for device in jax.devices()})
+        finally:
+            jax.config.update("jax_platforms", asked)
+        started = ",".join(found)
+        return (
+            f"JAX_PLATFORMS is {asked}, and JAX can start only {started} here; unset it, or set JAX_PLATFORMS={started}"
+        )
+    return None
+
+
 def _knows_reduce() -> bool:
     """XLA ends the process on a flag that it does not know; this one is known to be there in these versions."""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import config as configs
+from metarec_jax import files
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data import held_out
 from metarec_jax.data.bounds import read_arrays, read_json
@@ -179,13 +181,15 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         sizes = {"user_row": data.users.num_rows, "item_row": data.items.num_rows}
         if stored.get("streamed") is True:
             sizes["part"] = data.users.num_rows
-        digest, trained, files = stored["data"], stored.get("train"), stored.get("files", {})
+        digest, trained, sums = stored["data"], stored.get("train"), stored.get("files", {})
         config = configs.from_dict(stored["config"])
         parts = _differing(stored, identity)
         rows = read_arrays(run / "catalogue.npz", sizes)
         part = rows.pop("part", None)
-        changed = [name for name, sum in files.items() if name in _FILES and sum != _sha256(run / name)]
+        changed = [name for name, sum in sums.items() if name in _FILES and sum != _sha256(run / name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+            raise MetarecError(f"{run} cannot be read: {files.cause(error)}") from error
         raise MetarecError(
             f"{run} is damaged ({one_line(error)}); train it again with metarec fit ... --out {run} --fresh"
         ) from error

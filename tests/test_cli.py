@@ -1,7 +1,9 @@
 """The commands as a person types them, on small made-up data: what they print, what they leave, how they refuse."""
 
 import csv
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -271,12 +273,67 @@ def test_without_a_comparison_the_last_line_is_json_too(trained, capsys):
     assert (found["run"], found["step"], found["stopped"]) == ("runs/stars", 40, "finished")
 
 
-def test_a_file_that_may_not_be_written_is_no_traceback(monkeypatch, capsys):
-    def full(**_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "error: runs/a: No space left on device; free some",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free some space"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x.csv"),
+            "x.csv: Permission denied; change its permissions",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "x"),
+            "x: Too many open files; raise the limit of open files: ulimit -n",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"),
+            "a/b: Not a directory; a part of this path is a file",
+        ),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a: Is a directory; give the path of a file"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a -> b: Invalid cross-device link"),
+        (OSError("the reader gave up"), "error: the reader gave up"),
+        (MemoryError(), "the memory of this machine does not suffice"),
+    ],
+)
+def test_what_the_system_refuses_is_named_by_its_cause(monkeypatch, capsys, error, said):
+    def refused(**_):
+        raise error
 
-    monkeypatch.setattr("metarec_jax.commands.doctor.doctor", full)
-    assert "No space left on device" in failure(capsys, "doctor")
+    monkeypatch.setattr("metarec_jax.commands.doctor.doctor", refused)
+    monkeypatch.delenv("METAREC_DEBUG", raising=False)
+    line = failure(capsys, "doctor")
+    assert said in line
+    assert "check the path" not in line
+    for command, debug in ((["doctor", "--debug"], "0"), (["--debug", "doctor"], ""), (["doctor"], "1")):
+        monkeypatch.setenv("METAREC_DEBUG", debug)
+        assert cli.main(command) == 2
+        first, *_, last = capsys.readouterr().err.strip().splitlines()
+        assert (first, last) == ("Traceback (most recent call last):", line)
+
+
+def test_a_run_that_may_not_be_read_is_not_called_damaged(trained, capsys, monkeypatch):
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs, "read_cache", denied)
+    said = failure(capsys, "recommend", trained, "--rate", "film 3=5")
+    assert "data.parquet: Permission denied; change its permissions" in said
+    assert "damaged" not in said
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["recommend", "runs/stars", "--rate", "film 3=5"]], ids=lambda c: c[0])
+def test_a_platform_that_is_not_there_is_one_line(trained, command):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    program = [sys.executable, "-m", "metarec_jax.cli", *command]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: JAX_PLATFORMS is cuda, and JAX can start only cpu here; unset it, or set JAX_PLATFORMS=cpu"
+    ]
 
 
 def test_rates_of_clicks_are_told_to_be_unused(ratings):

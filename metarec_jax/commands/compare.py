@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metarec_jax import cells, runs
+from metarec_jax import cells, files, runs
 from metarec_jax import config as configs
 from metarec_jax.cells import Cell
 from metarec_jax.commands.compare_entries import (
@@ -305,13 +305,15 @@ def _cell(
         return Cell(None, None, diverged=_one_line(error))
     except BrokenPipeError:  # nobody reads any more
         raise
-    except (MetarecError, jax.errors.JaxRuntimeError, OSError, MemoryError) as error:
+    except (OSError, MemoryError) as error:
+        return Cell(None, None, passing=files.cause(error))
+    except (MetarecError, jax.errors.JaxRuntimeError) as error:
         return Cell(None, None, passing=_one_line(error))
     return Cell(report, took, curves)
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:500]
+    return " ".join(str(error).split())[:500]
 
 
 def _train(
