@@ -245,6 +245,30 @@ def test_params_alone_for_serving(run):
     assert nested["net"]["0"] == 2.0
 
 
+def test_params_keep_the_precision_they_were_saved_with(run):
+    """An application that serves may compute in float64 (JAX_ENABLE_X64): what is read is what was trained."""
+    trained = load_params(run, like=jax.eval_shape(lambda: state(0)["params"]))
+    with jax.enable_x64(True):
+        like = jax.eval_shape(lambda: {"tables": {"item_id": jnp.zeros((7, 3))}, "net": [jnp.float64(0), jnp.ones(2)]})
+        assert like["tables"]["item_id"].dtype == jnp.float64
+        assert equal(load_params(run, like=like), trained)
+
+
+def test_params_of_float64_are_not_cut_to_float32(tmp_path):
+    with jax.enable_x64(True), Checkpoints(tmp_path, identity={}) as checkpoints:
+        checkpoints.save(1, {"params": jnp.full(3, 0.1)})
+    with pytest.raises(MetarecError, match=r"float64\[3\] there and float32\[3\] here \(.*JAX_ENABLE_X64=1"):
+        load_params(tmp_path, like=jnp.zeros(3))
+    with jax.enable_x64(True):
+        assert load_params(tmp_path, like=jnp.zeros(3)).tolist() == [0.1] * 3
+
+
+def test_a_training_that_changes_its_precision_is_refused_by_the_setting(run):
+    with Checkpoints(run, identity=IDENTITY) as checkpoints, jax.enable_x64(True):
+        with pytest.raises(MetarecError, match=r"float32.* there and float64.* here \(JAX_ENABLE_X64 is on"):
+            checkpoints.restore(state(0) | {"params": {**state(0)["params"], "net": [jnp.float64(0), jnp.ones(2)]}})
+
+
 def test_params_are_found_wherever_the_state_has_them(tmp_path):
     class Outer(NamedTuple):
         train: dict

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -343,6 +344,18 @@ def test_rates_of_clicks_are_told_to_be_unused(ratings):
     known = clicks.items.ids[:2].tolist()
     notes = parse_history({"item_id": known, "rating": [1.0, 2.0]}, clicks, Names(clicks)).notes
     assert "are not used" in notes[0]
+
+
+def test_a_run_is_served_by_an_application_that_computes_in_float64(trained, capsys):
+    """JAX_ENABLE_X64: the parameters stay as they were trained, and the list is the same."""
+    command = ["recommend", "runs/stars", "--rate", "film 3=5", "-n", "3", "--json"]
+    lists = []
+    for precise in (False, True):
+        with jax.enable_x64(precise):
+            assert cli.main(command) == 0
+        lists.append(last_line(capsys)["recommendations"])
+    assert [row["item_id"] for row in lists[0]] == [row["item_id"] for row in lists[1]]
+    np.testing.assert_allclose([r["score"] for r in lists[0]], [r["score"] for r in lists[1]], rtol=1e-4)
 
 
 def test_unknown_data(capsys):

@@ -269,6 +269,7 @@ def load_params(
     Args:
       which: "best" takes the latest where the run kept no best one.
       like: their pytree, of arrays or `jax.ShapeDtypeStruct`; None gives nested dicts by the names in the checkpoint.
+        The precision is the checkpoint's: float32 stays float32 under JAX_ENABLE_X64.
       under: the entry of the state that holds them; of several, the nearest to the root.
 
     Raises:
@@ -354,7 +355,7 @@ def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str |
     try:
         described = leaves.metadata(folder)["leaves"]
         chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
-        if like is not None and (differs := leaves.mismatch(list(chosen.values()), like)):
+        if like is not None and (differs := leaves.mismatch(chosen.values(), like, precision=under is None)):
             return None, f"does not fit this program: {differs}. {_ADVICE}", None
         wanted = {} if like is None else leaves.by_path(like)
         values, wrong = arrays.read(folder, chosen, wanted)

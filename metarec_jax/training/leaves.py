@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +80,12 @@ def host_dtype(name: str) -> np.dtype:
     return np.dtype(np.uint32) if name.startswith("key<") else jnp.dtype(name)
 
 
-def mismatch(found: list[dict[str, Any]], like: Any) -> str | None:
+def mismatch(found: Iterable[dict[str, Any]], like: Any, *, precision: bool = True) -> str | None:
     """The first leaf in which descriptions and the pytree ``like`` differ, in words; None where they agree.
+
+    Args:
+      precision: whether float32 and float64, or int32 and int64, are different. Where they are not, a leaf is refused
+        only if JAX cannot hold it as it was saved.
 
     >>> mismatch([describe(leaf) for leaf in flatten({"w": jnp.zeros(3)})], {"w": jnp.zeros(4)})
     "['w'] is float32[3] there and float32[4] here"
@@ -89,10 +94,32 @@ def mismatch(found: list[dict[str, Any]], like: Any) -> str | None:
     stored = {d["path"]: (d["shape"], d["dtype"]) for d in found}
     for path in [*wanted, *stored]:
         old, new = stored.get(path), wanted.get(path)
-        if old is None or new is None or old[1] != new[1] or (new[0] is not None and old[0] != new[0]):
+        x64 = None if old is None or new is None else _x64(old[1], new[1])
+        if (
+            old is None
+            or new is None
+            or (old[1] != new[1] and (precision or x64 is not True))
+            or (new[0] is not None and old[0] != new[0])
+        ):
             there, here = ("absent" if leaf is None else f"{leaf[1]}{leaf[0] or ''}" for leaf in (old, new))
-            return f"{path} is {there} there and {here} here"
+            hint = {
+                None: "",
+                True: " (JAX_ENABLE_X64 is on here, and was off there; unset it)",
+                False: " (JAX_ENABLE_X64 was on there, and is off here; set JAX_ENABLE_X64=1)",
+            }[x64]
+            return f"{path} is {there} there and {here} here{hint}"
     return None
+
+
+def _x64(there: str, here: str) -> bool | None:
+    """Whether two dtypes differ as JAX_ENABLE_X64 makes them differ: True where it is on here; else None.
+
+    >>> _x64("float32", "float64"), _x64("int64", "int32"), _x64("float32", "bfloat16")
+    (True, False, None)
+    """
+    if "32" in there and there.replace("32", "64") == here:
+        return True
+    return False if "64" in there and there.replace("64", "32") == here else None
 
 
 def by_path(tree: Any) -> dict[str, Any]:
