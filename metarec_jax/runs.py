@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from metarec_jax.data import held_out
 from metarec_jax.data.bounds import read_arrays, read_json
 from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.columns import one_line, shown
+from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Feature, Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, catalogue
@@ -262,6 +264,30 @@ def _others(run: Path) -> str:
     if close:
         return f"; perhaps you meant {run.parent / close[0]}"
     return f"; here are {', '.join(map(str, near[:5]))}"
+
+
+def other_data(directory: Path, config: configs.Config, data: Interactions) -> str:
+    """In what the data of a command and the data that a run was trained on differ, and what to do."""
+    path, kept = Path(config.data.name), directory / "data.parquet"
+    here = ""
+    if path.is_file():
+        here = f" (last changed {_moment(path)}, {path.stat().st_size:,} bytes)"
+    try:
+        then = read_cache(kept)
+        noted, before = f" (noted {_moment(kept)})", summary(describe(then))
+    except (OSError, ValueError):
+        noted, before = "", "data that cannot be read any more"
+    now = summary(describe(data))
+    if before == now:
+        now = "as many of each, but other ids, ratings, times or features"
+    return (
+        f"{path}{here} is not the data that {directory} was trained on: the run has {before}{noted}, and the data now "
+        f"has {now}. Put the old data back to resume the run, give another run directory (--out), or start over (--fresh)"
+    )
+
+
+def _moment(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
 
 
 def summary(data: Mapping[str, Any]) -> str:

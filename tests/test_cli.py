@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,18 @@ def test_other_data_is_refused(trained, ratings, capsys):
     lines = ratings.read_text().splitlines()
     (ratings.parent / "fewer.csv").write_text("\n".join(lines[:-1]))
     command = ["fit", "fewer.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", trained]
-    assert "data was" in failure(capsys, *command)
+    said = failure(capsys, *command)
+    assert re.search(
+        r"fewer.csv \(last changed 20\S+ \S+, [\d,]+ bytes\) is not the data that runs/stars was trained on", said
+    )
+    counts = f"the run has {len(lines) - 1:,} interactions of 80 users"
+    assert counts in said
+    assert f"the data now has {len(lines) - 2:,} interactions" in said
+    assert "Put the old data back to resume the run" in said
+    assert not re.search("[0-9a-f]{16}", said)
+    worse = lines[-1].rpartition(",")[0] + ",9"
+    (ratings.parent / "fewer.csv").write_text("\n".join([*lines[:-1], worse]))
+    assert "as many of each, but other ids, ratings, times or features" in failure(capsys, *command)
 
 
 def test_a_directory_in_use_is_refused(trained, capsys):

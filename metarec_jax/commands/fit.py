@@ -24,6 +24,7 @@ from metarec_jax.online.history import spoken
 from metarec_jax.training import launch, processes
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.progress import Progress, StopSignal
+from metarec_jax.training.run_directory import AnotherRun
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -87,9 +88,13 @@ def _fit(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MetarecError(f"{directory} cannot be a run directory ({error.strerror}); give --out another") from error
-    with Checkpoints(
-        directory, identity=runs.identity(config, data, world.digest), fresh=fresh, say=print
-    ) as checkpoints:
+    try:
+        opened = Checkpoints(directory, identity=runs.identity(config, data, world.digest), fresh=fresh, say=print)
+    except AnotherRun as error:
+        if error.other_data:
+            raise MetarecError(runs.other_data(directory, config, data)) from error
+        raise
+    with opened as checkpoints:
         if fresh and first:
             _clear(directory)
         if prepared is not None:

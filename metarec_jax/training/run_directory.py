@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -72,6 +73,18 @@ def join(directory: Path, token: str) -> int | None:
     return handle
 
 
+class AnotherRun(MetarecError):
+    """The directory holds another run.
+
+    Attributes:
+      other_data: whether the entry "data" of the two identities differs, which whoever knows the data can explain.
+    """
+
+    def __init__(self, message: str, *, other_data: bool) -> None:
+        super().__init__(message)
+        self.other_data = other_data
+
+
 def identify(directory: Path, identity: Mapping[str, Any], *, resumes: bool) -> None:
     """Record what run the directory belongs to.
 
@@ -80,7 +93,7 @@ def identify(directory: Path, identity: Mapping[str, Any], *, resumes: bool) -> 
       resumes: whether the run that is recorded there goes on, and so must be the same.
 
     Raises:
-      MetarecError: it is another run; the differences are named.
+      AnotherRun: the run that is recorded there is another one; the differences are named.
     """
     path, identity = directory / "identity.json", json.loads(json.dumps(identity))
     if resumes:
@@ -89,9 +102,10 @@ def identify(directory: Path, identity: Mapping[str, Any], *, resumes: bool) -> 
         except (OSError, ValueError):
             found = {}
         if differ := different(found, identity):
-            raise MetarecError(
+            raise AnotherRun(
                 f"{directory} holds another run: {'; '.join(differ)}. "
-                "Give the old settings to resume it, another run directory, or start over (--fresh)"
+                "Give the old settings to resume it, another run directory, or start over (--fresh)",
+                other_data=found.get("data", identity.get("data")) != identity.get("data"),
             )
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(identity, indent=1))
@@ -109,9 +123,15 @@ def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str =
         old, new = found.get(name, "absent"), wanted.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += different(old, new, f"{prefix}{name}.")
+        elif old != new and _is_digest(old) and _is_digest(new):
+            lines.append(f"{prefix}{name} has changed (sha256 {old[:8]}... then, {new[:8]}... now)")
         elif old != new:
             lines.append(f"{prefix}{name} was {old!r}, now {new!r}")
     return lines
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _wait_for_others(directory: Path) -> None:
