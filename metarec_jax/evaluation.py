@@ -23,7 +23,8 @@ import pandas as pd
 from metarec_jax import metrics
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
+from metarec_jax.data.catalogue import check_method
+from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks, inputs
 from metarec_jax.results import ALL, Report
 
 _SCORES_AT_ONCE = 1 << 18
@@ -81,7 +82,8 @@ def evaluate(
       A `Report`.
 
     Raises:
-      MetarecError: no method or no task; an unknown gain; a method whose scores are not finite.
+      MetarecError: no method or no task; a method or tasks that cannot be of this catalogue; an unknown gain; a method
+        whose scores are not finite.
     """
     if not methods:
         raise MetarecError("no method to evaluate; give at least one, as {'name': Method(...)}")
@@ -96,6 +98,10 @@ def evaluate(
         raise MetarecError(
             f"no tasks in {', '.join(tasks) or 'an empty mapping'}; give a TaskSet with one task or more"
         )
+    for name in scenarios:
+        check_tasks(tasks[name], known, name)
+    for name, method in methods.items():
+        check_method(method, known, name)
     notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
     every, scenario, place = _join([tasks[name] for name in scenarios])
     lengths = every.support_mask.sum(1).astype(int)

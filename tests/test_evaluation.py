@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from metarec_jax import results
-from metarec_jax.core import MetarecError, Method
+from metarec_jax.core import MetarecError, Method, Table
+from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet
 from metarec_jax.evaluation import evaluate
 from metarec_jax.intervals import estimate, p_values
 from metarec_jax.metrics import at_least, top_rated
+from metarec_jax.online.recommend import Recommender
 from metarec_jax.results import ALL, Difference
 
 ITEMS = 8
@@ -280,6 +283,53 @@ def test_the_best_baseline_knows_the_direction():
 def test_bad_input_is_refused(options, message):
     with pytest.raises(MetarecError, match=message):
         small(**options)
+
+
+def with_table(rows, held=None, column="item_id"):
+    """A method that reads one table, said to have ``rows`` rows, and having ``held``."""
+    params = {"tables": {"score": jnp.zeros((rows if held is None else held, 1))}}
+    predict = lambda p, adapted, x: p["tables"]["score"][x[column], 0]  # noqa: E731
+    return Method(params, lambda p, support, key: (), predict, {"score": Table(rows, 1, (column,))})
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (with_table(5), r"'small'.*table 'score' has 5 rows.*'item_id'.*8"),
+        (with_table(31), r"'small'.*31 rows.*catalogue of 9"),
+        (with_table(ITEMS + 1, held=5), r"'small'.*'score' of 5 rows.*9"),
+        (with_table(ITEMS + 1, column="item_genre"), r"'small'.*column 'item_genre'.*user_id, item_id"),
+    ],
+)
+def test_tables_and_catalogue_must_agree(method, message):
+    """JAX clamps an index past the end: without this, every item past it has the score of the last row."""
+    with pytest.raises(MetarecError, match=message):
+        small({"mean": support_mean(), "small": method})
+    data = synthetic(10, ITEMS, ratings_per_user=(4, 6), size=2).data
+    if "item_genre" not in message:
+        with pytest.raises(MetarecError, match=message.removeprefix("'small'.*")):
+            Recommender(method, data, KNOWN)
+
+
+def test_tables_that_agree_are_taken():
+    small({"equal": with_table(ITEMS + 1), "rounded": with_table(ITEMS + 1, held=16)})
+    new = KNOWN._replace(item_row=jnp.append(KNOWN.item_row[:5], jnp.zeros(ITEMS - 4, jnp.int32)))
+    evaluate({"older": with_table(5)}, {"user_cold": TWO}, new, batch=4)  # items that came after it: row 0
+
+
+@pytest.mark.parametrize(
+    ("part", "row", "message"),
+    [
+        ("query_item", ITEMS + 1, "'user_cold' have query item rows 0..9, .* has 0..8"),
+        ("support_item", -1, "'user_cold' have support item rows -1..2, .* has 0..8"),
+        ("user", 40, "'user_cold' have user rows 2..40, .* has 0..39"),
+    ],
+)
+def test_tasks_of_another_vocabulary_are_refused(part, row, message):
+    rows = getattr(TWO, part).copy()
+    rows.flat[0] = row
+    with pytest.raises(MetarecError, match=message):
+        small(scenarios={"user_cold": replace(TWO, **{part: rows})})
 
 
 def test_an_empty_scenario_is_noted():

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core import Array, Inputs, MetarecError
+from metarec_jax.core import Array, Inputs, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 
 
@@ -63,6 +63,47 @@ def catalogue(
         user={name: jnp.asarray(f.values) for name, f in data.user_features.items()},
         item={name: jnp.asarray(f.values) for name, f in data.item_features.items()},
     )
+
+
+def check_method(method: Method, known: Catalogue, name: str | None = None) -> None:
+    """Refuse a method whose tables and this catalogue cannot be of the same data; JAX clamps an index past the end.
+
+    A catalogue may have more items than an item table has rows, if those items lead to row 0. A method without
+    ``tables`` cannot be checked.
+
+    Args:
+      name: of the method, for the message.
+
+    Raises:
+      MetarecError: a table has fewer rows than the catalogue refers to, or than it says that it has; an item table has
+        more rows than the catalogue; the catalogue lacks a column of a table.
+    """
+    who = "the method" if name is None else f"method {name!r}"
+    columns = {"user_id": known.user_row, "item_id": known.item_row, **known.user, **known.item}
+    for table_name, table in method.tables.items():
+        held = method.params["tables"][table_name].shape[0]
+        if held < table.num_rows:
+            raise MetarecError(
+                f"{who}: its parameters have a table {table_name!r} of {held} rows, and its model expects "
+                f"{table.num_rows}; use the parameters that were trained with this model"
+            )
+        for column in table.columns:
+            if column not in columns:
+                raise MetarecError(
+                    f"{who}: its table {table_name!r} reads the column {column!r}, and the catalogue has "
+                    f"{', '.join(columns)}; make the catalogue of the data that the method was trained on"
+                )
+            highest = int(columns[column].max(initial=0))
+            if highest >= table.num_rows:
+                raise MetarecError(
+                    f"{who}: its table {table_name!r} has {table.num_rows} rows, and the column {column!r} of the "
+                    f"catalogue goes up to {highest}; make the catalogue of the data that the method was trained on"
+                )
+        if "item_id" in table.columns and table.num_rows > len(known.item_row):
+            raise MetarecError(
+                f"{who}: its table {table_name!r} has {table.num_rows} rows, for a catalogue of {len(known.item_row)}; "
+                "make the catalogue of the data that the method was trained on"
+            )
 
 
 def inputs(

@@ -178,6 +178,28 @@ def _with_negatives(
     return out
 
 
+def check_tasks(tasks: TaskSet, known: Catalogue, name: str | None = None) -> None:
+    """Refuse tasks whose rows lie outside the catalogue, where an index would be clamped or wrap around.
+
+    Args:
+      name: of the scenario, for the message.
+
+    Raises:
+      MetarecError: a task has a user or an item that the catalogue lacks.
+    """
+    scenario = "" if name is None else f" of {name!r}"
+    for what, rows, there in (
+        ("user", tasks.user, known.user_row),
+        ("support item", tasks.support_item, known.item_row),
+        ("query item", tasks.query_item, known.item_row),
+    ):
+        if rows.size and (rows.min() < 0 or rows.max() >= there.shape[0]):
+            raise MetarecError(
+                f"the tasks{scenario} have {what} rows {rows.min()}..{rows.max()}, and the catalogue has "
+                f"0..{there.shape[0] - 1}; make both from the same Interactions"
+            )
+
+
 def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:
     """Device batches of few shapes: tasks sorted by support length, a batch padded to 8, 32, 128, ... support slots.
 
@@ -189,16 +211,7 @@ def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple
     Raises:
       MetarecError: a task has a user or an item that the catalogue lacks.
     """
-    for what, rows, there in (
-        ("user", tasks.user, known.user_row),
-        ("support item", tasks.support_item, known.item_row),
-        ("query item", tasks.query_item, known.item_row),
-    ):
-        if rows.size and (rows.min() < 0 or rows.max() >= there.shape[0]):
-            raise MetarecError(
-                f"the tasks have {what} rows {rows.min()}..{rows.max()}, and the catalogue has "
-                f"0..{there.shape[0] - 1}; make both from the same Interactions"
-            )
+    check_tasks(tasks, known)
     slot = np.arange(1, tasks.support_mask.shape[1] + 1)
     lengths = np.max((tasks.support_mask > 0) * slot, axis=1, initial=0)
     order = np.argsort(lengths, kind="stable")

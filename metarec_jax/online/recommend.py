@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.catalogue import Catalogue, check_method
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue
 from metarec_jax.online.catalogue_scores import Best, Plan, Users, best, contributions
 from metarec_jax.online.history import History, Names, Unknown, feature_columns, parse_history, parse_table
 from metarec_jax.online.linear import item_tables
@@ -133,7 +133,7 @@ class Recommender:
       seed: of the key that `adapt` gets.
 
     Raises:
-      MetarecError: an empty catalogue.
+      MetarecError: an empty catalogue; a method whose tables cannot be of it.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class Recommender:
     ) -> None:
         if len(data.items.ids) == 0 or len(data) == 0:
             raise MetarecError("there is no item to recommend: the data is empty; read some interactions first")
+        check_method(method, known)
         self.method, self.data, self.known = method, data, known
         self._names = Names(data)
         self._negatives = negatives if data.implicit else 0
