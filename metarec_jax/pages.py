@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 
@@ -35,11 +37,11 @@ def write_page(folder: Path, name: str, title: str, sections: Sequence[Section])
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", ""]
+    lines = [f"# {_escaped(title)}", ""]
     for section in sections:
-        lines += [f"## {section.title}", ""] if section.title else []
-        lines += [f"- {said}" for said in section.says] + ([""] if section.says else [])
-        lines += [f"![{section.title or 'plot'}]({section.image})", ""] if section.image else []
+        lines += [f"## {_escaped(section.title)}", ""] if section.title else []
+        lines += [f"- {_escaped(said)}" for said in section.says] + ([""] if section.says else [])
+        lines += [f"![{_escaped(section.title) or 'plot'}]({section.image})", ""] if section.image else []
         if section.table:
             header, rows, best = section.table
             cells = [
@@ -52,8 +54,13 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+def _escaped(text: str) -> str:
+    r"""Text on one line, without what Markdown would take for a tag, a link, code, emphasis or the end of a cell.
+
+    >>> print(_escaped("a | b"), _escaped("<i>"), _escaped("item_knn [0.1, 0.2]"))
+    a \| b \<i> item_knn [0.1, 0.2]
+    """
+    return re.sub(r"[\\|<`*]|\](?=[(\[:])", r"\\\g<0>", " ".join(text.split()))
 
 
 def page(title: str, sections: Sequence[Section], folder: Path) -> str:
@@ -76,15 +83,15 @@ def page(title: str, sections: Sequence[Section], folder: Path) -> str:
                     "<tr>" + "".join(f"<td{m}>{html.escape(c)}</td>" for c, m in zip(row, marks, strict=True)) + "</tr>"
                 )
             body.append("</table></div>")
-    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
+    return _PAGE.substitute(title=html.escape(title), body="\n".join(body))
 
 
-_PAGE = """<!doctype html>
+_PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --ground: #fff; --mark: #e7f2fb; }
 @media (prefers-color-scheme: dark) {
@@ -105,7 +112,7 @@ td.best { font-weight: 700; background: var(--mark); }
 </style>
 </head>
 <body>
-BODY
+$body
 </body>
 </html>
-"""
+""")

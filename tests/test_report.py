@@ -1,11 +1,13 @@
 """The report says in words and pictures what the rows hold."""
 
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from metarec_jax.pages import Section, Table, write_page
 from metarec_jax.report import adaptation_findings, findings, main_metrics, metric_table, terminal_table, write_report
 from metarec_jax.results import ALL, Report
 
@@ -181,6 +183,50 @@ def test_report_says_how_it_was_measured(page, said):
     _, html, markdown = page
     assert said in markdown
     assert said.replace(">", "&gt;") in html
+
+
+HOSTILE = [
+    "BODY",
+    "TITLE and BODY",
+    "$body {body} %s \\1 {{",
+    "</title><script>alert(1)</script>",
+    "a | b\nc\r\n| d",
+    "[x](javascript:y) `*_ & &amp; \"q\" 'q'",
+    "\\|",
+    "中 \U0001f600",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_reaches_the_reader_as_it_is(tmp_path, text):
+    """Read back with a parser: each place holds the text, nothing else moved, and no tag came of it."""
+    section = Section(text, (text,), Table(("method", text), (("ours", text),), frozenset({(0, 1)})))
+    page = write_page(tmp_path, "report", text, [section, Section("Last", ("the end",))]).read_text(encoding="utf-8")
+    cells = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            cells.append([tag, ""])
+
+        def handle_data(self, data):
+            if cells:
+                cells[-1][1] += data
+
+    Reader().feed(page)
+    read = [(tag, " ".join(content.split())) for tag, content in cells]
+    plain = " ".join(text.split())
+    for tag in ("title", "h1", "h2", "li", "td", "th"):
+        assert plain in [content for name, content in read if name == tag], tag
+    assert "script" not in dict(read)
+    assert [content for name, content in read if name == "h2"] == [plain, "Last"]
+    assert [content for name, content in read if name == "li"] == [plain, "the end"]
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("# ") for line in lines) == 1
+    assert sum(line.startswith("## ") for line in lines) == 2
+    assert sum(line.startswith("- ") for line in lines) == 2
+    rows = [line for line in lines if line.startswith("|")]
+    assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows] == [3, 3, 3]  # bars that no backslash escapes
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(javascript", "\n".join(lines))
 
 
 def test_markdown_images_exist_and_tables_are_square(page):
