@@ -321,7 +321,7 @@ def main() -> None:
             about = (__doc__ or "").split("\n\n", 2)[2]
             given.out.with_suffix(".md").write_text(
                 f"# Clicks, the whole catalogue: {data.name}\n\n{about}\nSplits of the users (seeds): {list(picked)}, draws of supports: "
-                f"{given.draws}. Means ± standard errors over users; differences paired by task, with 95% intervals of a bootstrap over users.\n{text}\n"
+                f"{given.draws}. Means ± standard errors over users; differences paired by task, with 95% t-intervals over users.\n{text}\n"
             )
     print(text)
 

@@ -17,9 +17,9 @@ import pandas as pd
 
 from metarec_jax.core import MetarecError, Method, Task
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches
-from metarec_jax.intervals import estimate
+from metarec_jax.intervals import FEWEST_USERS, estimate
 from metarec_jax.metrics import higher_is_better
-from metarec_jax.results import Report, merge
+from metarec_jax.results import Report, difference, merge
 
 _CALLS = 30
 
@@ -42,11 +42,17 @@ class Cost(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """How much better one method is than another, positive is better, with its 95% interval over users."""
+    """How much better one method is than another, positive is better, with its 95% interval over ``users`` users."""
 
     mean: float
     low: float
     high: float
+    users: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is above zero, over users enough."""
+        return self.low > 0 and self.users >= FEWEST_USERS
 
 
 class Choice(NamedTuple):
@@ -157,13 +163,12 @@ def gap(report: Report, method: str, other: str, metric: str) -> Gap:
     values, users, weights = [], [], []
     for scenario in report.scenarios:
         mine, theirs = (report.rows(name, scenario) for name in (method, other))
-        difference = sign * (mine[metric].to_numpy(np.float64) - theirs[metric].to_numpy(np.float64))
-        values.append(difference)
+        values.append(sign * difference(mine[metric], theirs[metric]))
         users.append(mine["user"].to_numpy())
-        weights.append(np.full(len(difference), 1.0 / max(int(np.isfinite(difference).sum()), 1)))
+        weights.append(np.full(len(mine), 1.0 / max(int((~np.isnan(values[-1])).sum()), 1)))
     every, weight = np.concatenate(values)[:, None], np.concatenate(weights)[:, None]
-    e = estimate(every, np.concatenate(users), weight, report.settings["bootstrap"])
-    return Gap(float(e.mean[0]), float(e.low[0]), float(e.high[0]))
+    e = estimate(every, np.concatenate(users), weight)
+    return Gap(float(e.mean[0]), float(e.low[0]), float(e.high[0]), int(e.users[0]))
 
 
 def choose(
@@ -178,7 +183,8 @@ def choose(
     """The simplest method that is not shown to be worse than the best of those within the budgets.
 
     Of the candidates, the one with the best mean over scenarios is found. Candidates are then gone through from the
-    simplest: the first over which the best one's advantage has a 95% interval that reaches zero is chosen.
+    simplest: the first over which the best one's advantage is not shown is chosen (its 95% interval reaches zero, or
+    there are too few users for a verdict).
 
     Args:
       simplicity: all methods, the simplest first.
@@ -213,7 +219,7 @@ def choose(
     best = max(means, key=lambda name: sign * means[name])
     for name in means:
         ahead = None if name == best else gap(report, best, name, metric)
-        if ahead is None or not ahead.low > 0:
+        if ahead is None or not ahead.shown:
             return Choice(name, best, metric, ahead, over_simpler, left_out)
         over_simpler[name] = ahead
     raise AssertionError("the best method is a candidate")

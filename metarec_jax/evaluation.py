@@ -25,7 +25,7 @@ from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
 from metarec_jax.data.catalogue import check_method
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks, inputs
-from metarec_jax.results import ALL, Report
+from metarec_jax.results import ALL, FACTS, Report
 
 _SCORES_AT_ONCE = 1 << 18
 _ITEMS_AT_ONCE = 4096
@@ -47,7 +47,6 @@ def evaluate(
     baselines: Collection[str] = (),
     ranking_only: Collection[str] = (),
     seed: int = 0,
-    bootstrap: int = 1000,
     batch: int = 256,
 ) -> Report:
     """Adapt and predict every task with every method, and measure.
@@ -74,8 +73,7 @@ def evaluate(
         run.
       baselines: names of the methods that others are compared with; names that are not in ``methods`` are ignored.
       ranking_only: methods whose scores are not ratings: they get no rating errors.
-      seed: of ties, of what a method draws, and of the bootstrap.
-      bootstrap: resamples of the users behind each interval.
+      seed: of ties and of what a method draws.
       batch: tasks a device call.
 
     Returns:
@@ -151,6 +149,7 @@ def evaluate(
             frames.append(pd.DataFrame({"method": name} | facts | columns))
     per_task = pd.concat(frames, ignore_index=True)
     per_task["method"] = pd.Categorical(per_task["method"], list(methods))
+    notes += _overflows(per_task)
     settings: dict[str, Any] = {
         "gain": gain,
         "relevant": relevance.name,
@@ -161,7 +160,6 @@ def evaluate(
         "new_items": int((known.item_row[1:] == 0).sum()),
         "rank_new_items": [name for name, only in zip(scenarios, of_new, strict=True) if only],
         "curve": points,
-        "bootstrap": int(bootstrap),
         "ranking_only": [name for name in methods if name in ranking_only],
     }
     named = tuple(name for name in methods if name in baselines)
@@ -205,6 +203,21 @@ def _check_finite(name: str, scores: np.ndarray, mask: np.ndarray, scenario: lis
             f"method {name!r} gave scores that are not finite for {bad.sum()} of {len(bad)} tasks with {support}, the "
             f"first in {where!r}; see that its adapt divides by nothing that can be 0, or lower its inner rate"
         )
+
+
+def _overflows(per_task: pd.DataFrame) -> list[str]:
+    """A note for each method with numbers too large for float32, such as the square of an error of 1e20."""
+    beyond = np.isinf(per_task.drop(columns=list(FACTS)).to_numpy(np.float64))
+    notes = []
+    for name in per_task["method"].cat.categories:
+        rows = beyond[(per_task["method"] == name).to_numpy()]
+        if rows.any():
+            columns = per_task.columns.drop(list(FACTS))[rows.any(0)]
+            notes.append(
+                f"{name}: {rows.any(1).sum():,} of {len(rows):,} rows have infinite {', '.join(columns)}; they count "
+                "as infinite in every mean"
+            )
+    return notes
 
 
 _traced: Counter[Any] = Counter()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from metarec_jax import diagnostics, plots
 from metarec_jax.diagnostics import Convergence
+from metarec_jax.intervals import FEWEST_USERS
 from metarec_jax.metrics import higher_is_better
 from metarec_jax.pages import Section, Table, write_page
 from metarec_jax.plots import metric_title, scenario_title
@@ -64,7 +66,7 @@ def comparison_table(report: Report, metric: str) -> Table:
     rows, better = [], set()
     for r, name in enumerate(ours):
         cells = [found.get((name, s)) for s in scenarios]
-        rows.append((name, *("-" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in cells)))
+        rows.append((name, *map(_gap_cell, cells)))
         better |= {(r, k + 1) for k, d in enumerate(cells) if d is not None and d.better}
     header = ("method", *(f"{scenario_title(s)}, against {b}" for s, b in zip(scenarios, rivals, strict=True)))
     return Table(header, tuple(rows), frozenset(better))
@@ -93,13 +95,17 @@ def findings(report: Report) -> list[str]:
     compared = report.compare(metrics)
     said = []
     for name in [m for m in report.methods if m not in report.baselines]:
-        verdicts = [_verdict(d) for d in compared if d.method == name]
+        mine = [d for d in compared if d.method == name]
+        verdicts = [_verdict(d) for d in mine if d.users >= FEWEST_USERS]
         if verdicts:
             better, worse = verdicts.count("better"), verdicts.count("worse")
             said.append(
                 f"{name} against the best baseline of each comparison: better in {better} of {len(verdicts)}, worse in "
                 f"{worse}, no difference that these tasks can show in {len(verdicts) - better - worse}."
             )
+        elif mine:
+            why = too_few(max(d.users for d in mine))
+            said.append(f"{name} against the best baseline of each comparison: no verdict, {why}.")
     said += [_comparison(d, report) for d in compared]
     return said or ["No method stands against a baseline here, so nothing is compared."]
 
@@ -115,6 +121,8 @@ def adaptation_findings(report: Report) -> list[str]:
             gain = report.adaptation_gain(name, metrics[0], scenario)
             start, end = (found[name][scenario][metrics[0]].mean for found in (before, after))
             effect = "it adapts" if gain.better else "not a gain that these tasks can show"
+            if gain.users < FEWEST_USERS:
+                effect = f"no verdict, {too_few(gain.users)}"
             support = report.rows(name, scenario)["support"].median()
             said.append(
                 f"{scenario_title(scenario)}: the support (median size {support:g}) takes {metric_title(metrics[0])} "
@@ -247,19 +255,33 @@ def _training_sections(history: Sequence[Mapping[str, Any]], folder: Path) -> li
 def _comparison(d: Difference, report: Report) -> str:
     found = report.summary()
     mine, rival = found[d.method][d.scenario][d.metric].mean, found[d.baseline][d.scenario][d.metric].mean
-    zero = "excludes zero" if d.low > 0 or d.high < 0 else "includes zero"
     tied = report.tied(d.metric, d.scenario, d.baseline)
     best = f"the best baseline, {d.baseline}" + (f" (tied with {', '.join(tied)})" if tied else "")
     metric, _, among = metric_title(d.metric).partition(", ")
     whose = d.method + (f" among {among}" if among else "")
     return (
         f"{scenario_title(d.scenario)}: {metric} of {whose} is {mine:.3f}, of {best}, {rival:.3f}. "
-        f"The difference is {_interval(d)} over {d.tasks:,} tasks and {zero}: {_verdict(d)}."
+        f"The difference is {_interval(d)} over {d.tasks:,} tasks{_verdict_of(d)}."
     )
 
 
+def _verdict_of(d: Difference) -> str:
+    if d.users < FEWEST_USERS:
+        return f": no verdict, {too_few(d.users)}"
+    return f" and {'excludes' if d.better or d.worse else 'includes'} zero: {_verdict(d)}"
+
+
 def _verdict(d: Difference) -> str:
-    return "better" if d.better else "worse" if d.low > 0 or d.high < 0 else "no difference that these tasks can show"
+    return "better" if d.better else "worse" if d.worse else "no difference that these tasks can show"
+
+
+def too_few(users: int) -> str:
+    """Why so many users give no verdict.
+
+    >>> too_few(1)
+    '1 user, at least 10 are required'
+    """
+    return f"{users} user{'s' * (users != 1)}, at least {FEWEST_USERS} are required"
 
 
 def _mean_of(metric: str) -> str:
@@ -268,12 +290,20 @@ def _mean_of(metric: str) -> str:
 
 
 def _interval(d: Difference) -> str:
+    if isnan(d.low):
+        return f"{d.mean:+.4f} (no interval)"
     p = "p < 0.001" if d.p_value < 0.001 else f"p = {d.p_value:.3f}"
     return f"{d.mean:+.4f} (95% interval {d.low:+.4f} to {d.high:+.4f}, {p})"
 
 
 def _cell(e: Estimate | None) -> str:
-    return "-" if e is None else f"{e.mean:.3f} ±{e.se:.3f}"
+    return "-" if e is None else f"{e.mean:.3f}" if isnan(e.se) else f"{e.mean:.3f} ±{e.se:.3f}"
+
+
+def _gap_cell(d: Difference | None) -> str:
+    if d is None:
+        return "-"
+    return f"{d.mean:+.3f}" if isnan(d.low) else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
 
 
 def _selection(history: Sequence[Mapping[str, Any]]) -> str:
@@ -296,9 +326,9 @@ def _method_notes(report: Report) -> list[str]:
     s, scored = report.settings, len(report.seeds)
     clip = s["rating_range"]
     said = [
-        "Every number is a mean over tasks (a task is one user). Intervals are 95% percentile intervals of "
-        f"{s['bootstrap']:,} bootstrap draws of users; differences are paired, on the same tasks. The best baseline is "
-        "the one with the best mean on these very tasks, which favours the baselines.",
+        "Every number is a mean over tasks (a task is one user). Intervals are 95% t-intervals over users; differences "
+        "are paired, on the same tasks, and p is that of the same t-test. The best baseline is the one with the best "
+        "mean on these very tasks, which favours the baselines.",
         f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; among all candidates it is 1 for "
         f"a relevant item. Relevant is {s['relevant']}. Ties are broken at random.",
         'A ranking without "all candidates" in its name orders only the few query items of a task, all of them rated: '

@@ -1,8 +1,8 @@
 """What an evaluation found: one row a task, and the means, intervals and paired tests that are drawn from the rows.
 
 The user is the unit of chance. Over one seed, each user of a scenario is one task, and the standard error is
-``sd / sqrt(n)``; over several seeds (`merge`) the tasks of one user stay together in the standard error and in the
-bootstrap, so that scoring the same users five times does not make an interval narrower than the users allow.
+``sd / sqrt(n)``; over several seeds (`merge`) the tasks of one user stay together in the standard error, so that
+scoring the same users five times does not make an interval narrower than the users allow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.intervals import Estimates, estimate, p_values
+from metarec_jax.intervals import FEWEST_USERS, Estimates, estimate
 from metarec_jax.metrics import higher_is_better
 
 ALL = -1
@@ -28,7 +28,7 @@ FACTS = ("method", "scenario", "seed", "task", "user", "shown", "support", "quer
 
 
 class Estimate(NamedTuple):
-    """A mean over ``tasks`` tasks; ``low`` and ``high`` are the 95% percentile interval of a bootstrap over users."""
+    """A mean over ``tasks`` tasks; ``low`` and ``high`` are its 95% t-interval over users, nan with a single user."""
 
     mean: float
     se: float
@@ -41,8 +41,10 @@ class Difference(NamedTuple):
     """Mean of method - baseline over the tasks that both have, with its interval.
 
     Attributes:
-      p_value: of a paired t-test on the users' mean differences; p_wilcoxon: of their signed ranks.
-      better: whether the interval excludes zero on the side that is good for this metric.
+      low, high, p_value: of one paired t-test over users: p < 0.05 exactly where the interval excludes zero.
+      better: whether the interval excludes zero on the side that is good for this metric; worse: on the other side.
+        Both are False with fewer than `intervals.FEWEST_USERS` users.
+      users: how many have both answers.
     """
 
     method: str
@@ -54,9 +56,10 @@ class Difference(NamedTuple):
     low: float
     high: float
     p_value: float
-    p_wilcoxon: float
     better: bool
+    worse: bool
     tasks: int
+    users: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Report:
       per_task: one row for each method, scenario, seed, task and support shown. Columns: `FACTS`, where ``user`` is the
         vocabulary row, ``shown`` the cut of the support (`ALL`: none), ``support`` the examples there were, ``queries``
         the query items; and one column a metric, nan where the task has no answer.
-      settings: how it was measured: gain, relevant, rating_range, topn, curve, bootstrap, ...
+      settings: how it was measured: gain, relevant, rating_range, topn, curve, ...
       baselines: the methods that the others are compared with.
       times: method -> ``seconds_per_user`` (adapt and predict), ``first_call_seconds`` (those that compiled).
       notes: what was left out.
@@ -143,8 +146,8 @@ class Report:
             cells = [self._cells[name, scenario, shown] for name in present]
             users = cells[0]["user"].to_numpy()
             values = np.concatenate([cell[self.metrics].to_numpy(np.float64) for cell in cells], axis=1)
-            each = estimate(values, users, resamples=self.settings["bootstrap"])
-            tasks = np.isfinite(values).sum(0)
+            each = estimate(values, users)
+            tasks = (~np.isnan(values)).sum(0)
             for m, name in enumerate(present):
                 found[name][scenario] = {
                     metric: _one(each, k, int(tasks[k]))
@@ -154,13 +157,14 @@ class Report:
             if "squared_error" in self.metrics:
                 error = np.stack([cell["squared_error"].to_numpy(np.float64) for cell in cells], axis=1)
                 weight = np.stack([cell["queries"].to_numpy(np.float64) for cell in cells], axis=1)
-                pooled = estimate(error, users, weight, self.settings["bootstrap"])
+                pooled = estimate(error, users, weight)
                 for m, name in enumerate(present):
-                    if np.isfinite(pooled.mean[m]):
-                        mean, se, low, high, n = _one(pooled, m, int(np.isfinite(error[:, m]).sum()))
+                    if tasks_with := int((~np.isnan(error[:, m])).sum()):
+                        mean, se, low, high, n = _one(pooled, m, tasks_with)
                         root = mean**0.5
                         slope = se / (2 * root) if root else 0.0  # d sqrt(x) = dx / (2 sqrt(x))
-                        found[name][scenario]["rmse_pooled"] = Estimate(root, slope, low**0.5, high**0.5, n)
+                        low = low if np.isnan(low) else max(low, 0.0) ** 0.5
+                        found[name][scenario]["rmse_pooled"] = Estimate(root, slope, low, high**0.5, n)
         return found
 
     def paired(self, method: str, baseline: str, metric: str, scenario: str) -> Difference:
@@ -183,17 +187,17 @@ class Report:
                 raise MetarecError(f"{metric!r} has no per-task values; use one of {', '.join(self.metrics)}")
             if not np.array_equal(mine[["seed", "task"]].to_numpy(), other[["seed", "task"]].to_numpy()):
                 raise MetarecError(f"{method!r} and {name!r} were not run on the same tasks; evaluate them in one call")
-            gaps[:, k] = mine[metric].to_numpy(np.float64) - other[metric].to_numpy(np.float64)
-            if not np.isfinite(gaps[:, k]).any():
+            gaps[:, k] = difference(mine[metric], other[metric])
+            if np.isnan(gaps[:, k]).all():
                 raise MetarecError(f"{method!r} and {name!r} share no task of {scenario!r} that has {metric!r}")
-        each = estimate(gaps, users, resamples=self.settings["bootstrap"])
+        each = estimate(gaps, users)
         found = []
         for k, (metric, name, _) in enumerate(others):
-            known = np.isfinite(gaps[:, k])
-            mean, se, low, high, tasks = _one(each, k, int(known.sum()))
-            better = low > 0 if higher_is_better(metric) else high < 0
-            p = p_values(gaps[known, k], users[known], mean, se)
-            found.append(Difference(method, name, scenario, metric, mean, se, low, high, *p, better, tasks))
+            one, count = _one(each, k, int((~np.isnan(gaps[:, k])).sum())), int(each.users[k])
+            above, below = (bool(side) and count >= FEWEST_USERS for side in (one.low > 0, one.high < 0))
+            better, worse = (above, below) if higher_is_better(metric) else (below, above)
+            p_value = float(each.p_value[k])
+            found.append(Difference(method, name, scenario, metric, *one[:4], p_value, better, worse, one.tasks, count))
         return found
 
     def tied(self, metric: str, scenario: str, name: str) -> list[str]:
@@ -256,15 +260,15 @@ class Report:
         for name in self.methods:
             cells = [self.rows(name, scenario, k) for k in points]
             values = [cell[metric].to_numpy(np.float64)[cell["support"] >= points[-1]] for cell in cells]
-            if np.isfinite(values).any():
+            if not np.isnan(values).all():
                 columns += [(name, k, column) for k, column in zip(points, values, strict=True)]
         if not columns:
             return pd.DataFrame([], columns=["method", "shown", *Estimate._fields])
         every = np.stack([column for _, _, column in columns], axis=1)
         users = first["user"].to_numpy()[sizes >= points[-1]]
-        each = estimate(every, users, resamples=self.settings["bootstrap"])
+        each = estimate(every, users)
         table = [
-            {"method": name, "shown": k, **_one(each, i, int(np.isfinite(column).sum()))._asdict()}
+            {"method": name, "shown": k, **_one(each, i, int((~np.isnan(column)).sum()))._asdict()}
             for i, (name, k, column) in enumerate(columns)
         ]
         return pd.DataFrame(table, columns=["method", "shown", *Estimate._fields])
@@ -373,6 +377,13 @@ def merge(reports: Sequence[Report]) -> Report:
     new = dict.fromkeys(name for report in reports for name in report.settings.get("rank_new_items", ()))
     merged = first.settings | ({"rank_new_items": list(new)} if new else {})
     return replace(first, per_task=frame, settings=merged, times=times, notes=notes)
+
+
+def difference(mine: pd.Series[float], other: pd.Series[float]) -> np.ndarray:
+    """Task by task, mine - other; 0 where both are the same infinity, nan where one has no answer."""
+    a, b = mine.to_numpy(np.float64), other.to_numpy(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(a) & (a == b), 0.0, a - b)
 
 
 def _one(each: Estimates, k: int, tasks: int) -> Estimate:

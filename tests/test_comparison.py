@@ -23,7 +23,7 @@ def test_reports_joined_are_as_if_from_one_call():
     parts = split(data, ["user_cold"], test=0.3, validation=0.0)
     known = catalogue(data, parts.train)
     methods = {"item_mean": item_mean(parts.train, known), "random": random(parts.train, known)}
-    given = {"rating_range": rating_range(data), "catalogue_ranking": True, "curve": (2,), "bootstrap": 50}
+    given = {"rating_range": rating_range(data), "catalogue_ranking": True, "curve": (2,)}
     whole, apart = [], []
     for seed in (0, 1):
         tasks = {"user_cold": make_tasks(parts.test["user_cold"], query=4, seed=seed)}
@@ -72,7 +72,7 @@ def made_up(means, tasks=40, noise=0.01, scenarios=("user_cold",), curve=()):
     frame = pd.concat(rows, ignore_index=True)
     frame["method"] = pd.Categorical(frame["method"], list(means))
     frame["scenario"] = pd.Categorical(frame["scenario"], list(scenarios))
-    settings = {"bootstrap": 200, "curve": list(curve), "ranking_only": [], "topn": [5], "catalogue_topn": []}
+    settings = {"curve": list(curve), "ranking_only": [], "topn": [5], "catalogue_topn": []}
     return Report(frame, settings, tuple(means)[:1], {name: {} for name in means})
 
 
@@ -110,6 +110,15 @@ def test_the_simpler_is_taken_where_the_advantage_may_be_none():
     assert f"its advantage over {loser.method}, which is simpler" in said[1]
     assert "cavia (diverged)" in said[-1]
     assert len(said) <= 5
+
+
+def test_few_users_do_not_show_that_the_simpler_is_worse():
+    report = made_up({"bias": 0.9, "ridge": 0.7}, tasks=9)
+    choice = choose(report, costs(report.methods), "mae", report.methods)
+    assert (choice.method, choice.best) == ("bias", "ridge")
+    assert "no verdict: 9 users, at least 10 are required" in advice(choice, report, costs(report.methods), {})[1]
+    report = made_up({"bias": 0.9, "ridge": 0.7}, tasks=10)
+    assert choose(report, costs(report.methods), "mae", report.methods).method == "ridge"
 
 
 def test_budgets_leave_methods_out():

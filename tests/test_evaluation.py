@@ -14,9 +14,10 @@ from metarec_jax.core import MetarecError, Method, Table
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet
 from metarec_jax.evaluation import evaluate
-from metarec_jax.intervals import estimate, p_values
+from metarec_jax.intervals import estimate
 from metarec_jax.metrics import at_least, top_rated
 from metarec_jax.online.recommend import Recommender
+from metarec_jax.report import terminal_table
 from metarec_jax.results import ALL, Difference
 
 ITEMS = 8
@@ -66,7 +67,7 @@ BY_ITEM = constant([0, 0, 0, 4.0, 3.0, 2.0, 1.0, 6.0, 0.5])
 
 def small(methods=None, scenarios=None, **options):
     methods = {"by_item": BY_ITEM, "mean": support_mean()} if methods is None else methods
-    options = {"topn": (1, 2), "batch": 4, "bootstrap": 200, "baselines": ("by_item",)} | options
+    options = {"topn": (1, 2), "batch": 4, "baselines": ("by_item",)} | options
     return evaluate(methods, {"user_cold": TWO} if scenarios is None else scenarios, KNOWN, **options)
 
 
@@ -258,10 +259,10 @@ def test_paired_difference_by_hand(report):
     gaps = [1.5 - 5 / 3, 0.5 - 2]
     assert d.mean == pytest.approx(sum(gaps) / 2)
     assert d.se == pytest.approx(abs(gaps[0] - gaps[1]) / 2)  # sd / sqrt(2) of two numbers
-    assert d.low == pytest.approx(min(gaps)) and d.high == pytest.approx(max(gaps))  # noqa: PT018
+    half = 12.706 * d.se  # t with one degree of freedom
+    assert (d.low, d.high) == (pytest.approx(d.mean - half, rel=1e-3), pytest.approx(d.mean + half, rel=1e-3))
     assert isinstance(d, Difference)
-    assert d.better  # lower error, and no resample says otherwise
-    assert not report.paired("by_item", "mean", "mae", "user_cold").better
+    assert (d.users, d.better, d.worse) == (2, False, False)
 
 
 def test_the_best_baseline_knows_the_direction():
@@ -347,28 +348,81 @@ def test_unknown_names_are_told(report):
 
 
 def test_standard_error_and_interval_of_independent_users():
-    """400 normal numbers: se = sd / 20, and the 95% interval is the mean -+ 1.96 se, to bootstrap accuracy."""
+    """400 normal numbers: se = sd / 20, and t with 399 degrees of freedom is 1.966."""
     x = np.random.default_rng(0).normal(size=(400, 1))
-    e = estimate(x, np.arange(400), resamples=4000)
+    e = estimate(x, np.arange(400))
     assert e.se[0] == pytest.approx(x.std(ddof=1) / 20)
-    assert e.low[0] == pytest.approx(e.mean[0] - 1.96 * e.se[0], abs=0.1 * e.se[0])
-    assert e.high[0] == pytest.approx(e.mean[0] + 1.96 * e.se[0], abs=0.1 * e.se[0])
+    assert e.low[0] == pytest.approx(e.mean[0] - 1.966 * e.se[0], rel=1e-3)
+    assert e.high[0] == pytest.approx(e.mean[0] + 1.966 * e.se[0], rel=1e-3)
 
 
-def test_interval_covers_the_truth_about_95_times_of_100():
-    """Users who repeat: an interval that drew rows would cover far less."""
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(300):
-        x = np.repeat(rng.normal(size=60), 4)[:, None] + 0.2 * rng.normal(size=(240, 1))
-        e = estimate(x, np.repeat(np.arange(60), 4), resamples=300)
-        covered += e.low[0] <= 0 <= e.high[0]
-    assert 0.90 <= covered / 300 <= 0.98
+SHAPES = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "heavy tails": lambda rng, shape: rng.standard_t(4, size=shape),
+    "mostly ties": lambda rng, shape: rng.choice([-0.5, -0.2, 0.0, 0.2, 0.5], shape, p=[0.05, 0.15, 0.6, 0.15, 0.05]),
+    "a little skewed": lambda rng, shape: rng.gamma(4.0, size=shape) - 4.0,
+}
 
 
-def test_p_values_of_paired_differences():
-    users = np.arange(6)
-    assert p_values(np.zeros(6), users, 0.0, 0.0) == (1.0, 1.0)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("users", [10, 20, 30])
+def test_interval_covers_the_truth_about_95_times_of_100(users, shape):
+    """4,000 evaluations of so few users, the true mean 0: the interval holds it, and p says the same, in each."""
+    x = SHAPES[shape](np.random.default_rng(0), (users, 4000))
+    e = estimate(x, np.arange(users))
+    covered = (e.low <= 0) & (e.high >= 0)
+    assert 0.925 <= covered.mean() <= 0.98
+    np.testing.assert_array_equal(covered, e.p_value >= 0.05)
+
+
+def test_interval_of_users_who_repeat():
+    """An interval that drew rows would cover far less: the four rows of a user are nearly one."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(30, 2000)), 4, axis=0) + 0.2 * rng.normal(size=(120, 2000))
+    e = estimate(x, np.repeat(np.arange(30), 4))
+    assert 0.93 <= ((e.low <= 0) & (e.high >= 0)).mean() <= 0.97
+
+
+def test_p_and_interval_by_hand():
     gap = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    t, wilcoxon = p_values(gap, users, gap.mean(), gap.std(ddof=1) / math.sqrt(6))
-    assert wilcoxon == pytest.approx(2 / 2**6)  # all six of one sign
-    assert t == pytest.approx(0.0059, abs=0.0001)  # t = 3.5 / 0.7638 = 4.583 with 5 degrees of freedom
+    users = np.arange(6)
+    e = estimate(np.stack([gap, np.zeros(6), np.ones(6)], 1), users)
+    assert e.p_value[0] == pytest.approx(0.0059, abs=0.0001)  # t = 3.5 / 0.7638 = 4.583 with 5 degrees of freedom
+    assert e.low[0] == pytest.approx(3.5 - 2.5706 * 0.7638, abs=1e-3)
+    assert e.p_value.tolist()[1:] == [1.0, 0.0]  # no difference at all; the same difference for everyone
+    assert (e.low[1], e.high[1], e.low[2], e.high[2]) == (0, 0, 1, 1)
+    alone = estimate(gap[:1, None], users[:1])
+    assert alone.mean[0] == 1.0
+    assert np.isnan([alone.se[0], alone.low[0], alone.high[0], alone.p_value[0]]).all()
+    nothing = estimate(np.full((3, 1), np.nan), np.arange(3))
+    assert np.isnan(nothing.mean[0])
+    assert nothing.users[0] == 0
+
+
+def test_infinity_counts_and_is_not_left_out():
+    e = estimate(np.array([[1.0, 1.0], [np.inf, np.nan], [2.0, 3.0]]), np.arange(3))
+    assert (e.mean[0], e.low[0], e.high[0]) == (np.inf, np.inf, np.inf)
+    assert e.mean[1] == 2.0
+
+
+def test_a_method_that_overflows_does_not_look_better():
+    """Scores of 1e25: the square of the error is beyond float32. By tasks left out, it would be as good as the rest."""
+    rows = [0.0, 0, 0, 4.0, 3.0, 2.0, 1e25, 6.0, 0.5]  # item 6 is in the query of the second user alone
+    found = small({"wild": constant(rows), "by_item": BY_ITEM})
+    summary = found.summary()
+    assert summary["wild"]["user_cold"]["squared_error"].mean == math.inf
+    assert summary["wild"]["user_cold"]["rmse_pooled"].mean == math.inf
+    assert summary["wild"]["user_cold"]["squared_error"].tasks == 2
+    assert found.best("squared_error", "user_cold") == "by_item"
+    assert found.paired("wild", "by_item", "squared_error", "user_cold").mean == math.inf
+    note = next(note for note in found.notes if note.startswith("wild"))
+    assert "2 of 4 rows have infinite rmse, squared_error" in note
+    assert not any(note.startswith("by_item") for note in found.notes)
+    json.dumps(found.to_json(), allow_nan=False)
+    assert "inf" in terminal_table(found)
+
+
+def test_two_methods_that_overflow_alike_are_level():
+    rows = [0.0, 0, 0, 4.0, 3.0, 2.0, 1e25, 6.0, 0.5]
+    found = small({"a": constant(rows), "b": constant(rows)}, baselines=("b",))
+    assert found.paired("a", "b", "squared_error", "user_cold").mean == 0

@@ -266,10 +266,10 @@ def test_evaluating_again_traces_nothing(name):
     learner, traces = counted(learner)
     method = Method(jax.jit(learner.init)(jax.random.key(0)), learner.adapt, learner.predict)
     tasks = {"users": make_tasks(data, query=3, support=(1, 6))}
-    evaluation.evaluate({"one": method}, tasks, catalogue(data), bootstrap=10)
+    evaluation.evaluate({"one": method}, tasks, catalogue(data))
     first = len(traces)
     assert first == len(set(traces))  # once for each width of the support
-    evaluation.evaluate({"one": method}, tasks, catalogue(data), bootstrap=10, seed=1)
+    evaluation.evaluate({"one": method}, tasks, catalogue(data), seed=1)
     assert len(traces) == first
 
 

@@ -53,7 +53,6 @@ def made_up(gain=0.05, tasks=60, catalogue=True, curve=(0, 1, 4), scenarios=("us
         "new_items": 20,
         "rank_new_items": ["item_cold"],
         "curve": list(curve),
-        "bootstrap": 200,
         "ranking_only": [],
     }
     times = {name: {"seconds_per_user": 2e-6, "first_call_seconds": 0.5} for name in ("ours", "bias", "random")}
@@ -120,6 +119,27 @@ def test_words_follow_the_interval(gain, verdict):
     assert "over 60 tasks" in mae
 
 
+@pytest.mark.parametrize("gain", [0.05, -0.05])
+@pytest.mark.parametrize("tasks", [1, 2, 9])
+def test_few_users_give_no_verdict(tasks, gain):
+    report = made_up(gain, tasks=tasks)
+    told = findings(report)
+    why = f"no verdict, {tasks} user{'s' * (tasks > 1)}, at least 10 are required."
+    assert told[0] == f"ours against the best baseline of each comparison: {why}"
+    assert len(told) == 7
+    assert all(line.endswith(why) for line in told)
+    for line in [*told, *adaptation_findings(report), terminal_table(report)]:
+        assert "nan" not in line
+        assert not re.search("excludes|includes|better\\.|it adapts", line)
+
+
+@pytest.mark.parametrize("tasks", [10, 12, 30])
+def test_the_verdict_follows_p(tasks):
+    for gain in (0.002, 0.006, 0.02):
+        for d in made_up(gain, tasks=tasks).compare(["mae"]):
+            assert (d.better or d.worse) == (d.p_value < 0.05) == (d.low > 0 or d.high < 0)
+
+
 def test_ties_between_baselines_are_told():
     whole = made_up()
     rows = whole.per_task
@@ -167,7 +187,7 @@ def test_page_stands_alone(page):
         "2^r - 1",
         "target >= 4",
         "clipped to 1 to 5",
-        "200 bootstrap draws of users",
+        "95% t-intervals over users",
         "favours the baselines",
         "all 100 items less the support",
         "apart from the test tasks",

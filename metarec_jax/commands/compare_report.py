@@ -14,6 +14,7 @@ from metarec_jax.comparison import Choice, Cost, Gap, by_support, choose, join, 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.intervals import FEWEST_USERS
 from metarec_jax.pages import Section, Table, write_page
 from metarec_jax.plots import metric_title, scenario_title
 from metarec_jax.report import (
@@ -26,6 +27,7 @@ from metarec_jax.report import (
     measured_sections,
     method_sections,
     metric_blocks,
+    too_few,
 )
 from metarec_jax.results import Report
 
@@ -148,7 +150,8 @@ def advice(choice: Choice, report: Report, costs: Mapping[str, Cost], failed: Ma
     else:
         lines.append(
             f"The best mean is that of {c.best}, {overall(report, c.best, c.metric):.3f}; its advantage over "
-            f"{c.method}, which is simpler, is {_spoken(c.gap)}: not shown to be above zero."
+            f"{c.method}, which is simpler, is {_spoken(c.gap)}: "
+            + ("not shown to be above zero." if c.gap.users >= FEWEST_USERS else f"no verdict: {too_few(c.gap.users)}.")
         )
     lines.append(
         f"Measured on {users:,} test users over {len(report.seeds)} seed{'s' * (len(report.seeds) > 1)}; more --seeds "
