@@ -69,6 +69,15 @@ DataDir = Annotated[
         metavar="PATH", help_behavior_hint="", help="cache of named data sets; default: METAREC_DATA_DIR, or the user's"
     ),
 ]
+LikedFrom = Annotated[
+    float | None,
+    tyro.conf.arg(
+        metavar="RATING",
+        help_behavior_hint="",
+        help="rating from which on an item counts as liked in rankings; default: three quarters of the scale (4 of 5), "
+        "or about the upper quarter of the ratings where few or nearly all reach that",
+    ),
+]
 Json = Annotated[bool, tyro.conf.arg(help="print the results as one JSON object, the last line")]
 
 
@@ -106,6 +115,7 @@ def fit(
     process_id: Annotated[
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="several processes: which one, from 0")
     ] = None,
+    liked_from: LikedFrom = None,
     json: Json = False,
 ) -> int:
     """Meta-train a recommender, compare it with plain baselines, write a report. The same command again resumes.
@@ -128,6 +138,7 @@ def fit(
         data_dir=data_dir,
         as_json=json,
         devices=fit.Devices(mesh, coordinator, num_processes, process_id),
+        liked_from=liked_from,
     )
 
 
@@ -135,6 +146,7 @@ def evaluate(
     run: RunDir,
     seeds: Annotated[int, tyro.conf.arg(help="draws of support and query to average over")] = 1,
     max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
+    liked_from: LikedFrom = None,
     json: Json = False,
 ) -> int:
     """Measure a trained run beside the baselines, on its held-out users and items; write report.md and report.html.
@@ -146,7 +158,7 @@ def evaluate(
     """
     from metarec_jax.commands import evaluate
 
-    return evaluate.evaluate(run, seeds=seeds, max_users=max_users, as_json=json)
+    return evaluate.evaluate(run, seeds=seeds, max_users=max_users, liked_from=liked_from, as_json=json)
 
 
 def recommend(
@@ -221,6 +233,7 @@ def compare(
     support_curve: Annotated[
         tuple[int, ...], tyro.conf.arg(metavar="[INT ...]", help="also measured with so many ratings shown")
     ] = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50),
+    liked_from: LikedFrom = None,
     recommend: Annotated[bool, tyro.conf.arg(help="say which method to take, and why")] = False,
     max_ms: Annotated[
         float | None,
@@ -257,6 +270,7 @@ def compare(
         seeds=seeds,
         max_users=max_users,
         support_curve=support_curve,
+        liked_from=liked_from,
         recommend=recommend,
         max_ms=max_ms,
         max_mib=max_mib,

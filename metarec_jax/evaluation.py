@@ -38,7 +38,7 @@ def evaluate(
     known: Catalogue,
     *,
     rating_range: tuple[float, float] | None = None,
-    gain: str = "exp",
+    gain: str = "auto",
     topn: Sequence[int] = (1, 3, 5, 10),
     relevant: float | metrics.Relevant = 4.0,
     catalogue_ranking: bool = False,
@@ -64,7 +64,9 @@ def evaluate(
       tasks: by scenario ("user_cold", ...). A scenario without tasks is left out, and noted.
       known: the catalogue that the tasks' vocabulary rows refer to; its ``item_row`` 0 are items unknown to training.
       rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
-      gain: of ndcg over the query: "exp", "linear", "square", "binary" (of relevance).
+      gain: of ndcg over the query: "exp" 2^r - 1, "linear" r, "square" r^2 - 1, "binary" (of relevance), "scaled"
+        2^g - 1, g the rating laid on 0 to 5 from the ends of ``rating_range``; "auto": exp where ratings are within 0
+        to 5, else scaled. It is in ``settings["gain"]``.
       topn: list lengths over the query; catalogue_topn: over all candidates.
       relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
       catalogue_ranking: also rank all candidates, with the whole support only (where the query has nothing to
@@ -80,13 +82,11 @@ def evaluate(
       A `Report`.
 
     Raises:
-      MetarecError: no method or no task; a method or tasks that cannot be of this catalogue; an unknown gain; a method
-        whose scores are not finite.
+      MetarecError: no method or no task; a method or tasks that cannot be of this catalogue; a gain that is
+        unknown or does not suit the targets; targets outside ``rating_range``; a method whose scores are not finite.
     """
     if not methods:
         raise MetarecError("no method to evaluate; give at least one, as {'name': Method(...)}")
-    if gain not in metrics.GAINS:
-        raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(metrics.GAINS)}")
     if rating_range is not None and not rating_range[0] < rating_range[1]:
         raise MetarecError(f"rating_range is {rating_range}; give (lowest, highest)")
     points = sorted({0, *(int(k) for k in curve or ())})
@@ -104,6 +104,7 @@ def evaluate(
     every, scenario, place = _join([tasks[name] for name in scenarios])
     lengths = every.support_mask.sum(1).astype(int)
     real = every.query_mask > 0
+    gain = _suitable_gain(gain, every.query_target[real], rating_range)
     varied = bool((np.ptp(np.where(real, every.query_target, every.query_target[:, :1]), axis=1) > 0).any())
     if not varied:
         notes.append(
@@ -164,6 +165,26 @@ def evaluate(
     }
     named = tuple(name for name in methods if name in baselines)
     return Report(per_task, settings, named, runner.times(), tuple(notes))
+
+
+def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, float] | None) -> str:
+    """The gain to use, "auto" resolved; refused where nDCG would leave [0, 1]."""
+    lowest, highest = (float(targets.min()), float(targets.max())) if len(targets) else (0.0, 0.0)
+    low, high = (lowest, highest) if rating_range is None else rating_range
+    slack = 1e-5 * (high - low)  # of float32, in which the targets are
+    if lowest < low - slack or highest > high + slack:
+        raise MetarecError(
+            f"rating_range is {low:g} to {high:g}, and the tasks have ratings from {lowest:g} to {highest:g}; give the "
+            "ends of their scale"
+        )
+    gain = metrics.suitable_gain((low, high)) if gain == "auto" else gain
+    metrics.check_gain(gain, lowest, highest)
+    if gain == "scaled" and rating_range is None:
+        raise MetarecError(
+            f"nDCG of ratings from {lowest:g} to {highest:g} requires the ends of their scale; give "
+            "rating_range=(lowest, highest), or gain='binary'"
+        )
+    return gain
 
 
 def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
@@ -394,6 +415,9 @@ def _query_columns(
         order = jnp.arange(scores.shape[1])
         ranks = jax.vmap(metrics.ranks_among, (0, 0, None, 0))(scores, where, order, keys)
         grade = labels if gain == "binary" else target
+        if gain == "scaled":
+            assert span is not None  # _suitable_gain
+            grade = metrics.on_five(target, span)
         found |= metrics.of_ranks(ranks, labels, where, where.sum(-1), topn, grade=grade, gain=gain)
         found["auc"] = metrics.auc(scores, labels, where=where)
     return found

@@ -16,6 +16,7 @@ and take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
@@ -32,8 +33,50 @@ GAINS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda r: r,
     "square": lambda r: jnp.maximum(r * r - 1.0, 0.0),
     "binary": lambda r: jnp.where(r >= 1.0, 1.0, 0.0),
+    "scaled": lambda r: jnp.expm1(math.log(2.0) * r),
 }
-"""Gains of `ndcg` by name: ``exp`` 2^r - 1, ``linear`` r, ``square`` r^2 - 1 (0 for r < 1), ``binary`` 1 if r >= 1."""
+"""Gains of `ndcg` by name: ``exp`` 2^r - 1, ``linear`` r, ``square`` r^2 - 1 (0 for r < 1), ``binary`` 1 if r >= 1,
+``scaled`` 2^r - 1 of ratings that `on_five` laid on 0 to 5, exact for small ones too.
+
+The published ones are for r of 0 or more, and ``exp`` for small r: nDCG lies in [0, 1] only where no gain is negative
+or infinite. `suitable_gain` chooses for a scale of any kind."""
+_GAIN_RANGES = {"exp": (0.0, 100.0), "linear": (0.0, 1e30), "square": (0.0, 1e15)}
+"""Targets for which a gain is neither negative nor, summed over a list, beyond float32."""
+
+
+def on_five(target: Array, rating_range: tuple[float, float]) -> Array:
+    """Ratings laid on 0 to 5: 0 at the low end of their scale, 5 at the high one.
+
+    >>> on_five(jnp.array([-10.0, 0.0, 10.0]), (-10.0, 10.0))
+    Array([0. , 2.5, 5. ], dtype=float32)
+    """
+    low, high = rating_range
+    return 5.0 * ((target - low) / (high - low))
+
+
+def suitable_gain(rating_range: tuple[float, float]) -> str:
+    """The gain for a scale: ``exp`` as published where ratings are within 0 to 5, else ``scaled``.
+
+    >>> [suitable_gain(span) for span in ((1, 5), (0.5, 5), (0, 1), (0.5, 10), (-1, 1), (1, 69_016))]
+    ['exp', 'exp', 'exp', 'scaled', 'scaled', 'scaled']
+    """
+    return "exp" if rating_range[0] >= 0 and rating_range[1] <= 5 else "scaled"
+
+
+def check_gain(gain: str, lowest: float, highest: float) -> None:
+    """Refuse a gain that is unknown, or negative or infinite for targets from ``lowest`` to ``highest``.
+
+    Raises:
+      MetarecError: such a gain.
+    """
+    if gain not in GAINS:
+        raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(GAINS)}")
+    low, high = _GAIN_RANGES.get(gain, (-math.inf, math.inf))
+    if not (low <= lowest and highest <= high):
+        raise MetarecError(
+            f"gain {gain!r} expects targets from {low:g} to {high:g}, got {lowest:g} to {highest:g}, for which nDCG is "
+            "not within 0 to 1; use gain='scaled', or 'auto'"
+        )
 
 
 def mae(scores: Array, target: Array, *, where: Array | None = None) -> Array:

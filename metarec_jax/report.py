@@ -20,12 +20,15 @@ _GAINS = {"exp": "2^r - 1", "linear": "r", "square": "r^2 - 1", "binary": "1 for
 
 def main_metrics(report: Report) -> list[str]:
     """The few metrics that a page has room for: errors, nDCG over the query, nDCG and recall over all candidates."""
+    present = {m for scenarios in report.summary().values() for row in scenarios.values() for m in row}
+    return [m for m in _wanted(report) if m in present]
+
+
+def _wanted(report: Report) -> list[str]:
     topn, whole = report.settings["topn"], report.settings["catalogue_topn"]
     n = 5 if 5 in topn else topn[-1] if topn else 0
     wanted = ["mae", "rmse_pooled", f"ndcg@{n}"]
-    wanted += [f"catalogue_ndcg@{min(whole)}", f"catalogue_recall@{max(whole)}"] if whole else []
-    present = {m for scenarios in report.summary().values() for row in scenarios.values() for m in row}
-    return [m for m in wanted if m in present]
+    return wanted + ([f"catalogue_ndcg@{min(whole)}", f"catalogue_recall@{max(whole)}"] if whole else [])
 
 
 def metric_table(report: Report, metric: str) -> Table:
@@ -52,9 +55,56 @@ def metric_blocks(report: Report) -> list[str]:
     blocks = []
     for metric in main_metrics(report):
         direction = "higher is better" if higher_is_better(metric) else "lower is better"
-        told = f"{metric_title(metric)}: {_mean_of(metric)}, {direction}, * best"
-        blocks.append(f"{told}\n{aligned(metric_table(report, metric))}")
-    return blocks
+        head = f"{metric_title(metric)}: {_mean_of(metric)}, {_of_gain(report, metric)}{direction}, * best"
+        blocks.append("\n".join([head, aligned(metric_table(report, metric)), *footnotes(report, metric)]))
+    return blocks + [line for line in [" ".join(missing(report))] if line]
+
+
+def footnotes(report: Report, metric: str) -> list[str]:
+    """Why a table of this metric has no number for some methods, and how many tasks are not in it."""
+    found, lines = report.summary(), []
+    scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
+    dashes = [m for m in report.methods if any(metric not in found[m].get(s, {}) for s in scenarios)]
+    ranking = [m for m in dashes if m in report.settings["ranking_only"]]
+    if ranking:
+        lines.append(f"-: {', '.join(ranking)}: scores that are not ratings have no rating error.")
+    if others := [m for m in dashes if m not in ranking]:
+        lines.append(f"-: {', '.join(others)}: no task with an answer.")
+    counts = report.counts()
+    without = {s: counts[s]["no_answer"].get(metric, 0) for s in scenarios}
+    some = [f"{n:,} of {counts[s]['tasks']:,} ({scenario_title(s)})" for s, n in without.items() if n]
+    if some and metric in report.metrics and metric not in ("mae", "rmse", "squared_error"):
+        lines.append(f"Tasks left out, since {_unanswered(report, metric)}: {', '.join(some)}.")
+    return lines
+
+
+def missing(report: Report) -> list[str]:
+    """The main rankings that no task of a scenario, or of any, has: their column or table is not there."""
+    found, lines = report.summary(), []
+    for metric in _wanted(report):
+        gone = [s for s in report.scenarios if not any(metric in found[m].get(s, {}) for m in report.methods)]
+        if metric in report.metrics and gone and metric not in ("mae", "rmse_pooled"):
+            which = "any scenario" if gone == report.scenarios else ", ".join(map(scenario_title, gone))
+            lines.append(f"No {metric_title(metric)} for {which}: {_unanswered(report, metric)} in any task.")
+    return lines
+
+
+def _unanswered(report: Report, metric: str) -> str:
+    if metric.startswith("ndcg") and report.settings["gain"] != "binary":
+        return "all query items have the lowest rating"
+    return f"no query item is relevant ({report.settings['relevant']})"
+
+
+def _of_gain(report: Report, metric: str) -> str:
+    return f"gain {gain_title(report)}, " if metric.startswith("ndcg") else ""
+
+
+def gain_title(report: Report) -> str:
+    """The gain of nDCG over the query, as a formula."""
+    gain, span = report.settings["gain"], report.settings["rating_range"]
+    if gain == "scaled":
+        return f"2^g - 1 with g the rating laid on 0 to 5 from {span[0]:g} to {span[1]:g}"
+    return _GAINS[gain]
 
 
 def comparison_table(report: Report, metric: str) -> Table:
@@ -200,9 +250,12 @@ def measured_sections(report: Report, folder: Path) -> list[Section]:
     for metric in metrics:
         name = f"scenarios_{metric.replace('@', '_')}.png"
         drawn = metric != "rmse_pooled" and plots.scenario_dots(report, metric, folder / name)
-        said = f"{_mean_of(metric).capitalize()}; {'higher' if higher_is_better(metric) else 'lower'} is better."
+        direction = "higher" if higher_is_better(metric) else "lower"
+        said = f"{_mean_of(metric).capitalize()}; {_of_gain(report, metric)}{direction} is better."
         image = f"plots/{name}" if drawn else None
-        sections.append(Section(metric_title(metric), (said,), metric_table(report, metric), image))
+        notes = (said, *footnotes(report, metric))
+        sections.append(Section(metric_title(metric), notes, metric_table(report, metric), image))
+    sections += [Section("Not in the tables", tuple(gone))] if (gone := missing(report)) else []
     curves = [m for m in metrics if m in report.metrics]
     images = [f"cold_start_{m.replace('@', '_')}.png" for m in curves[:2]]
     drawn_curves = [n for m, n in zip(curves, images, strict=False) if plots.cold_start_curve(report, m, folder / n)]
@@ -329,8 +382,8 @@ def _method_notes(report: Report) -> list[str]:
         "Every number is a mean over tasks (a task is one user). Intervals are 95% t-intervals over users; differences "
         "are paired, on the same tasks, and p is that of the same t-test. The best baseline is the one with the best "
         "mean on these very tasks, which favours the baselines.",
-        f"nDCG uses the gain {s['gain']}: {_GAINS.get(s['gain'], s['gain'])}; among all candidates it is 1 for "
-        f"a relevant item. Relevant is {s['relevant']}. Ties are broken at random.",
+        f"nDCG uses the gain {s['gain']}: {gain_title(report)}; among all candidates it is 1 for a relevant item. "
+        f"Relevant is {s['relevant']}. Ties are broken at random.",
         'A ranking without "all candidates" in its name orders only the few query items of a task, all of them rated: '
         "even a random order scores high there, and the differences between methods are what counts.",
     ]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -15,7 +16,9 @@ from metarec_jax import config as configs
 from metarec_jax.baselines import item_mean
 from metarec_jax.commands import compare as command
 from metarec_jax.commands.compare_entries import all_entries, baseline_of, default_learners, learners_of
-from metarec_jax.commands.protocol import fixed_tasks, rating_range, relevant_from
+from metarec_jax.commands.protocol import fixed_tasks, liked, rating_range, relevant_from
+from metarec_jax.core import MetarecError
+from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
 from metarec_jax.evaluation import evaluate
@@ -131,6 +134,33 @@ def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation
     span, relevant = rating_range(data), relevant_from(data)
     direct = evaluate(fitted, tasks, known, rating_range=span, relevant=relevant, seed=1)
     assert told == direct.summary()["item_mean"]["user_cold"]["mae"]
+
+
+@pytest.mark.parametrize(
+    ("ratings", "point"),
+    [
+        ([1, 2, 3, 4, 4, 5], 4),  # 1..5: three quarters of the scale
+        ([0.5, 2, 3, 4, 4.5, 5], 3.875),
+        ([-1, -1, 1], 0.5),
+        ([0, 0, 0, 1], 0.75),
+        (list(range(1, 101)), 75.25),
+        ([*range(1, 100), 69_016], 76),  # counts: a quarter of them has 76 or more; 51,762 has one
+        ([1] + [98, 99, 100] * 40, 100),  # a scale of which only the upper end is used
+        ([3, 3, 3], 3),
+    ],
+)
+def test_from_what_rating_on_an_item_is_liked(ratings, point):
+    n = len(ratings)
+    ids = Vocabulary(np.arange(n))
+    rows = np.arange(1, n + 1)
+    data = Interactions(rows, rows, np.array(ratings, np.float32), None, ids, ids)
+    assert relevant_from(data) == pytest.approx(point)
+    assert f"ratings of {point:g} or more" in liked(data)
+    if min(ratings) < max(ratings):
+        assert relevant_from(data, max(ratings)) == max(ratings)
+        for wrong in (min(ratings), max(ratings) + 1):
+            with pytest.raises(MetarecError, match="--liked-from must be above"):
+                relevant_from(data, wrong)
 
 
 @pytest.mark.parametrize(

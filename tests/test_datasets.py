@@ -377,6 +377,27 @@ def test_describe_by_hand():
     assert facts["cold_start"]["items_with_fewer_than"]["1"] == 1
 
 
+@pytest.mark.parametrize(
+    ("ratings", "told"),
+    [
+        ([1, 2, 3, 4, 5] * 20, None),
+        (np.linspace(0.5, 10, 100), None),
+        (np.linspace(-10, 10, 100), None),
+        (range(1, 101), None),
+        ([1] * 95 + [2, 3, 5, 40, 100], None),  # few values: not a tail that can be seen
+        (np.floor(1.15 ** np.arange(80)), "counts"),
+        (1.15 ** np.arange(80) / 3, "amounts"),
+    ],
+)
+def test_counts_are_not_taken_for_ratings_without_a_word(ratings, told):
+    rating = np.array(list(ratings), np.float32)
+    rows = np.arange(1, len(rating) + 1)
+    ids = Vocabulary(np.arange(len(rating)))
+    notes = describe(Interactions(rows, rows, rating, None, ids, ids))["notes"]
+    assert len(notes) == (told is not None)
+    assert all(f"look like {told}" in note and "try --implicit" in note for note in notes)
+
+
 def test_describe_features_and_implicit():
     facts = describe(movielens.ml_100k(ORIGINAL_BYTES, "tiny"))
     assert facts["item_features"]["item_genre"] == {"kind": "multi", "cardinality": 3, "coverage": 2 / 3}

@@ -178,6 +178,18 @@ def test_relevance_and_gain_are_arguments():
     assert small(relevant=top_rated(1)).settings["relevant"] == "the 1 highest targets of the list"
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (1.0, 69_016.0), (-10.0, 10.0)])
+def test_any_scale_has_its_gain(low, high):
+    """By item 4, 3, 2: the lowest first, then the highest, then the middle. Gains 0, 31 and 2^2.5 - 1."""
+    middle = (low + high) / 2
+    found = small(scenarios={"user_cold": tasks(({1: low}, {3: low, 4: high, 5: middle}))}, rating_range=(low, high))
+    assert found.settings["gain"] == "scaled"
+    half = 2**2.5 - 1
+    wanted = (31 / math.log2(3)) / (31 + half / math.log2(3))
+    assert found.rows("by_item", "user_cold")["ndcg@2"].iloc[0] == pytest.approx(wanted, rel=1e-5)
+    assert small(rating_range=(1.0, 5.0)).settings["gain"] == "exp"
+
+
 def test_batch_size_and_scenario_company_change_nothing():
     alone = small(catalogue_ranking=True)
     other = small(catalogue_ranking=True, batch=1)
@@ -277,6 +289,12 @@ def test_the_best_baseline_knows_the_direction():
         ({"methods": {}}, "no method"),
         ({"gain": "cubic"}, "exp, linear"),
         ({"rating_range": (5.0, 1.0)}, "lowest, highest"),
+        ({"rating_range": (1.0, 4.0)}, "1 to 4.*from 1 to 5"),
+        ({"scenarios": {"user_cold": tasks(({1: -1.0}, {2: 1.0, 3: -1.0}))}}, r"rating_range=\(lowest, highest\)"),
+        (
+            {"scenarios": {"user_cold": tasks(({1: -1.0}, {2: 1.0, 3: -1.0}))}, "gain": "exp"},
+            "'exp' expects targets from 0 to 100, got -1 to 1",
+        ),
         ({"scenarios": {"warm": TWO.take(np.arange(0))}}, "warm"),
         ({"methods": {"broken": constant([np.nan] * 9)}}, "'broken'.*not finite.*2 of 2"),
     ],

@@ -104,6 +104,47 @@ def test_unknown_gain_names_the_known_ones():
         metrics.ndcg(SCORES, RATING, gain="cubic")
 
 
+@pytest.mark.parametrize(
+    "span", [(1, 5), (0.5, 10), (-10, 10), (-1, 1), (1, 100), (0, 1), (0, 1e6), (1, 69_016), (0, 3e9)]
+)
+def test_ndcg_lies_in_0_to_1_on_a_scale_of_any_kind(span):
+    """The best order has 1, no order is below 0, and a better order is never worse; half of the ratings are small."""
+    rng = np.random.default_rng(0)
+    share = np.concatenate([rng.random((200, 4)) ** 12, rng.random((200, 4))], 1)  # a tail, as counts have it
+    share[:, 0], share[:, 1] = 0.0, 1.0
+    target = jnp.asarray(span[0] + share * (span[1] - span[0]), jnp.float32)
+    gain = metrics.suitable_gain(span)
+    metrics.check_gain(gain, *span)
+    grade = metrics.on_five(target, span) if gain == "scaled" else target
+
+    def at(scores):
+        return np.asarray(metrics.ndcg(scores, grade, topn=5, gain=gain))
+
+    found = at(jnp.asarray(rng.normal(size=target.shape), jnp.float32))
+    assert np.isfinite(found).all()
+    assert found.min() >= 0
+    assert found.max() <= 1 + 1e-6
+    close(at(target), 1)
+    assert (at(-target) <= found + 1e-6).mean() > 0.9
+
+
+def test_the_scaled_gain_tells_small_counts_apart():
+    """Of plays 1, 2 and 3 beside a highest of a billion: gains 0, a, 2 a, where 2^g - 1 by float32 would be 0 for all."""
+    grade = metrics.on_five(jnp.array([1.0, 2.0, 3.0]), (1.0, 1e9))
+    close(
+        metrics.ndcg(jnp.array([3.0, 2.0, 1.0]), grade, gain="scaled"), (1 / np.log2(3) + 2 / 2) / (2 + 1 / np.log2(3))
+    )
+
+
+@pytest.mark.parametrize("gain", ["exp", "linear", "square"])
+def test_a_gain_that_leaves_0_to_1_is_refused(gain):
+    with pytest.raises(MetarecError, match=f"'{gain}'.*scaled"):
+        metrics.check_gain(gain, -1.0, 1.0)
+    with pytest.raises(MetarecError, match=f"'{gain}'.*scaled"):
+        metrics.check_gain(gain, 0.0, 1e31)
+    metrics.check_gain(gain, 0.0, 5.0)
+
+
 def test_precision_in_a_longer_list_wants_topn():
     with pytest.raises(MetarecError, match="topn"):
         metrics.precision(SCORES, RATING, ranks=jnp.arange(1, 5))

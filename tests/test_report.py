@@ -88,6 +88,35 @@ def test_terminal_table_marks_the_best_and_lines_up():
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
+def test_a_dash_and_tasks_left_out_are_explained():
+    whole = made_up()
+    rows, popular = whole.per_task.copy(), whole.per_task["method"] == "random"
+    rows.loc[popular, ["mae", "squared_error"]] = np.nan
+    rows.loc[rows["task"] < 7, ["ndcg@5", "catalogue_recall@20"]] = np.nan
+    rows.loc[rows["scenario"] == "item_cold", "catalogue_ndcg@10"] = np.nan
+    text = terminal_table(Report(rows, whole.settings | {"ranking_only": ["random"]}, ("bias", "random"), whole.times))
+    mae, pooled, ndcg, _, recall, gone = text.split("\n\n")[:6]
+    for block in (mae, pooled):
+        assert block.endswith("-: random: scores that are not ratings have no rating error.")
+    assert "gain 2^r - 1, higher is better" in ndcg
+    why = "Tasks left out, since all query items have the lowest rating"
+    assert ndcg.endswith(f"{why}: 7 of 60 (New users), 7 of 60 (New items).")
+    assert "no query item is relevant (target >= 4): 7 of 60" in recall
+    assert gone == "No nDCG@10, all candidates for New items: no query item is relevant (target >= 4) in any task."
+    assert "Tasks left out" not in terminal_table(whole)
+
+
+def test_the_gain_of_a_scale_of_its_own_is_told(tmp_path):
+    whole = made_up(catalogue=False, curve=(0,), scenarios=("user_cold",))
+    settings = whole.settings | {"gain": "scaled", "rating_range": [-10.0, 10.0]}
+    report = Report(whole.per_task, settings, whole.baselines, whole.times)
+    assert "gain 2^g - 1 with g the rating laid on 0 to 5 from -10 to 10" in terminal_table(report)
+    write_report(report, tmp_path)
+    assert "nDCG uses the gain scaled: 2^g - 1 with g the rating" in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_ties_are_all_best():
     table = metric_table(made_up().__class__(**{**made_up().__dict__, "per_task": _equal(made_up().per_task)}), "mae")
     assert table.best == {(r, c) for r in (0, 1, 2) for c in (1, 2)}

@@ -29,9 +29,16 @@ from metarec_jax.commands.compare_entries import (
 from metarec_jax.commands.compare_report import tell
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.diagnose import diagnose
-from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, measuring_options, training_options
+from metarec_jax.commands.protocol import (
+    VALIDATION_USERS,
+    fixed_tasks,
+    measuring_options,
+    relevant_from,
+    training_options,
+)
 from metarec_jax.comparison import cost
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.describe import remarks
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
@@ -62,6 +69,7 @@ def compare(
     seeds: int,
     max_users: int,
     support_curve: Sequence[int],
+    liked_from: float | None = None,
     recommend: bool,
     max_ms: float | None,
     max_mib: float | None,
@@ -85,6 +93,9 @@ def compare(
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
     print(f"{data.name}: {runs.summary({'counts': counts})}")
+    for note in remarks(data):
+        print(f"  note: {note}")
+    relevant_from(data, liked_from)  # refused before training
     if ours is None:
         ours = learners_of(config, default_learners(data), flags)
     entries = all_entries(config, data, ours, plain)
@@ -95,7 +106,7 @@ def compare(
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MetarecError(f"{folder} cannot hold a comparison ({error.strerror}); give --out another") from error
-    table = _measure(entries, data, seeds, max_users, tuple(support_curve), folder / "cells")
+    table = _measure(entries, data, seeds, max_users, tuple(support_curve), folder / "cells", liked_from)
     found = tell(
         table,
         [entry.name for entry in entries],
@@ -128,14 +139,21 @@ def _load(config: configs.Config, data_dir: Path | None) -> Interactions:
 
 
 def _measure(
-    entries: Sequence[Entry], data: Interactions, seeds: int, max_users: int, curve: tuple[int, ...], folder: Path
+    entries: Sequence[Entry],
+    data: Interactions,
+    seeds: int,
+    max_users: int,
+    curve: tuple[int, ...],
+    folder: Path,
+    liked_from: float | None,
 ) -> dict[tuple[str, int], Cell]:
     """All cells, by name and seed: read where they are, else measured."""
     base, wanted = runs.identity(entries[0].config, data), []
+    relevant = relevant_from(data, liked_from)
     table: dict[tuple[str, int], Cell] = {}
     for seed in range(seeds):
         for entry in entries:
-            identity = _identity(entry, seed, base, max_users, curve)
+            identity = _identity(entry, seed, base, max_users, curve, relevant)
             where = cells.place(folder, entry.name, seed, identity)
             if (known := cells.read(where, identity)) is not None:
                 table[entry.name, seed] = known
@@ -154,7 +172,7 @@ def _measure(
         if world is None or world[0] != seed:
             world = seed, _world(seeded, data, seed, max_users)
         training = where.with_name(f"{where.name}.training")
-        cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity)
+        cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity, liked_from)
         if cell.passing is None:
             cells.write(where, cell, identity)
             _clear(training)
@@ -219,7 +237,7 @@ def _seeded(config: configs.Config, seed: int) -> configs.Config:
 
 
 def _identity(
-    entry: Entry, seed: int, base: Mapping[str, Any], max_users: int, curve: tuple[int, ...]
+    entry: Entry, seed: int, base: Mapping[str, Any], max_users: int, curve: tuple[int, ...], relevant: float
 ) -> dict[str, Any]:
     """All that the numbers of a cell depend on; what a closed form does not read is no part of it.
 
@@ -233,6 +251,7 @@ def _identity(
     ]:
         settings.pop(unread)
     measured = {"max_users": max_users, "curve": list(curve), "validation_users": VALIDATION_USERS}
+    measured |= {"relevant": relevant, "gain": "auto"}
     return {**base, "config": settings, "method": entry.name, "seed": seed, "measured": measured}
 
 
@@ -259,6 +278,7 @@ def _cell(
     built: dict[str, Learner],
     training: Path,
     identity: Mapping[str, Any],
+    liked_from: float | None,
 ) -> Cell:
     """A cell: measured, diverged, or not measured for a reason that may pass, such as a full disk."""
     from metarec_jax.evaluation import evaluate
@@ -289,7 +309,7 @@ def _cell(
             curve=curve,
             baselines=() if entry.kind == "learner" else (entry.name,),
             seed=seed,
-            **measuring_options(data, {entry.name: method}),
+            **measuring_options(data, {entry.name: method}, liked_from),
         )
         took = cost(
             method,

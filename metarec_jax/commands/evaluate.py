@@ -13,7 +13,7 @@ from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.diagnose import diagnose
-from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, measuring_options
+from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, liked, measuring_options
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.describe import describe
 from metarec_jax.data.splits import Split
@@ -40,7 +40,7 @@ class Phases:
         return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
 
 
-def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> int:
+def evaluate(directory: Path, *, seeds: int, max_users: int, liked_from: float | None, as_json: bool) -> int:
     """``metarec evaluate``: measure a trained run beside the baselines."""
     for name, number in (("--seeds", seeds), ("--max-users", max_users)):
         if number < 1:
@@ -49,7 +49,7 @@ def evaluate(directory: Path, *, seeds: int, max_users: int, as_json: bool) -> i
     phases = Phases()
     with phases("open"):
         run = runs.open_run(directory)
-    found = measure(run, seeds, max_users, phases)
+    found = measure(run, seeds, max_users, phases, liked_from)
     if as_json:
         print(json.dumps(found))
     return 0
@@ -63,14 +63,16 @@ def measured(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[str, Any]:
+def measure(
+    run: runs.Run, seeds: int, max_users: int, phases: Phases, liked_from: float | None = None
+) -> dict[str, Any]:
     """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
     from metarec_jax import diagnostics, results
     from metarec_jax.evaluation import evaluate
     from metarec_jax.report import terminal_table, write_report
     from metarec_jax.tuning import fit_baselines
 
-    config = run.config
+    config, liking = run.config, liked(run.data, liked_from)
     own, rate = runs.method(run), configs.inner_rate(config, run.data)
     with phases("baselines"):
         parts = runs.split_of(run)
@@ -93,12 +95,12 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
                 curve=_CURVE,
                 baselines=tuple(baselines),
                 seed=seed,
-                **measuring_options(run.data, methods),
+                **measuring_options(run.data, methods, liked_from),
             )
             for seed in range(seeds)
         ]
         report: Report = results.merge(reports)
-        by_steps = _by_inner_steps(run, parts, max_users)
+        by_steps = _by_inner_steps(run, parts, max_users, liked_from)
         curves = diagnose(config, run.data, own.params, run.known, held)
     with phases("report"):
         report.save(run.directory / "evaluation")
@@ -107,7 +109,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
             run.directory,
             history=read_history(run.directory / "metrics.jsonl"),
             config=configs.to_dict(config),
-            data_facts=describe(run.data),
+            data_facts=describe(run.data) | {"liked": liking},
             title=f"{run.data.name}: {config.learner.name}",
             by_inner_steps=by_steps,
             convergence=None if curves is None else {config.learner.name: curves},
@@ -120,6 +122,8 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
             found["convergence"] = diagnostics.to_json(curves)
         runs.write_json(run.directory / "evaluation" / "summary.json", found)
     print(terminal_table(report))
+    if not run.data.implicit:
+        print(f"liked: {liking}")
     if curves is not None and (warning := diagnostics.remedy(curves, inner_lr=rate)):
         print(warning)
     print(f"report: {run.directory / 'report.html'}")
@@ -127,7 +131,7 @@ def measure(run: runs.Run, seeds: int, max_users: int, phases: Phases) -> dict[s
     return found
 
 
-def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | None:
+def _by_inner_steps(run: runs.Run, parts: Split, max_users: int, liked_from: float | None) -> Report | None:
     """The trained parameters after fewer and more inner steps, on the first of the test scenarios; None for ridge."""
     from metarec_jax.evaluation import evaluate
 
@@ -141,5 +145,5 @@ def _by_inner_steps(run: runs.Run, parts: Split, max_users: int) -> Report | Non
         fixed_tasks(run.config, parts, part, seed=0, max_users=max_users),
         run.known,
         catalogue_ranking=run.data.implicit,
-        **measuring_options(run.data, methods),
+        **measuring_options(run.data, methods, liked_from),
     )

@@ -15,8 +15,9 @@ from metarec_jax import config as configs
 from metarec_jax import options, runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.evaluate import Phases, measure, measured
-from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, training_options
+from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, relevant_from, training_options
 from metarec_jax.core import Learner, MetarecError
+from metarec_jax.data.describe import remarks
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
@@ -51,6 +52,7 @@ def fit(
     data_dir: Path | None,
     as_json: bool,
     devices: Devices,
+    liked_from: float | None = None,
 ) -> int:
     """``metarec fit``: train (or resume), then measure and report. Of several processes the first one speaks."""
     sizes = options.mesh_sizes(devices.mesh)
@@ -60,7 +62,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if not processes.is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _fit(config, out, fresh, evaluate, data_dir, as_json, configs.build_mesh(sizes))
+        return _fit(config, out, fresh, evaluate, data_dir, as_json, configs.build_mesh(sizes), liked_from)
 
 
 def _fit(
@@ -71,12 +73,14 @@ def _fit(
     data_dir: Path | None,
     as_json: bool,
     mesh: Mesh | None,
+    liked_from: float | None,
 ) -> int:
     compile_cache()
     phases, first = Phases(), processes.is_first()
     with phases("load"):
         world = _load(config, data_dir)
     data = world.data
+    relevant_from(data, liked_from)  # refused before training
     _tell_data(data)
     directory = out or Path("runs") / runs.name_of(data)
     prepared = None
@@ -108,7 +112,8 @@ def _fit(
         if not first:
             return 0
         if evaluate and ended.get("stopped") != "interrupted":
-            found = measured(directory) or measure(runs.open_run(directory), 1, 1000, phases)
+            before = measured(directory) if liked_from is None else None
+            found = before or measure(runs.open_run(directory), 1, 1000, phases, liked_from)
             _tell_next(directory, data)
         elif ended.get("stopped") != "interrupted":
             print(f"trained: {directory}; {phases}")
@@ -257,7 +262,7 @@ def _tell_data(data: Interactions) -> None:
     print(f"{data.name}: {runs.summary({'counts': counts})}")
     features = [*data.user_features, *data.item_features]
     print(f"  features: {', '.join(features) if features else 'none; items never rated are all alike'}")
-    for note in data.notes:
+    for note in (*data.notes, *remarks(data)):
         print(f"  note: {note}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from metarec_jax import config as configs
-from metarec_jax.core import Learner, Method
+from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, make_tasks
@@ -75,20 +75,56 @@ def training_options(
     }
 
 
-def measuring_options(data: Interactions, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """The arguments of `evaluation.evaluate` that the kind of feedback settles."""
+def measuring_options(
+    data: Interactions, methods: Mapping[str, Method], liked_from: float | None = None
+) -> dict[str, Any]:
+    """The arguments of `evaluation.evaluate` that the kind of feedback settles; ``liked_from``: see `relevant_from`."""
     return {
         "rating_range": rating_range(data),
-        "relevant": relevant_from(data),
+        "relevant": relevant_from(data, liked_from),
         "ranking_only": tuple(methods) if data.implicit else ("popularity",),
     }
 
 
 def rating_range(data: Interactions) -> tuple[float, float] | None:
+    """(lowest, highest) rating; None for clicks."""
     return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
 
 
-def relevant_from(data: Interactions) -> float:
-    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click."""
-    span = rating_range(data)
-    return 1.0 if span is None else span[0] + 0.75 * (span[1] - span[0])
+def relevant_from(data: Interactions, liked_from: float | None = None) -> float:
+    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click.
+
+    Where fewer than 5% or more than 95% of the ratings reach that (counts, hours, a scale that is used at one end): the
+    rating, other than the lowest, whose share of ratings at or above it is nearest to a quarter.
+
+    Args:
+      liked_from: what the user chose, in place of all that.
+
+    Raises:
+      MetarecError: ``liked_from`` with clicks, or such that all ratings or none are liked.
+    """
+    if data.rating is None:
+        if liked_from is not None:
+            raise MetarecError("--liked-from is a rating, and the data are clicks, all of them liked; leave it out")
+        return 1.0
+    values, counts = np.unique(data.rating, return_counts=True)
+    low, high = float(values[0]), float(values[-1])
+    if liked_from is not None:
+        if not low < liked_from <= high:
+            raise MetarecError(
+                f"--liked-from must be above {low:g} and at most {high:g}, got {liked_from:g}; correct it"
+            )
+        return liked_from
+    point = low + 0.75 * (high - low)
+    reaching = counts[::-1].cumsum()[::-1] / counts.sum()  # share of ratings at or above each value
+    if low == high or 0.05 <= float(reaching[np.searchsorted(values, point)]) <= 0.95:
+        return point
+    return float(values[1:][np.argmin(np.abs(reaching[1:] - 0.25))])
+
+
+def liked(data: Interactions, liked_from: float | None = None) -> str:
+    """What counts as liked, in words."""
+    if data.rating is None:
+        return "every click"
+    point = relevant_from(data, liked_from)
+    return f"ratings of {point:g} or more, {(data.rating >= point).mean():.0%} of all; --liked-from changes it"

@@ -51,8 +51,25 @@ def describe(data: Interactions) -> dict[str, Any]:
         },
         "user_features": _features(data.user_features),
         "item_features": _features(data.item_features),
-        "notes": list(data.notes),
+        "notes": [*data.notes, *remarks(data)],
     }
+
+
+def remarks(data: Interactions) -> list[str]:
+    """What a column of ratings looks like, other than ratings: counts or amounts, whose few largest decide every error.
+
+    A long tail: none negative, more than 20 values, the highest above 10 times the median and 3 times the 90% quantile.
+    """
+    if data.rating is None or not len(data) or data.rating.min() < 0:
+        return []
+    median, most, highest = (float(q) for q in np.quantile(data.rating, (0.5, 0.9, 1.0)))
+    if highest <= 10 * median or highest <= 3 * most or len(np.unique(data.rating)) <= 20:
+        return []
+    kind = "counts" if (data.rating == np.floor(data.rating)).all() else "amounts"
+    return [
+        f"the ratings look like {kind}, not like ratings (median {median:g}, highest {highest:g}); try --implicit, "
+        "which takes every row as a positive"
+    ]
 
 
 def _quantiles(counts: np.ndarray) -> dict[str, float]:
