@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +136,9 @@ def evaluate(
             "queries": part.query_mask.sum(1).astype(np.int32),
         }
         scores, ranks = runner.scores(part, members, catalogue_ranking and (shown == ALL or not varied))
-        labels = relevant_items[members]
+        labels, named = relevant_items[members], [scenarios[s] for s in scenario[members]]
         for name in methods:
-            _check_finite(name, scores[name], part.query_mask, [scenarios[s] for s in scenario[members]], shown)
+            _refuse_bad(name, (~np.isfinite(scores[name]) & (part.query_mask > 0)).any(axis=1), named, shown)
             columns = _in_chunks(
                 lambda *lists: in_query(*lists[:-1], _keys(seed, lists[-1], 1)),
                 [scores[name], part.query_target, labels, part.query_mask, numbers[members]],
@@ -146,7 +146,9 @@ def evaluate(
             if name in ranking_only:
                 columns |= {c: np.full(len(members), np.nan, np.float32) for c in ("mae", "rmse", "squared_error")}
             if ranks:
-                columns |= _in_chunks(in_catalogue, [ranks[name], labels])
+                ranked = ranks[name]
+                _refuse_bad(name, ~ranked.finite, named, shown)
+                columns |= _in_chunks(in_catalogue, [ranked.ranks, labels, ranked.candidates])
             frames.append(pd.DataFrame({"method": name} | facts | columns))
     per_task = pd.concat(frames, ignore_index=True)
     per_task["method"] = pd.Categorical(per_task["method"], list(methods))
@@ -215,8 +217,8 @@ def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
     return replace(part, **{name: getattr(part, name)[:, :n] for name in names})
 
 
-def _check_finite(name: str, scores: np.ndarray, mask: np.ndarray, scenario: list[str], shown: int) -> None:
-    bad = (~np.isfinite(scores) & (mask > 0)).any(axis=1)
+def _refuse_bad(name: str, bad: np.ndarray, scenario: list[str], shown: int) -> None:
+    """Refuse a method some of whose tasks are ``bad`` ``[T]``: a score that is not finite has no rank."""
     if bad.any():
         where = scenario[int(np.flatnonzero(bad)[0])]
         support = "the whole support" if shown == ALL else f"{shown} support examples"
@@ -273,15 +275,24 @@ def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue,
     return jax.vmap(one)(adapted, user)
 
 
+class Ranked(NamedTuple):
+    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (how many), and whether all are finite."""
+
+    ranks: Any
+    candidates: Any
+    finite: Any
+
+
 @jax.jit
 def _catalogue_ranks(
     scores: Array, known: Catalogue, of_new: Array, support: Array, query: Array, keys: Array
-) -> Array:
-    """Ranks ``[U, Q]`` of the query items among the candidates, which are never support; row 0 is no item."""
+) -> Ranked:
+    """The query items among the candidates, which are never support; row 0 is no item."""
 
-    def one(scores: Array, of_new: Array, support: Array, query: Array, key: Array) -> Array:
+    def one(scores: Array, of_new: Array, support: Array, query: Array, key: Array) -> Ranked:
         free = jnp.where(of_new, known.item_row == 0, True).at[support].set(False).at[0].set(False)
-        return metrics.ranks_among(scores, free, query, key)
+        finite = jnp.all(jnp.isfinite(scores) | ~free)
+        return Ranked(metrics.ranks_among(scores, free, query, key), jnp.sum(free, dtype=jnp.int32), finite)
 
     return jax.vmap(one)(scores, of_new, support, query, keys)
 
@@ -309,10 +320,14 @@ class _Runner:
 
     def scores(
         self, part: TaskSet, numbers: np.ndarray, rank_catalogue: bool
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, Ranked]]:
         """Scores ``[T, Q]`` of the query items, and their ranks in the catalogue, by method."""
         scores = {name: np.zeros(part.query_item.shape, np.float32) for name in self.methods}
-        ranks = {name: np.zeros(part.query_item.shape, np.int32) for name in self.methods} if rank_catalogue else {}
+        n = len(part)
+        ranks = {
+            name: Ranked(np.zeros(part.query_item.shape, np.int32), np.zeros(n, np.int32), np.ones(n, bool))
+            for name in (self.methods if rank_catalogue else ())
+        }
         for index, task in batches(part, self.known, self.batch):
             rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
             number = jnp.asarray(numbers[rows], jnp.int32)
@@ -327,14 +342,15 @@ class _Runner:
             with ThreadPoolExecutor(at_once) as pool:
                 for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
                     scores[name][index] = np.asarray(found)[: len(index)]
-                    if rank_catalogue:
-                        ranks[name][index] = np.asarray(placed)[: len(index)]
+                    if placed is not None:
+                        for whole, some in zip(ranks[name], placed, strict=True):
+                            whole[index] = np.asarray(some)[: len(index)]
             self.shapes.add(shape)
         return scores, ranks
 
     def call(
         self, name: str, *, task: Task, number: Array, places: list[Array], n: int, rank: bool
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, Ranked | None]:
         """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
         found, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
         if not rank:
@@ -348,7 +364,7 @@ class _Runner:
                 predict, params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
             )
             ranks.append(_catalogue_ranks(scores, self.known, of_new, support, query, ties[some]))
-        return found, jax.block_until_ready(jnp.concatenate(ranks))
+        return found, jax.block_until_ready(jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranks))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
         """One call of one method, on ``n`` real tasks, waited for and timed."""
@@ -382,7 +398,8 @@ def _in_chunks(measure: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarr
         part = [a[start : start + _LISTS_AT_ONCE] for a in arrays]
         m = len(part[0])
         part = [np.pad(a, [(0, _LISTS_AT_ONCE - m)] + [(0, 0)] * (a.ndim - 1)) for a in part]
-        found.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
+        with jax.debug_nans(False):  # a metric's nan is "no answer", also to those who look for nan elsewhere
+            found.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
@@ -424,9 +441,9 @@ def _query_columns(
 
 
 @partial(jax.jit, static_argnames="topn")
-def _catalogue_columns(ranks: Array, labels: Array, *, topn: tuple[int, ...]) -> dict[str, Array]:
+def _catalogue_columns(ranks: Array, labels: Array, candidates: Array, *, topn: tuple[int, ...]) -> dict[str, Array]:
     where = labels > 0
-    found = metrics.of_ranks(ranks, labels, where, max(topn), topn) | {
+    found = metrics.of_ranks(ranks, labels, where, candidates, topn) | {
         "mrr": metrics.mrr(-ranks, labels, where=where, ranks=ranks)
     }
     return {f"catalogue_{name}": values for name, values in found.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import results
+from metarec_jax import metrics, results
 from metarec_jax.core import MetarecError, Method, Table
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet
@@ -151,6 +151,38 @@ def test_before_adapting_and_the_curve(report):
     assert line["tasks"].tolist() == [1, 1, 1]  # the same user at every point
     assert line["mean"].tolist() == pytest.approx([5 / 3, 5 / 3, 1.5])
     assert report.curve("mae", "user_cold", min_share=0.6)["shown"].max() == 1
+
+
+def test_precision_over_fewer_candidates_than_n_is_the_share_of_them():
+    """Items 6 to 8 are new: one is in the support, two are candidates, both relevant. Precision is that of the list."""
+    known = KNOWN._replace(item_row=jnp.array([0, 1, 2, 3, 4, 5, 0, 0, 0]))
+    some = tasks(({6: 5.0}, {7: 5.0, 8: 5.0}), ({7: 4.0}, {6: 4.0, 8: 1.0}))
+    found = evaluate(
+        {"a": constant(range(9))}, {"item_cold": some}, known, catalogue_ranking=True, catalogue_topn=(1, 10), batch=4
+    )
+    rows = found.rows("a", "item_cold")
+    assert rows["catalogue_precision@10"].tolist() == [1.0, 0.5]
+    assert rows["catalogue_recall@10"].tolist() == [1.0, 1.0]
+    assert float(metrics.precision(jnp.array([2.0, 1.0]), jnp.ones(2), topn=10)) == 1.0
+    assert rows["precision@10"].tolist() == [1.0, 0.5]  # over the query: the same lists
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_candidate_whose_score_is_not_finite_is_refused(bad):
+    """No query item has it, but the catalogue is ranked by it: 1 < nan is false, so that it would stand behind all."""
+    scores = [bad, 1.0, 2.0, 4.0, 3.0, 2.0, 1.0, 6.0, bad]  # item 0 is none, item 8 in no query
+    small({"by_item": constant(scores)})
+    with pytest.raises(MetarecError, match="'by_item' gave scores that are not finite for 2 of 2 tasks"):
+        small({"by_item": constant(scores)}, catalogue_ranking=True, catalogue_topn=(2,))
+
+
+def test_debugging_for_nan_does_not_stop_an_evaluation():
+    """nan is "no answer" in a metric; what a method itself makes is still watched."""
+    with jax.debug_nans(True):
+        found = small(catalogue_ranking=True, curve=(1,))
+        assert found.counts()["user_cold"]["no_answer"]["precision@1"] == 1
+        with pytest.raises(FloatingPointError):
+            small({"broken": constant([np.nan] * 9)})
 
 
 def test_predictions_are_clipped_for_errors_but_not_for_ranking():
