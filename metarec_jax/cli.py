@@ -34,7 +34,14 @@ def _sections() -> type:
             kind = hints[f.name]
             if f.metadata["flag"] == "data":
                 kind = Annotated[kind, tyro.conf.Positional]
-            text = {str: "TEXT", str | None: "TEXT", int | None: "INT", float | None: "FLOAT"}.get(hints[f.name])
+            text = {
+                str: "TEXT",
+                str | None: "TEXT",
+                int | None: "INT",
+                float | None: "FLOAT",
+                tuple[str, ...] | None: "NAME [NAME ...]",
+                tuple[int, int] | None: "INT INT",
+            }.get(hints[f.name])
             text = {"data": "DATA", "learner": "NAME[:OPTION=VALUE...]"}.get(f.metadata["flag"], text)
             hint = "" if f.default in (None, ()) else None
             about = f.metadata["help"].replace("LEARNERS", _LEARNERS)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from metarec_jax.training.step import Optimizers
 
 
+_SUPPORT = (3, 64)
+"""Fewest and most support examples, where no option and no short history decides."""
+
+
 @dataclass(frozen=True)
 class DataConfig(Checked):
     """What to learn from: a named data set, or a file or folder and the columns in it."""
@@ -54,8 +58,8 @@ class DataConfig(Checked):
 class SplitConfig(Checked):
     """Which users and items are held out."""
 
-    scenarios: tuple[str, ...] = option(
-        ("warm", "user_cold", "item_cold", "both_cold"), "what to test: warm, user_cold, item_cold, both_cold"
+    scenarios: tuple[str, ...] | None = option(
+        None, "what to test: warm, user_cold, item_cold, both_cold; by default all that there is enough data for"
     )
     by: Literal["random", "time"] = option("random", "hold out at random, or those who came last")
     test: float = option(0.1, "share of users, and of items, for the test", low=0.0, high=0.9)
@@ -69,7 +73,9 @@ class TaskConfig(Checked):
     """How a user becomes a task."""
 
     tasks: int = option(64, "tasks (users) a step", low=1)
-    support: tuple[int, int] = option((3, 64), "fewest and most ratings to adapt on", low=0)
+    support: tuple[int, int] | None = option(
+        None, "fewest and most ratings to adapt on; by default 3 64, or what short histories hold", low=0
+    )
     query: int = option(10, "ratings to predict", low=1)
     order: Literal["random", "time"] = option("random", "support and query at random, or past and future")
     user_rows: Literal["prior", "own"] = option("prior", "users enter as new ones, or with a row of their own")
@@ -225,10 +231,10 @@ class Config:
 
     def __post_init__(self) -> None:
         scenarios = ("warm", "user_cold", "item_cold", "both_cold")
-        for name in self.split.scenarios:
+        for name in self.split.scenarios or ():
             if name not in scenarios:
                 raise error(f"split.scenarios: {name!r} is not known; {meant(name, scenarios)}")
-        low, high = self.tasks.support
+        low, high = self.tasks.support or _SUPPORT
         if low > high:
             raise error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
         if registry.row(self.learner.name).built_from == "vectors" and self.model.name == "meta_recommender":
@@ -316,9 +322,11 @@ def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
         raise error(
             f"{config.learner.name} counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
         )
-    given = {f.name: getattr(config.tasks, f.name) for f in dataclasses.fields(config.tasks) if f.name != "negatives"}
-    count = negatives(config.tasks, held.data)
-    return stream_source(store, held.users, held.items, **given, negatives=count, seed=config.train.seed)
+    given = dataclasses.asdict(config.tasks) | {
+        "negatives": negatives(config.tasks, held.data),
+        "support": support(config.tasks, store.longest),
+    }
+    return stream_source(store, held.users, held.items, **given, seed=config.train.seed)
 
 
 def build_split(config: SplitConfig, data: Interactions) -> Split:
@@ -347,11 +355,49 @@ def negatives(config: TaskConfig, data: Interactions) -> int:
     return config.negatives if config.negatives is not None else 4 if data.implicit else 0
 
 
+def support(config: TaskConfig, longest: int) -> tuple[int, int]:
+    """Fewest and most support examples: as configured, or 3 to 64, or what histories of at most ``longest`` hold.
+
+    >>> support(TaskConfig(), 20), support(TaskConfig(), 3), support(TaskConfig(support=(2, 8)), 3)
+    ((3, 64), (1, 2), (2, 8))
+    """
+    if config.support is not None:
+        return config.support
+    return _SUPPORT if longest > _SUPPORT[0] else (min(1, longest - 1), max(1, longest - 1))
+
+
+def _longest(train: Interactions) -> int:
+    """Interactions of the user with the most of them, 1 or more."""
+    import numpy as np
+
+    return int(np.bincount(train.user).max(initial=1))
+
+
+def settled(config: Config, train: Interactions) -> tuple[str, ...]:
+    """Where small data decides otherwise than the options or their defaults do, one line each."""
+    notes = []
+    longest = _longest(train)
+    low, high = support(config.tasks, longest)
+    if config.tasks.support is None and (low, high) != _SUPPORT:
+        notes.append(
+            f"the longest history to train on has {longest} interactions: --support is {low} {high}, not "
+            f"{_SUPPORT[0]} {_SUPPORT[1]}"
+        )
+    items = train.items.num_rows - 1
+    size = config.learner.options.get("size", 0)
+    if registry.row(config.learner.name).built_from == "items" and size > items:
+        notes.append(f"there are {items} items: {config.learner.name} has vectors of {items}, not of size={size}")
+    return tuple(notes)
+
+
 def build_source(config: Config, train: Interactions) -> TaskSource:
     """Tasks drawn from the training part; a Gaussian process must know whom it counted."""
     from metarec_jax.data.tasks import task_source
 
-    given = dataclasses.asdict(config.tasks) | {"negatives": negatives(config.tasks, train)}
+    given = dataclasses.asdict(config.tasks) | {
+        "negatives": negatives(config.tasks, train),
+        "support": support(config.tasks, _longest(train)),
+    }
     counts = registry.row(config.learner.name).start == "counts"
     counted = {"user_rows": "own", "user_drop": 0.0} if counts else {}
     return task_source(train, **given | counted)
@@ -406,6 +452,7 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     if row.built_from == "columns":
         return make(data.columns, **values)
     if row.built_from == "items":
+        values["size"] = min(values["size"], data.items.num_rows - 1)  # `settled` says so
         return make(data.items.num_rows, **values)
     model = build_model(config.model, data)
     return (
@@ -473,13 +520,21 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     return learners.warm_start(params, train, seed=config.train.seed)
 
 
+def _item_map_support(train: Interactions) -> int:
+    """Support examples that `item_map_start` solves for: 5, or as many as the longest history has beside one other."""
+    import numpy as np
+
+    pairs = np.unique(np.stack([train.user, train.item]), axis=1)
+    return min(5, int(np.bincount(pairs[0]).max(initial=1)) - 1)
+
+
 def warm_starts(config: Config, train: Interactions) -> bool:
     """Whether this run starts from a factorisation (ratings, the content model, dot-product head) or from counts."""
     start = registry.row(config.learner.name).start
     if start == "counts":
         return True
     if start == "closed form":
-        return config.train.warm_start and train.items.num_rows <= 20_000
+        return config.train.warm_start and train.items.num_rows <= 20_000 and _longest(train) > 1
     dot = (config.model.name, config.model.head) == ("content", "dot")
     return config.train.warm_start and dot and not train.implicit
 

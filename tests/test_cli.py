@@ -279,6 +279,21 @@ def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings,
     assert "cannot be a run directory" in failure(capsys, *command[:-3], "--out", "stars.csv")
 
 
+def test_fit_by_default_runs_on_data_too_small_for_every_scenario(own_folder, capsys):
+    """Everyone clicked all ten items: nobody has a support and a query of the one item held out."""
+    rows = "".join(f"{user},{item}\n" for user in range(30) for item in range(10))
+    (own_folder / "full.csv").write_text(f"user,item\n{rows}")
+    command = ["fit", "full.csv", "--steps", "2", "--tasks", "4", "--query", "2", "--size", "2", "--no-evaluate"]
+    assert cli.main([*command, "--mesh", "data=1,model=1"]) == 0
+    said = capsys.readouterr().out
+    assert "note: item_cold is not tested: " in said
+    assert "note: both_cold is not tested: " in said
+    explicit = [*command, "--out", "runs/explicit", "--scenarios", "warm", "item_cold"]
+    refusal = failure(capsys, *explicit)
+    assert "too few to test item_cold (" in refusal
+    assert "give --scenarios warm (" in refusal
+
+
 def test_without_a_comparison_the_last_line_is_json_too(trained, capsys):
     command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--no-evaluate", "--json"]
     assert cli.main(command) == 0

@@ -10,6 +10,7 @@ import pytest
 from metarec_jax import config, learners
 from metarec_jax.config import Config, DataConfig, LearnerConfig, ModelConfig, SplitConfig, TaskConfig, TrainConfig
 from metarec_jax.core import MetarecError
+from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 
 
@@ -124,6 +125,41 @@ def test_splits_as_configured(ratings):
     parts = config.build_split(SplitConfig(scenarios=("user_cold",), test=0.2), ratings)
     assert set(parts.test) == {"user_cold"}
     assert len(np.unique(parts.test["user_cold"].user)) == 6  # 0.2 x 30 users
+
+
+def short_clicks(longest):
+    """Twelve users with 1 to ``longest`` of 3 items."""
+    user = np.concatenate([np.full(1 + u % longest, u + 1) for u in range(12)])
+    item = np.concatenate([1 + np.arange(1 + u % longest) for u in range(12)])
+    return Interactions(user, item, None, None, Vocabulary(np.arange(12)), Vocabulary(np.arange(3)))
+
+
+@pytest.mark.parametrize(("longest", "sizes"), [(3, {1}), (2, {1}), (1, {0})])
+def test_supports_are_as_short_as_the_histories_and_noted(longest, sizes):
+    data = short_clicks(longest)
+    source = config.build_source(Config(), data)
+    drawn = source.draw(source.data, jax.random.key(0)).support
+    positives = np.asarray((drawn.mask * drawn.target).sum(1))
+    assert set(positives.astype(int).tolist()) == sizes
+    (note,) = config.settled(Config(), data)
+    assert f"has {longest} interactions" in note
+    given = Config(tasks=TaskConfig(support=(3, 8)))
+    assert config.settled(given, data) == ()
+    with pytest.raises(MetarecError, match=r"4 interactions .*the most is \d\), and --support 3 8"):
+        config.build_source(given, data)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_an_item_map_of_a_few_items_and_short_histories(longest):
+    """Three items hold vectors of three; its start solves for supports that there are."""
+    data = short_clicks(longest)
+    given = Config(learner=LearnerConfig("item_map", {"size": 16}))
+    learner = config.build_learner(given, data)
+    assert learner.tables["item_id"].size == 2 * 3 + 1
+    params = config.build_params(given, learner, data)
+    assert (params is None) == (longest == 1)  # nobody has a support and a query: no closed form
+    assert params is None or np.isfinite(params["tables"]["item_id"]).all()
+    assert any("item_map has vectors of 3, not of size=16" in note for note in config.settled(given, data))
 
 
 def test_a_gaussian_process_knows_whom_it_counted(ratings):

@@ -59,10 +59,12 @@ chosen = st.sets(st.sampled_from(SCENARIOS), min_size=1)
 
 def attempt(data: Interactions, scenarios: set[str], by: str, share: tuple[float, float], seed: int) -> Split:
     try:
-        return split(data, sorted(scenarios), by=by, test=share[0], validation=share[1], seed=seed)
+        parts = split(data, sorted(scenarios), by=by, test=share[0], validation=share[1], seed=seed)
     except MetarecError as error:
-        assume("no user has" not in str(error) and "no interaction is left" not in str(error))
+        assume("too few to test" not in str(error))
         raise
+    assume(not parts.notes)  # no scenario that cannot be validated
+    return parts
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,10 +176,47 @@ def test_bad_arguments(arguments, message):
 
 
 def test_no_timestamps_and_too_little_data():
-    with pytest.raises(MetarecError, match="by='random'"):
+    with pytest.raises(MetarecError, match="--by random"):
         split(replace(interactions(20, 20, 0.5, 0), timestamp=None), by="time")
-    with pytest.raises(MetarecError, match="leave 'both_cold' out"):
+    with pytest.raises(MetarecError, match=r"to test both_cold \(.*\); give --scenarios user_cold .*--test, now 0.1"):
         split(interactions(10, 10, 0.9, 0), ("user_cold", "both_cold"), test=0.1, validation=0)
+
+
+def full(num_users: int, num_items: int) -> Interactions:
+    """Every user has every item."""
+    ids = np.arange(num_users * num_items)
+    user, item = ids // num_items + 1, ids % num_items + 1
+    return Interactions(user, item, None, None, Vocabulary(np.arange(num_users)), Vocabulary(np.arange(num_items)))
+
+
+def test_scenarios_that_the_data_is_too_small_for_are_left_out_and_noted():
+    """Of ten items one is held out for test: nobody has a support and a query of it. All else is tested."""
+    s = split(full(60, 10))
+    assert list(s.test) == list(s.validation) == ["warm", "user_cold"]
+    assert len(s.train) == 48 * 8  # no item is held out for a scenario that is not tested
+    assert [note.split(":")[0] for note in s.notes] == ["item_cold is not tested", "both_cold is not tested"]
+    assert not split(full(60, 40)).notes
+
+
+@pytest.mark.parametrize(
+    ("num_users", "num_items", "tested"), [(3, 2, ["user_cold"]), (2, 9, ["warm"]), (4, 2, ["user_cold"])]
+)
+def test_tiny_data_is_tested_wherever_it_can_be(num_users, num_items, tested):
+    assert list(split(full(num_users, num_items)).test) == tested
+
+
+def test_a_scenario_that_cannot_be_validated_is_tested_and_noted():
+    data = full(60, 10)  # test items: 2, so a support and a query; one validation item
+    s = split(data, ("item_cold",), test=0.2, validation=0.1)
+    assert set(s.test) == {"item_cold"}
+    assert s.validation == {}
+    assert s.notes == ("item_cold is tested, and not validated: no user has 2 of the 60 rows of its validation part",)
+
+
+def test_data_too_small_for_anything_gets_one_message_with_all_options():
+    with pytest.raises(MetarecError, match=r"3 users with 1 items.*--test, now 0.1, --validation, now 0.1") as refused:
+        split(full(3, 1))
+    assert all(name in str(refused.value) for name in SCENARIOS)
 
 
 def partition(tmp_path: Path, name: str, **columns) -> Path:

@@ -171,6 +171,10 @@ def _measure(
         seeded = _seeded(entry.config, seed)
         if world is None or world[0] != seed:
             world = seed, _world(seeded, data, seed, max_users)
+            for note in world[1].parts.notes:
+                _say(f"  note: {note}")
+        for note in configs.settled(seeded, world[1].parts.train) if entry.kind == "learner" else ():
+            _say(f"  note: {note}")
         training = where.with_name(f"{where.name}.training")
         cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity, liked_from)
         if cell.passing is None:

@@ -186,7 +186,10 @@ def _prepare(config: configs.Config, world: _World) -> _Prepared:
         print(f"  streaming the histories of {len(held.users):,} users")
         return _Prepared(parts, learner, source, held.known, held.part)
     known = catalogue(data, parts.train, config.tasks.user_rows)
-    return _Prepared(parts, learner, configs.build_source(config, parts.train), known, None)
+    source = configs.build_source(config, parts.train)
+    for note in configs.settled(config, parts.train):
+        print(f"  note: {note}")
+    return _Prepared(parts, learner, source, known, None)
 
 
 def _train(
@@ -272,6 +275,8 @@ def _tell_split(parts: Split) -> None:
         print(f"  held out for test, {name}: {len(part):,} of {len(np.unique(part.user)):,} users")
     for reason, count in parts.dropped.items():
         print(f"  left out: {count:,} ({reason})")
+    for note in parts.notes:
+        print(f"  note: {note}")
 
 
 def _tell_next(directory: Path, data: Interactions) -> None:

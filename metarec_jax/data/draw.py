@@ -153,14 +153,14 @@ def _on_device(
     train: Interactions, support: tuple[int, int], user_rows: Literal["prior", "own"], negatives: int
 ) -> tuple[TaskData, np.ndarray]:
     """The arrays that tasks are drawn from, and the lengths of the histories that are long enough."""
-    low = support[0]
+    low, high = support
     by, users, starts = group_by_user(train, "file" if train.timestamp is None else "time")
     counts = np.diff(starts)
     enough = counts >= low + 1
     if not enough.any():
         raise MetarecError(
-            f"no user has {low + 1} interactions (the most is {counts.max(initial=0)}); "
-            f"lower the support range {support}"
+            f"no user has {low + 1} interactions to train on (the most is {counts.max(initial=0)}), and --support "
+            f"{low} {high} (support= in Python) requires them; lower its first number"
         )
     target = np.ones(len(train), np.float32) if train.rating is None else train.rating[by].astype(np.float32)
     pool = np.unique(train.item)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -31,6 +32,8 @@ from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.published import read_states
 
 SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
+_FIRST = ("user_cold", "warm", "item_cold", "both_cold")
+"""Of data that is too small for all of them, the scenarios that are kept first."""
 
 _TRAIN, _VALIDATION, _TEST = 0, 1, 2
 _NEVER = np.iinfo(np.int64).max
@@ -44,6 +47,7 @@ class Split(NamedTuple):
       validation, test: by scenario: what chooses, and what is scored once at the end.
       history: by scenario: where the supports come from, if not from the scenario's own rows ("warm": train).
       dropped: interactions that are in no part, by reason.
+      notes: what the data was too small for, one line each.
     """
 
     train: Interactions
@@ -51,11 +55,12 @@ class Split(NamedTuple):
     test: dict[str, Interactions]
     history: dict[str, Interactions]
     dropped: Mapping[str, int] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
 
 def split(
     data: Interactions,
-    scenarios: Sequence[str] = SCENARIOS,
+    scenarios: Sequence[str] | None = None,
     *,
     by: Literal["random", "time"] = "random",
     test: float = 0.1,
@@ -77,7 +82,8 @@ def split(
     would look ahead are dropped and counted; of equal times, none is on both sides.
 
     Args:
-      scenarios: any of "warm", "user_cold", "item_cold", "both_cold"; only the axes these need are held out.
+      scenarios: any of "warm", "user_cold", "item_cold", "both_cold"; only the axes these need are held out. None: all
+        that the data is large enough for; `Split.notes` names the others.
       test, validation: the share of users, of items, and of warm rows; validation=0 for none.
       seed: of the random choices.
 
@@ -86,27 +92,52 @@ def split(
       asked for, validation users on test items and the reverse, rows of users or items that were not held out but have
       no row in training either, and (by time) rows that look ahead.
 
+      A scenario whose validation part is too small is tested all the same, and noted.
+
     Raises:
-      MetarecError: an unknown scenario, shares that leave nothing, no timestamps, or a part without a user who has two
-        interactions (a support and a query).
+      MetarecError: an unknown scenario, shares that leave nothing, no timestamps, or a scenario that was asked for and
+        has no test user with two interactions (a support and a query).
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> parts = split(synthetic(60, 40, ratings_per_user=(20, 20)).data, ("user_cold",))
     >>> len(parts.train), len(parts.validation["user_cold"]), len(parts.test["user_cold"]), dict(parts.dropped)
     (960, 120, 120, {})
     """
-    scenarios = tuple(dict.fromkeys(scenarios))
-    _check(data, scenarios, by, test, validation)
-    train, held_out, dropped = _masks(data, scenarios, by, test, validation, np.random.default_rng(seed))
-    which = {s: data.take(rows[0]) for s, rows in held_out.items()} if validation else {}
-    parts = Split(
-        train=_trained(data.take(train), dropped),
-        validation=which,
-        test={s: data.take(rows[1]) for s, rows in held_out.items()},
-        history={"warm": data.take(train)} if "warm" in scenarios else {},
-        dropped=dropped,
-    )
-    return _usable(parts)
+    asked = SCENARIOS if scenarios is None else tuple(dict.fromkeys(scenarios))
+    _check(data, asked, by, test, validation)
+
+    def parted(chosen: tuple[str, ...]) -> Split:
+        train, held_out, dropped = _masks(data, chosen, by, test, validation, np.random.default_rng(seed))
+        return Split(
+            train=_trained(data.take(train), dropped),
+            validation={s: data.take(rows[0]) for s, rows in held_out.items()} if validation else {},
+            test={s: data.take(rows[1]) for s, rows in held_out.items()},
+            history={"warm": data.take(train)} if "warm" in chosen else {},
+            dropped=dropped,
+        )
+
+    ordered = sorted(asked, key=_FIRST.index)
+    reasons: dict[str, str] = {}
+    for some in (some for size in range(len(asked), 0, -1) for some in combinations(ordered, size)):
+        chosen = tuple(s for s in asked if s in some)
+        parts = parted(chosen)
+        if not (lacking := _lacking(parts)):
+            break
+        reasons |= lacking
+    else:
+        chosen = ()
+    unknown = "what it holds out leaves too little of the others"
+    too_small = {s: reasons.get(s, unknown) for s in asked if s not in chosen}
+    if too_small and (scenarios is not None or not chosen):
+        why = "; ".join(f"{name}: {reason}" for name, reason in too_small.items())
+        fewer = f"give --scenarios {' '.join(chosen)} (scenarios= in Python), or other" if chosen else "give other"
+        raise MetarecError(
+            f"{len(data)} interactions of {data.users.num_rows - 1} users with {data.items.num_rows - 1} items are too "
+            f"few to test {', '.join(too_small)} ({why}); {fewer} shares (--test, now {test:g}, --validation, now "
+            f"{validation:g})"
+        )
+    notes = tuple(f"{name} is not tested: {reason}" for name, reason in too_small.items())
+    return _validated(parts._replace(notes=notes))
 
 
 def read_partition(
@@ -152,7 +183,11 @@ def read_partition(
         chosen = {s: train.take(held[0]) for s, held in held_out.items()}
         train, dropped = train.take(rows), dropped | left
     tests = {s: table.take(state == s) for s in scenarios}
-    return _usable(Split(_trained(train, dropped), chosen, tests, {}, dropped))
+    parts = Split(_trained(train, dropped), chosen, tests, {}, dropped)
+    if lacking := _lacking(parts):
+        why = "; ".join(f"{name}: {reason}" for name, reason in lacking.items())
+        raise MetarecError(f"{path} is too small to test {', '.join(lacking)} ({why}); remove their rows from it")
+    return _validated(parts)
 
 
 def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float, validation: float) -> None:
@@ -166,7 +201,10 @@ def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float,
             f"test={test}, validation={validation}; test must be above 0, validation 0 or more, and their sum below 1"
         )
     if by == "time" and data.timestamp is None:
-        raise MetarecError("by='time' wants timestamps, and the data has none; name their column, or use by='random'")
+        raise MetarecError(
+            "a split by time requires timestamps, and the data has none; name their column (--timestamp-col), or split "
+            "at random (--by random)"
+        )
 
 
 Masks = tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]
@@ -291,15 +329,25 @@ def _trained(train: Interactions, dropped: Mapping[str, int]) -> Interactions:
     return replace(train, notes=(*train.notes, *(f"split: {n} rows left out: {why}" for why, n in dropped.items())))
 
 
-def _usable(parts: Split) -> Split:
+def _lacking(parts: Split) -> dict[str, str]:
+    """Why scenarios cannot be tested, by scenario; all of them where nothing is left to train on."""
     if not len(parts.train):
-        raise MetarecError("no interaction is left to train on; make test and validation smaller")
-    for which, scenarios in (("validation", parts.validation), ("test", parts.test)):
-        for scenario, rows in scenarios.items():
-            least = 1 if scenario in parts.history else 2
-            if np.bincount(rows.user).max(initial=0) < least:
-                raise MetarecError(
-                    f"no user has {least} interaction{'s' * (least > 1)} in the {which} part of {scenario!r}, "
-                    f"which has {len(rows)} rows; raise {which}=, or leave {scenario!r} out"
-                )
-    return parts
+        return dict.fromkeys(parts.test, "no interaction is left to train on")
+    reasons = {name: _unusable(parts, name, rows) for name, rows in parts.test.items()}
+    return {name: reason.format("test") for name, reason in reasons.items() if reason}
+
+
+def _unusable(parts: Split, scenario: str, rows: Interactions) -> str:
+    """Why these rows, of the part ``{}``, make no task of the scenario; "" where they do."""
+    if not len(rows):
+        return "its {} part is empty"
+    fewest = 1 if scenario in parts.history else 2
+    return "" if np.bincount(rows.user).max() >= fewest else f"no user has 2 of the {len(rows)} rows of its {{}} part"
+
+
+def _validated(parts: Split) -> Split:
+    """The parts without validation scenarios that have no task, which are noted."""
+    reasons = {name: _unusable(parts, name, rows) for name, rows in parts.validation.items()}
+    notes = [f"{name} is tested, and not validated: {why.format('validation')}" for name, why in reasons.items() if why]
+    kept = {name: rows for name, rows in parts.validation.items() if not reasons[name]}
+    return parts._replace(validation=kept, notes=(*parts.notes, *notes))

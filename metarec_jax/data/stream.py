@@ -77,7 +77,8 @@ def stream_source(
     chosen = chosen[counts[chosen - 1] >= low + 1]
     if not len(chosen):
         raise MetarecError(
-            f"no user has {low + 1} interactions (the most is {store.longest}); lower the support range {support}"
+            f"no user has {low + 1} interactions to train on (the most is {store.longest}), and --support {low} {high} "
+            f"(support= in Python) requires them; lower its first number"
         )
     del counts
     pool = np.arange(1, store.items + 1, dtype=np.int32) if items is None else np.asarray(items, np.int32)

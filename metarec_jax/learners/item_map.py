@@ -79,7 +79,13 @@ def item_map(
 
 
 def item_map_start(
-    params: Params, train: Interactions, *, support: int = 5, reg: float = 1.0, dense_limit: int = 20_000, seed: int = 0
+    params: Params,
+    train: Interactions,
+    *,
+    support: int | None = None,
+    reg: float = 1.0,
+    dense_limit: int = 20_000,
+    seed: int = 0,
 ) -> Params:
     """The parameters of an `item_map` that solve its meta-objective under squared error, in closed form.
 
@@ -89,7 +95,8 @@ def item_map_start(
 
     Args:
       params: from ``init``: the rank is read off the table.
-      support: size of the supports it is learned for; it serves others well.
+      support: size of the supports it is learned for; it serves others well. By default 5, or one less than the
+        longest history has.
       reg: ridge, in users.
       dense_limit: item rows for which a square matrix is made.
       seed: of the iteration for the best rank.
@@ -104,6 +111,9 @@ def item_map_start(
             f"item_map_start would make a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; "
             "train item_map from random rows, or raise dense_limit"
         )
+    if support is None:
+        pairs = np.unique(np.stack([train.user, train.item]), axis=1)
+        support = min(5, int(np.bincount(pairs[0]).max(initial=1)) - 1)
     bias, inward, outward = support_map(train, support=support, reg=reg, size=size, seed=seed)
     made = np.zeros(table.shape, np.float32)
     made[:rows] = np.column_stack([bias, inward, outward])
