@@ -43,8 +43,9 @@ def _sections() -> type:
                 tuple[int, int] | None: "INT INT",
             }.get(hints[f.name])
             text = {"data": "DATA", "learner": "NAME[:OPTION=VALUE...]"}.get(f.metadata["flag"], text)
-            hint = "" if f.default in (None, ()) else None
+            hint = "" if f.default in (None, (), True) else None
             about = f.metadata["help"].replace("LEARNERS", _LEARNERS)
+            about = f"do not {about}" if f.default is True else about  # the flag is --no-...
             kind = Annotated[kind, tyro.conf.arg(help=about, metavar=text, help_behavior_hint=hint)]
             fields.append((f.metadata["flag"] or f.name, kind, dataclasses.field(default=f.default)))
         group = dataclasses.make_dataclass(name, fields)
@@ -173,15 +174,52 @@ def recommend(
     rate: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(
-            metavar="ITEM=RATING", help="what the new user thinks of an item, by id or title; may be repeated"
+            metavar="ITEM=RATING",
+            help="what the new user thinks of an item, by id, else by title; may be repeated. Of a title that several "
+            "items have, give the id",
+        ),
+    ] = (),
+    user: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="FEATURE=VALUE",
+            help="a feature of the new user, such as age=25, in the units of the data; several values as War|Drama; "
+            "may be repeated",
         ),
     ] = (),
     history: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="table of new users and their ratings")
     ] = None,
+    user_features: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="table of features of new users, one row per user"),
+    ] = None,
+    user_col: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="TEXT",
+            help_behavior_hint="",
+            help="column of users in these tables; by default as in the run's data, or a usual name",
+        ),
+    ] = None,
+    item_col: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of items, ids or titles")
+    ] = None,
+    rating_col: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of ratings")
+    ] = None,
+    timestamp_col: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of times, by which rows are ordered"),
+    ] = None,
     top: Annotated[int, tyro.conf.arg(aliases=["-n"], help="items to recommend")] = 10,
     out: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="write a CSV file instead of printing")
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH",
+            help_behavior_hint="",
+            help="write a file instead of printing: .csv, .json, .jsonl or .parquet",
+        ),
     ] = None,
     why: Annotated[
         bool, tyro.conf.arg(help="do not name the feedback that moved each score", help_behavior_hint="")
@@ -193,11 +231,23 @@ def recommend(
     For example:
 
       metarec recommend runs/ml-1m --rate "Toy Story (1995)=5" --rate "Heat (1995)=2" -n 10
+      metarec recommend runs/ml-1m --user age=25 --user gender=F
       metarec recommend runs/ml-1m --history new_users.csv -n 10 --out recs.csv
     """
     from metarec_jax.commands import recommend
 
-    return recommend.recommend(run, rate=rate, history=history, top=top, out=out, why=why, as_json=json)
+    return recommend.recommend(
+        run,
+        rate=rate,
+        user=user,
+        history=history,
+        user_features=user_features,
+        columns={"user": user_col, "item": item_col, "rating": rating_col, "timestamp": timestamp_col},
+        top=top,
+        out=out,
+        why=why,
+        as_json=json,
+    )
 
 
 def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:

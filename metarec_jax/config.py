@@ -200,7 +200,7 @@ class TrainConfig(Checked):
         low=0.0,
     )
     seed: int = option(0, "seed of parameters and tasks", low=0)
-    warm_start: bool = option(True, "start item vectors from a matrix factorisation; on by default")
+    warm_start: bool = option(True, "start item vectors from a matrix factorisation")
     validate_every: int = option(250, "steps between validations", low=1)
     patience: int = option(8, "validations without a better one before stopping early", low=1)
     save_every: int = option(250, "steps between checkpoints", low=1)

@@ -5,18 +5,23 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from metarec_jax import cli, runs
+from metarec_jax.commands import fit, recommend
 from metarec_jax.commands.recommend import parse_rates
+from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.online.history import Names, parse_history
+from metarec_jax.online.recommend import Influence, Recommendation, Recommendations
 from metarec_jax.training.checkpoint import Checkpoints, load_params
 from metarec_jax.training.progress import read_history
 
@@ -362,6 +367,122 @@ def test_a_platform_that_is_not_there_is_one_line(trained, command):
     assert done.stderr.splitlines() == [
         "error: JAX_PLATFORMS is cuda, and JAX can start only cpu here; unset it, or set JAX_PLATFORMS=cpu"
     ]
+
+
+@pytest.fixture(scope="module")
+def named(own_folder):
+    """A run on columns of odd names, with two films of one title, one called as another's id, and features of users."""
+    rng = np.random.default_rng(0)
+    with (own_folder / "odd.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["who", "thing", "mark", "when"])
+        rows.writerows([u, i, rng.integers(1, 6), u] for u in range(30) for i in rng.permutation(12)[:8] + 1)
+    titles = ["Heat", "Alien", "Hamlet", "Hamlet", "2", *[f"Film {k}" for k in range(6, 13)]]
+    rows = "".join(f'{k + 1},"{title}"\n' for k, title in enumerate(titles))
+    (own_folder / "films.csv").write_text(f"thing,title\n{rows}")
+    people = "".join(f"{u},{20 + 1.5 * u},{'FM'[u % 2]}\n" for u in range(30))
+    (own_folder / "people.csv").write_text(f"who,age,gender\n{people}")
+    columns = ["--user-col", "who", "--item-col", "thing", "--rating-col", "mark", "--timestamp-col", "when"]
+    files = ["--item-features", "films.csv", "--user-features", "people.csv"]
+    assert cli.main(["fit", "odd.csv", *columns, *files, *SMALL, "--steps", "2", "--no-evaluate"]) == 0
+    return runs.Path("runs/odd")
+
+
+def test_a_history_under_the_names_that_the_run_was_trained_with(named, capsys, own_folder):
+    table = own_folder / "odd_new.csv"
+    table.write_text("who,thing,mark,when\na,7,5,2\na,7,1,1\nb,Heat,1,1\n")
+    assert cli.main(["recommend", str(named), "--history", str(table), "-n", "11", "--json"]) == 0
+    said = capsys.readouterr()
+    rows = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
+    assert {(user, len([r for r in rows if r["user_id"] == user])) for user in "ab"} == {("a", 11), ("b", 11)}
+    assert "1 repeated feedbacks" in said.err
+    once = own_folder / "once.csv"  # the last in time counts; and other names are given
+    once.write_text("item,who,thing,stars\nx,a,7,5\nx,b,1,1\n")
+    command = ["recommend", str(named), "--history", str(once), "-n", "11", "--rating-col", "stars", "--json"]
+    assert cli.main([*command, "--item-col", "thing"]) == 0
+    assert last_line(capsys)["recommendations"] == rows
+    assert "has no column 'nope'" in failure(capsys, *command, "--item-col", "nope")
+    assert "--item-col names a column of --history" in failure(capsys, "recommend", named, "--item-col", "thing")
+
+
+def test_a_title_of_two_items_and_one_that_is_an_id(named, capsys):
+    refusal = failure(capsys, "recommend", named, "--rate", "Hamlet=5")
+    assert refusal == "error: 2 items are called Hamlet, ids 3 and 4: give the id"
+    assert cli.main(["recommend", str(named), "--rate", "Hamlet=5", "--rate", "2=5", "-n", "12", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "skipped: 2 items are called Hamlet, ids 3 and 4: give the id" in said.err
+    rows = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
+    assert {row["item_id"] for row in rows} == {1, *range(3, 13)}  # of id 2 and title "2" the id counts
+
+
+def test_a_history_of_everything_is_refused_for_one_user_and_noted_for_many(named, capsys, own_folder):
+    rates = [part for k in range(1, 13) for part in ("--rate", f"{k}=3")]
+    assert "nothing is left: all 12 items are in the history" in failure(capsys, "recommend", named, *rates)
+    table = own_folder / "all.csv"
+    table.write_text("who,thing,mark\n" + "".join(f"a,{k},3\n" for k in range(1, 13)) + "b,1,3\n")
+    assert cli.main(["recommend", str(named), "--history", str(table)]) == 0
+    assert "note: user a: nothing is left: all 12 items" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_lists_are_written_in_the_format_that_the_name_tells(named, capsys, own_folder, suffix):
+    out = own_folder / "out" / f"recs{suffix}"
+    assert cli.main(["recommend", str(named), "--rate", "Heat=5", "-n", "3", "--out", str(out), "--json"]) == 0
+    wanted = last_line(capsys)["recommendations"]
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}
+    table = pd.read_json(out, lines=True) if suffix == ".jsonl" else read[suffix](out)
+    assert list(table.columns) == ["rank", "item_id", "title", "predicted", "score", "because"]
+    assert table["item_id"].tolist() == [row["item_id"] for row in wanted]
+    np.testing.assert_allclose(table["score"], [row["score"] for row in wanted], rtol=1e-5)
+
+
+def test_another_format_is_refused_before_anything_is_computed(capsys):
+    refusal = failure(capsys, "recommend", "runs/none", "--out", "recs.xlsx")
+    assert "must end in one of .csv, .json, .jsonl, .parquet" in refusal
+
+
+def test_a_user_of_whom_only_features_are_known(named, capsys, own_folder):
+    assert cli.main(["recommend", str(named), "--user", "age=41.5", "--user", "gender=X", "-n", "3", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "only features are known" in said.out
+    assert "note: user_gender 'X' was never seen, and counts as unknown" in said.err
+    alone = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
+    people = own_folder / "new_people.csv"
+    people.write_text("who,age,gender,shoe\n7,41.5,X,9\n8,,F,9\n")
+    assert cli.main(["recommend", str(named), "--user-features", str(people), "-n", "3", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "not used, since the run has only the user features user_age, user_gender: shoe" in said.err
+    rows = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
+    assert [row["user_id"] for row in rows] == [7, 7, 7, 8, 8, 8]
+    assert [row["item_id"] for row in rows[:3]] == [row["item_id"] for row in alone]
+    np.testing.assert_allclose([r["score"] for r in rows[:3]], [r["score"] for r in alone], rtol=1e-5)
+    assert "there is no user feature 'shoe'" in failure(capsys, "recommend", named, "--user", "shoe=9")
+    assert "expected FEATURE=VALUE" in failure(capsys, "recommend", named, "--user", "age")
+    assert "two commands" in failure(capsys, "recommend", named, "--user", "age=3", "--user-features", people)
+
+
+def test_a_feedback_that_lowers_a_score_is_no_reason_for_it(capsys):
+    because = (Influence(1, "Heat", 2.0, -0.288), Influence(2, None, 5.0, 0.1))
+    recommend._show(Recommendations((Recommendation(3, "Alien", 7.0, 3.0, because, predicted=5.0),)))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["1", "5.000", "Alien"]
+    assert second.strip() == "because of 2=5 (+0.100), in spite of Heat=2 (-0.288)"
+
+
+def test_the_next_command_survives_a_shell_and_rates_as_the_data_does(capsys):
+    title, rating = """He said "$HOME" isn't `it`""", np.array([1, 2, 3, 4, 69016], np.float32)
+    ids = Vocabulary(np.arange(5))
+    data = Interactions(np.arange(1, 6), np.ones(5, int), rating, None, ids, ids, titles=np.array([title] * 5))
+    fit._tell_next(runs.Path("runs/a b"), data)
+    words = shlex.split(capsys.readouterr().out.removeprefix("next: "))
+    assert words == ["metarec", "recommend", "runs/a b", "--rate", f"{title}=4", "-n", "10"]
+
+
+def test_a_flag_that_turns_off_says_so(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--no-warm-start do not start item vectors from a matrix factorisation" in said
 
 
 def test_rates_of_clicks_are_told_to_be_unused(ratings):

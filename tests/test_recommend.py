@@ -1,10 +1,13 @@
 """Recommender: the same list as a plain sort, exact reasons where the method is linear, names and ratings checked."""
 
 import dataclasses
+import os
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from metarec_jax.baselines import als, bias, item_knn, popularity, user_mean
@@ -190,7 +193,7 @@ def test_user_features_reach_the_method_in_support_and_catalogue():
         {}, n=1, user_features={"job": "clerk", "user_tags": ["a", "b", "zz"], "age": 0.5}, explain=0
     )
     assert out[0].score == 100 * 2 + 10 * (1 + 2) + 0.5 + 1000 * 2
-    assert out.notes == ("user_tags 'zz' was never seen, and counts as unknown",)
+    assert out.notes[0] == "user_tags 'zz' was never seen, and counts as unknown"
     assert recommender.recommend({}, n=1, user_features={"job": "king"})[0].score == 0.0
 
 
@@ -250,7 +253,7 @@ def test_many_users_get_what_each_gets_alone():
             )
     rows = many.rows()
     assert len(rows) == 16
-    assert list(rows[0]) == ["user_id", "rank", "item_id", "title", "score", "because"]
+    assert list(rows[0]) == ["user_id", "rank", "item_id", "title", "predicted", "score", "because"]
     with pytest.raises(MetarecError, match="row 2 of the histories has no user_id"):
         recommender.recommend_many((["a", None], ["m1", "m2"], [3, 3]))
     assert len(recommender.recommend_many(([], [], []))) == 0
@@ -269,3 +272,119 @@ def test_one_program_serves_many_histories():
     for k in range(2, 7):
         recommender.recommend({f"m{j}": 4 for j in range(1, k)})
     assert len(traces) == once
+
+
+def test_predicted_ratings_are_clipped_and_the_order_is_by_the_score():
+    def predict(params, adapted, inputs):
+        return inputs["item_id"] * 1.0
+
+    method = Method({}, lambda params, support, key: None, predict)
+    out = Recommender(method, DATA, KNOWN).recommend({"m48": 3}, n=48, explain=0)
+    assert [r.score for r in out[:3]] == [47, 46, 45]
+    assert [r.predicted for r in out] == [5.0] * 43 + [4.0, 3.0, 2.0, 1.0, 1.0]  # the last has score 0
+    assert out.notes == ("predicted ratings are clipped to the scale, 1 to 5; the order is by the score",)
+    many = Recommender(method, DATA, KNOWN).recommend_many((["a", "b"], ["m48", "m3"], [3, 3]), n=2)
+    assert many.notes == out.notes
+    raw = Recommender(method, DATA, KNOWN, predicts_ratings=False).recommend({"m50": 3}, n=2)
+    assert (raw[0].predicted, raw.notes) == (None, ())
+    assert "predicted" not in raw.rows()[0]
+
+
+def test_items_of_one_title_are_told_apart_by_id():
+    titles = TITLES.copy()
+    titles[[9, 19]] = "Hamlet"
+    titles[29] = "m1"
+    data = dataclasses.replace(DATA, titles=titles)
+    names = Names(data)
+    (hamlet,) = parse_history({"Hamlet": 5}, data, names).unknown
+    assert hamlet.ids == ("m10", "m20")
+    assert names.sharing("hamlet") == ("m10", "m20")
+    assert names.sharing("Alien (1979)") == ()  # the other is spelt otherwise
+    assert names.rows(["m1", "M1"]).tolist() == [1, 30]  # an id goes before a title
+
+
+def test_a_history_of_all_items_leaves_nothing_and_says_so():
+    recommender = Recommender(ALS, DATA, KNOWN)
+    every = {f"m{k}": 3 for k in range(1, 51)}
+    assert recommender.recommend(every).notes == ("nothing is left: all 50 items are in the history",)
+    many = recommender.recommend_many((["ann"] * 50 + ["bo"], [*every, "m1"], [3] * 51))
+    assert many.notes[0] == "user ann: nothing is left: all 50 items are in the history"
+    assert (len(many["ann"]), len(many["bo"])) == (0, 10)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pd.Series({"m3": 5.0, "m7": 1.0}),
+        pd.DataFrame({"item": ["m3", "m7"], "stars": [5, 1]}),
+        pd.DataFrame({"movieId": ["m3", "m7"], "score": [5, 1], "title": ["x", "y"]}),
+        {"asin": ["m3", "m7"], "overall": [5.0, 1.0]},
+        {"Title": ["film 3", "Film 7"], "Rating": np.array([5, 1])},
+    ],
+)
+def test_histories_under_the_names_that_files_have(history):
+    titles = np.array([f"Film {k}" for k in range(1, 51)])
+    data = dataclasses.replace(DATA, titles=titles)
+    parsed = parse_history(history, data, Names(data))
+    assert (parsed.item.tolist(), parsed.rating.tolist(), parsed.unknown) == ([3, 7], [5.0, 1.0], ())
+
+
+def test_a_series_of_names_is_a_list_of_clicks_and_other_columns_are_named():
+    parsed = parse_history(pd.Series(["m3", "m7"]), CLICKS, Names(CLICKS))
+    assert parsed.item.tolist() == [3, 7]
+    with pytest.raises(MetarecError, match="columns shoe, stars, none of them of items"):
+        parse_history(pd.DataFrame({"shoe": [1], "stars": [2]}), DATA, Names(DATA))
+    table = pd.DataFrame({"customer": ["a", "b"], "product": ["m3", "m7"], "overall": [5, 1]})
+    assert list(Recommender(ALS, DATA, KNOWN).recommend_many(table, n=1)) == ["a", "b"]
+    with pytest.raises(MetarecError, match="none of them of users"):
+        Recommender(ALS, DATA, KNOWN).recommend_many(table.drop(columns="customer"))
+
+
+def test_features_of_each_of_many_users():
+    """Each gets what it gets alone, in the data's own units; one whom only the features name gets a list too."""
+
+    def adapt(params, support, key):
+        return support.inputs["user_job"][0]
+
+    def predict(params, adapted, inputs):
+        return inputs["item_id"] * 1.0 + 1000 * adapted + 100 * inputs["user_age"][0, 0] + 0 * inputs["user_job"]
+
+    age = Feature("numeric", np.zeros((81, 1), np.float32), units=((40.0, 10.0),))
+    data = dataclasses.replace(DATA, user_features={**DATA.user_features, "user_age": age})
+    recommender = Recommender(Method({}, adapt, predict), data, catalogue(data), predicts_ratings=False)
+    table = pd.DataFrame({"user": ["bo", "new"], "age": [60.0, np.nan], "job": ["clerk", "king"]})
+    many = recommender.recommend_many((["ann", "bo"], ["m50", "m50"], [3, 3]), n=1, user_features=table)
+    assert {user: many[user][0].score for user in many} == {"ann": 48, "bo": 48 + 2000 + 200, "new": 48}
+    assert many.notes == ("user new: user_job 'king' was never seen, and counts as unknown",)
+    alone = recommender.recommend({"m50": 3}, n=1, user_features={"age": 60, "job": "clerk"})
+    assert alone[0].score == many["bo"][0].score
+    with pytest.raises(MetarecError, match="no user feature 'shoe'"):
+        recommender.recommend_many(([], [], []), user_features={"ann": {"shoe": 1}})
+
+
+def test_many_recommendations_show_what_they_hold():
+    many = Recommender(ALS, DATA, KNOWN).recommend_many((["ann", 7, "ann"], ["m3", "m4", "nothing"], [3, 4, 3]), n=5)
+    first, ann, seven, skipped = repr(many).splitlines()
+    assert first == "ManyRecommendations of 2 users"
+    assert ann == f"  'ann': {', '.join(repr(str(r.title)) for r in many['ann'][:3])}, and 2 more"
+    assert seven.startswith("  7: ")
+    assert skipped == "  skipped: no single item is called 'nothing'"
+    assert [user for user, _ in many.items()] == ["ann", 7]
+
+
+def test_a_recommender_is_not_pickled():
+    with pytest.raises(MetarecError, match=r"cannot be pickled.* open the run in each process"):
+        pickle.dumps(Recommender(ALS, DATA, KNOWN))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")  # of forking where JAX has threads
+def test_a_fork_is_refused_and_does_not_hang():
+    recommender = Recommender(ALS, DATA, KNOWN)
+    child = os.fork()
+    if not child:
+        try:
+            recommender.recommend({"m1": 3})
+        except MetarecError as error:
+            os._exit(7 if "spawn" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

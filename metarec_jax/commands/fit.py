@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,7 +118,7 @@ def _fit(
             _tell_next(directory, data)
         elif ended.get("stopped") != "interrupted":
             print(f"trained: {directory}; {phases}")
-            print(f"next: metarec evaluate {directory}")
+            print(f"next: metarec evaluate {shlex.quote(str(directory))}")
     if as_json:
         print(json.dumps(found))
     return 0
@@ -282,8 +283,10 @@ def _tell_split(parts: Split) -> None:
 def _tell_next(directory: Path, data: Interactions) -> None:
     popular = int(np.bincount(data.item).argmax())
     title = data.items.decode([popular])[0] if data.titles is None else data.titles[popular - 1]
-    best = "" if data.rating is None else f"={spoken(data.rating.max())}"
-    print(f'next: metarec recommend {directory} --rate "{title}{best}" -n 10')
+    rating = ""
+    if data.rating is not None:  # one that many give, were the scale a count
+        rating = f"={spoken(np.quantile(data.rating[data.item == popular], 0.75, method='nearest'))}"
+    print(f"next: metarec recommend {shlex.quote(str(directory))} --rate {shlex.quote(f'{title}{rating}')} -n 10")
 
 
 def _clear(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,73 +12,182 @@ from metarec_jax import config as configs
 from metarec_jax import runs
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import listed, one_line, printable, shown
-from metarec_jax.data.histories import read_histories
+from metarec_jax.data.columns import listed, printable, shown
+from metarec_jax.data.export import check_suffix, write_rows
+from metarec_jax.data.histories import Histories, read_features, read_histories
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.online.history import Unknown, rated, spoken
-from metarec_jax.online.recommend import Recommendations, Recommender
+from metarec_jax.online.history import Unknown, feature_name, rated, spoken
+from metarec_jax.online.recommend import Influence, Recommendations, Recommender
 
 _TOLD_UNKNOWN = 5
 _SHOWN_USERS = 3
+_SHOWN_IDS = 6
 
 
 def recommend(
     directory: Path,
     *,
     rate: Sequence[str],
+    user: Sequence[str],
     history: Path | None,
+    user_features: Path | None,
+    columns: Mapping[str, str | None],
     top: int,
     out: Path | None,
     why: bool,
     as_json: bool,
 ) -> int:
-    """Adapt on the given feedback, print the list (or write it), and say why."""
-    if rate and history is not None:
-        raise MetarecError("--rate and --history are both given; a table and a single user are two commands")
+    """Adapt on the given feedback, print the list (or write it), and say why.
+
+    Args:
+      columns: names of the columns of ``history`` by role; None where the run's own or usual names are to be found.
+    """
+    single, many = (rate or user), (history is not None or user_features is not None)
+    if single and many:
+        raise MetarecError(
+            "--rate or --user is given beside --history or --user-features; one user and a table are two commands"
+        )
+    if out is not None:
+        check_suffix(out)
+    if history is None and (given := [role for role, name in columns.items() if name is not None and role != "user"]):
+        raise MetarecError(f"--{given[0]}-col names a column of --history, which is not given; leave it out")
     compile_cache()
     run = runs.open_run(directory)
-    given = parse_rates(rate, run.data)
-    negatives = configs.negatives(run.config.tasks, run.data)
-    serve = Recommender(runs.method(run), run.data, run.known, negatives=negatives)
-    extra: dict[str, Any] = {}
-    if history is None:
-        found = serve.recommend(given, top, explain=3 if why else 0)
-        _tell_unknown(found.unknown, given["item_id"], directory, run.data)
-        _tell(found.notes)
-        rows = found.rows()
-        extra = {"unknown": [u.name for u in found.unknown], "notes": list(found.notes)}
-        if out is None:
-            if not rate:
-                print("no feedback was given: this is the list for a user of whom nothing is known")
-            _show(found)
+    serve = Recommender(
+        runs.method(run),
+        run.data,
+        run.known,
+        negatives=configs.negatives(run.config.tasks, run.data),
+        predicts_ratings=run.config.learner.loss in ("auto", "mse", "mae"),
+    )
+    if many:
+        rows, extra = _many(serve, run, history, user_features, columns, top, why, out is None)
     else:
-        table = read_histories(history)
-        _tell(table.notes)
-        columns = {"user_id": table.user_id, "item_id": table.item_id}
-        if table.rating is not None:
-            columns["rating"] = table.rating
-        elif run.data.rating is not None:
-            raise MetarecError(
-                f"{history} has no rating column by a usual name, and {directory} learned from ratings; name it rating"
-            )
-        many = serve.recommend_many(columns, top, explain=3 if why else 0)
-        _tell_unknown(many.unknown, table.item_id, directory, run.data)
-        _tell(many.notes)
-        rows = many.rows()
-        extra = {"unknown": [u.name for u in many.unknown], "notes": [*table.notes, *many.notes]}
-        if out is None:
-            for user in list(many)[:_SHOWN_USERS]:
-                print(f"{printable(str(user))}:")
-                _show(many[user])
-            if len(many) > _SHOWN_USERS:
-                print(f"and {len(many) - _SHOWN_USERS} users more; --out FILE.csv writes all")
+        rows, extra = _single(serve, run, parse_rates(rate, run.data), parse_features(user), top, why, out is None)
     if out is not None:
-        _write(out, rows)
+        names = ["rank", "item_id", "title", *(["predicted"] if serve.predicts_ratings else []), "score", "because"]
+        write_rows(out, rows, [*(["user_id"] if many else []), *names])
         users = len({row.get("user_id") for row in rows})
         print(f"{len(rows)} recommendations for {users} user{'s' if users != 1 else ''} in {out}")
     if as_json:
         print(json.dumps({"recommendations": rows, **extra}))
     return 0
+
+
+_Rows = tuple[list[dict[str, Any]], dict[str, Any]]
+"""Rows, and what was skipped and noted."""
+
+
+def _single(
+    serve: Recommender,
+    run: runs.Run,
+    rates: dict[str, list[Any]],
+    features: dict[str, str],
+    top: int,
+    why: bool,
+    show: bool,
+) -> _Rows:
+    """One user's list. A history that leaves nothing to recommend is refused."""
+    found = serve.recommend(rates, top, user_features=features, explain=3 if why else 0)
+    _tell_unknown(found.unknown, rates["item_id"], run.directory, run.data)
+    if not found.items and found.notes:
+        raise MetarecError(f"{found.notes[-1]}; leave some of them out")
+    _tell(found.notes)
+    if show:
+        if not rates["item_id"]:
+            known = "only features are known" if features else "nothing is known"
+            print(f"no feedback was given: this is the list for a user of whom {known}")
+        _show(found)
+    return found.rows(), {"unknown": [u.name for u in found.unknown], "notes": list(found.notes)}
+
+
+def _many(
+    serve: Recommender,
+    run: runs.Run,
+    history: Path | None,
+    user_features: Path | None,
+    columns: Mapping[str, str | None],
+    top: int,
+    why: bool,
+    show: bool,
+) -> _Rows:
+    """The lists of the users of a table of histories, of a table of features, or of both."""
+    given = run.config.data
+    trained = {
+        "user": given.user_col,
+        "item": given.item_col,
+        "rating": given.rating_col,
+        "timestamp": given.timestamp_col,
+    }
+    table = Histories([], [], None)
+    if history is not None:
+        table = read_histories(history, asked=columns, trained=trained)
+        if table.rating is None and run.data.rating is not None:
+            raise MetarecError(
+                f"{history} has no rating column by a usual name, and {run.directory} learned from ratings; name it "
+                "with --rating-col"
+            )
+    _tell(table.notes)
+    features = None
+    if user_features is not None:
+        features = read_features(user_features, columns.get("user") or given.user_col)
+        features = _known_features(features, run.data, user_features)
+        features = _same_ids(features, table.user_id)
+    ratings = table.rating if table.rating is not None or run.data.rating is None else []
+    feedback = (table.user_id, table.item_id, ratings)
+    many = serve.recommend_many(feedback, top, user_features=features, explain=3 if why else 0)
+    _tell_unknown(many.unknown, table.item_id, run.directory, run.data)
+    _tell(many.notes)
+    if show:
+        for user in list(many)[:_SHOWN_USERS]:
+            print(f"{printable(str(user))}:")
+            _show(many[user])
+        if len(many) > _SHOWN_USERS:
+            print(f"and {len(many) - _SHOWN_USERS} users more; --out FILE.csv writes all")
+    return many.rows(), {"unknown": [u.name for u in many.unknown], "notes": [*table.notes, *many.notes]}
+
+
+def _known_features(features: dict[Any, dict[str, Any]], data: Interactions, path: Path) -> dict[Any, dict[str, Any]]:
+    """The columns that the run learned from; others are noted.
+
+    Raises:
+      MetarecError: not one column is a feature of the run.
+    """
+    columns = dict.fromkeys(name for row in features.values() for name in row)
+    known = [name for name in columns if feature_name(name, data) is not None]
+    have = ", ".join(data.user_features) or "none"
+    if columns and not known:
+        raise MetarecError(
+            f"{path}: none of its columns, {listed(columns)}, is a user feature of the run, which has: {have}"
+        )
+    if unknown := [name for name in columns if name not in known]:
+        _tell([f"{path}: not used, since the run has only the user features {have}: {listed(unknown)}"])
+    return {user: {name: row[name] for name in known if name in row} for user, row in features.items()}
+
+
+def _same_ids(features: dict[Any, dict[str, Any]], users: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+    """Features under the users' ids as the histories have them: one file may hold numbers, and the other text."""
+    by_text = {str(user): user for user in users}
+    return {by_text.get(str(user), user): row for user, row in features.items()}
+
+
+def parse_features(user: Sequence[str]) -> dict[str, str]:
+    """
+    Raises:
+      MetarecError: no name or no value, or one name twice.
+
+    >>> parse_features(["age=25", "likes=War|Drama"])
+    {'age': '25', 'likes': 'War|Drama'}
+    """
+    found: dict[str, str] = {}
+    for text in user:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise MetarecError(f"--user {shown(text)}: expected FEATURE=VALUE, as in --user age=25")
+        if name in found:
+            raise MetarecError(f"--user {shown(name)} is given twice; several values of one feature are joined by '|'")
+        found[name] = value
+    return found
 
 
 def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, list[Any]]:
@@ -138,10 +246,15 @@ def _tell_unknown(unknown: Sequence[Unknown], names: Collection[Any], directory:
         like = unknown[0].suggestions
         hint = f"perhaps you meant {_either(like)}" if like else f"its items are such as {shown(str(labels[0]))}"
         first = shown(unknown[0].name)
+        if unknown[0].ids:
+            raise MetarecError(_shared(unknown[0]))
         if given == 1:
             raise MetarecError(f"{first} is no item that {directory} knows; {hint}")
         raise MetarecError(f"none of the {given} items ({first}, ...) is known to {directory}; {hint}")
     for item in unknown[:_TOLD_UNKNOWN]:
+        if item.ids:
+            print(f"skipped: {_shared(item)}", file=sys.stderr)
+            continue
         close = f"; perhaps you meant {_either(item.suggestions)}" if item.suggestions else ""
         print(f"skipped: no item is called {shown(item.name)}{close}", file=sys.stderr)
     if len(unknown) > _TOLD_UNKNOWN:
@@ -152,6 +265,13 @@ def _tell_unknown(unknown: Sequence[Unknown], names: Collection[Any], directory:
             f"from, whose items are such as {shown(str(labels[0]))}?",
             file=sys.stderr,
         )
+
+
+def _shared(item: Unknown) -> str:
+    *ids, last = (shown(name) if isinstance(name, str) else str(name) for name in item.ids[:_SHOWN_IDS])
+    more = f" and {len(item.ids) - _SHOWN_IDS} more" if len(item.ids) > _SHOWN_IDS else ""
+    named = f"{', '.join(ids)} and {last}" if not more else f"{', '.join([*ids, last])}{more}"
+    return f"{len(item.ids)} items are called {listed([item.name])}, ids {named}: give the id"
 
 
 def _either(names: Sequence[str]) -> str:
@@ -165,21 +285,19 @@ def _tell(notes: Sequence[str]) -> None:
 
 def _show(found: Recommendations) -> None:
     for rank, item in enumerate(found, 1):
-        print(f"{rank:>4}  {item.score:6.3f}  {printable(str(item.title or item.item_id))}")
-        if item.because:
-            reasons = ", ".join(
-                f"{i.title or i.item_id}{'' if i.rating is None else f'={i.rating:g}'} ({i.contribution:+.3f})"
-                for i in item.because
-            )
-            print(f"{'':>14}because of {printable(reasons)}")
+        shown_score = item.score if item.predicted is None else item.predicted
+        print(f"{rank:>4}  {shown_score:6.3f}  {printable(str(item.title or item.item_id))}")
+        raised = [i for i in item.because if i.contribution >= 0]
+        lowered = [i for i in item.because if i.contribution < 0]
+        reasons = [
+            f"{word} {_named(some)}" for word, some in (("because of", raised), ("in spite of", lowered)) if some
+        ]
+        if reasons:
+            print(f"{'':>14}{printable(', '.join(reasons))}")
 
 
-def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank", "item_id", "title", "score", "because"])
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise MetarecError(f"{out} cannot be written ({one_line(error)}); give --out a path that can") from error
+def _named(influences: Sequence[Influence]) -> str:
+    return ", ".join(
+        f"{i.title or i.item_id}{'' if i.rating is None else f'={i.rating:g}'} ({i.contribution:+.3f})"
+        for i in influences
+    )

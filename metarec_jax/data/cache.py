@@ -43,11 +43,11 @@ def write_cache(data: Interactions, path: Path) -> None:
     columns |= {"users": _strings(data.users.ids), "items": _strings(data.items.ids)}
     if data.titles is not None:
         columns["titles"] = _strings(data.titles)
-    features: dict[str, dict[str, str]] = {}
+    features: dict[str, dict[str, Any]] = {}
     for side in ("user", "item"):
         features[side] = {}
         for k, (name, feature) in enumerate(getattr(data, f"{side}_features").items()):
-            features[side][name] = feature.kind
+            features[side][name] = {"kind": feature.kind, "units": feature.units}
             columns[f"{side}_feature_{k}"] = _vectors(feature.values)
             if feature.vocabulary is not None:
                 columns[f"{side}_feature_{k}_ids"] = _strings(feature.vocabulary.ids)
@@ -133,8 +133,13 @@ def _parsed(raw: bytes, path: Path) -> Interactions:
 
     def features(side: str) -> dict[str, Feature]:
         return {
-            name: Feature(kind, column(f"{side}_feature_{k}"), _vocabulary(column(f"{side}_feature_{k}_ids")))
-            for k, (name, kind) in enumerate(rest["features"][side].items())
+            name: Feature(
+                about["kind"],
+                column(f"{side}_feature_{k}"),
+                _vocabulary(column(f"{side}_feature_{k}_ids")),
+                _units(about["units"]),
+            )
+            for k, (name, about) in enumerate(rest["features"][side].items())
         }
 
     titles = column("titles")
@@ -172,6 +177,10 @@ def _array(values: pa.ChunkedArray, name: str) -> np.ndarray:
 
 def _objects(texts: Iterator[str]) -> np.ndarray:
     return np.array([*texts, None], object)[:-1]  # None: an array of text would give each the room of the longest
+
+
+def _units(pairs: Any) -> tuple[tuple[float, float], ...]:
+    return tuple((float(middle), float(spread)) for middle, spread in pairs)
 
 
 def _vocabulary(ids: np.ndarray | None) -> Vocabulary | None:

@@ -237,13 +237,15 @@ def _numeric(values: np.ndarray, at: np.ndarray, num_rows: int) -> tuple[Feature
     infinite = np.isinf(values)
     values = np.where(infinite, np.nan, values)
     peak = np.nanmax(np.abs(values), initial=0.0)
-    if peak > 1e100:  # whose squares are no numbers
-        values = values / peak
+    peak = peak if peak > 1e100 else 1.0  # whose squares are no numbers
+    values = values / peak
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a part of the vectors of which no value is known
         spread, middle = np.nanstd(values, axis=0), np.nanmean(values, axis=0)
-    scaled = (values - middle) / np.where(spread > 0, spread, 1.0)
+    spread = np.where(spread > 0, spread, 1.0)
+    scaled = (values - middle) / spread
     out = np.zeros((num_rows, values.shape[1]), np.float32)
     out[at] = np.nan_to_num(scaled)
     note = f"has {int(infinite.sum())} infinite values: taken as missing" if infinite.any() else None
-    return Feature("numeric", out), note
+    units = np.nan_to_num(np.stack([middle, spread], 1)) * peak
+    return Feature("numeric", out, units=tuple((float(m), float(s)) for m, s in units)), note

@@ -152,6 +152,7 @@ class Feature:
         standardised, 0 where missing.
       values: the array.
       vocabulary: of the values, for categorical and multi; None for numeric.
+      units: numeric: mean and standard deviation, by which each number was standardised; () where they are not known.
 
     Raises:
       MetarecError: values of another type or shape, or not finite.
@@ -160,6 +161,7 @@ class Feature:
     kind: Literal["categorical", "multi", "numeric"]
     values: np.ndarray
     vocabulary: Vocabulary | None = None
+    units: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         values, numeric = np.asarray(self.values), self.kind == "numeric"

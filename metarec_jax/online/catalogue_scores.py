@@ -59,7 +59,7 @@ class Best(NamedTuple):
 
 
 class _World(NamedTuple):
-    """What all users of a call share."""
+    """What a user is scored with; ``features`` are the user's own, leading axis 1."""
 
     params: Any
     known: Catalogue
@@ -82,11 +82,20 @@ def block_size(num_rows: int, wanted: int) -> int:
 
 @partial(jax.jit, static_argnums=0)
 def best(plan: Plan, params: Any, known: Catalogue, features: dict[str, Array], users: Users, key: Array) -> Best:
-    """The best ``plan.n`` items for each user. ``features``: the users' side features, leading axis 1."""
-    one = partial(_best, plan, _World(params, known, features, key), alone=users.item.shape[0] == 1)
-    if users.item.shape[0] == 1:
-        return jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], users)))
-    return jax.vmap(one)(users)
+    """The best ``plan.n`` items for each user. ``features``: the users' side features, leading axis B."""
+    alone = users.item.shape[0] == 1
+
+    def one(user: Users, features: dict[str, Array]) -> Best:
+        return _best(plan, _World(params, known, _one_row(features), key), user, alone)
+
+    if alone:
+        return jax.tree.map(lambda a: a[None], one(*jax.tree.map(lambda a: a[0], (users, features))))
+    return jax.vmap(one)(users, features)
+
+
+def _one_row(features: dict[str, Array]) -> dict[str, Array]:
+    """One user's features with a leading axis of 1, as input columns have it."""
+    return {name: jnp.asarray(value)[None] for name, value in features.items()}
 
 
 def _best(plan: Plan, world: _World, user: Users, alone: bool) -> Best:
@@ -186,9 +195,9 @@ def contributions(
     key: Array,
 ) -> Array:
     """How far each feedback moved the scores of ``item [B, n]``: ``[B, n, S]``, by derivatives at ``points`` points."""
-    world = _World(params, known, features, key)
 
-    def one(user: Users, item: Array) -> Array:
+    def one(user: Users, item: Array, features: dict[str, Array]) -> Array:
+        world = _World(params, known, _one_row(features), key)
         examples = Examples(world.columns(user.item), user.target, user.mask)
 
         def scores(target: Array, mask: Array) -> Array:
@@ -206,4 +215,4 @@ def contributions(
         along = jax.lax.map(lambda part: slope(user.target - part * moved, user.mask), left)
         return along.mean(0) * moved[None]
 
-    return jax.vmap(one)(users, item)
+    return jax.vmap(one)(users, item, features)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import shown
-from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.columns import find_column, listed, shown
+from metarec_jax.data.interactions import Feature, Interactions
 
 _SUGGESTED = 5
 """Unknown names of one history that get suggestions."""
@@ -21,14 +21,14 @@ _SEARCHED = 20_000
 _LONGEST = 200
 """Characters of a name that gets suggestions."""
 _LARGEST = float(np.finfo(np.float32).max)
-_ITEM_COLUMNS = ("item_id", "item", "title")
 
 
 class Unknown(NamedTuple):
-    """A history entry that names no item: as it was given, and close names that exist."""
+    """A history entry that names no item, or several: as it was given, close names that exist, ids that share it."""
 
     name: Any
     suggestions: tuple[str, ...] = ()
+    ids: tuple[Any, ...] = ()
 
 
 class History(NamedTuple):
@@ -82,6 +82,25 @@ class Names:
     def _folded(self) -> dict[str, int]:
         return _unambiguous([str(label).casefold().strip() for label in self._labels])
 
+    @cached_property
+    def _shared(self) -> dict[str, list[int]]:
+        """Rows by name, without its case, of the names that several items have."""
+        rows: dict[str, list[int]] = {}
+        for k, label in enumerate(self._labels):
+            rows.setdefault(str(label).casefold().strip(), []).append(k + 1)
+        return {name: some for name, some in rows.items() if len(some) > 1}
+
+    def sharing(self, name: Any) -> tuple[Any, ...]:
+        """Ids of the items that are all called ``name``; () where a spelling of it tells them apart."""
+        if self._numeric:
+            return ()
+        rows = self._shared.get(str(name).casefold().strip(), [])
+        exact = [row for row in rows if str(self._labels[row - 1]) == str(name)]
+        rows = exact if len(exact) > 1 else rows
+        if len({str(self._labels[row - 1]) for row in rows}) == len(rows):
+            return ()
+        return tuple(self._items.decode(rows).tolist())
+
     def rows(self, names: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Vocabulary rows, int32; 0 for a name that no item, or more than one, has."""
         if not len(names):
@@ -116,7 +135,8 @@ class Names:
     def unknown(self, names: Sequence[Any]) -> tuple[Unknown, ...]:
         """Each name once; the first few with suggestions."""
         once = dict.fromkeys(names)
-        return tuple(Unknown(name, self.suggest(name) if k < _SUGGESTED else ()) for k, name in enumerate(once))
+        close = [self.suggest(name) if k < _SUGGESTED else () for k, name in enumerate(once)]
+        return tuple(Unknown(name, some, self.sharing(name)) for name, some in zip(once, close, strict=True))
 
 
 def _unambiguous(labels: list[str]) -> dict[str, int]:
@@ -185,24 +205,39 @@ def _is_column(value: Any) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
-def _pick(table: Any, names: Sequence[str]) -> Any:
-    return next((list(table[name]) for name in names if name in table), None)
+def _labelled(table: Any) -> dict[str, Any]:
+    """The columns of a DataFrame, or the entries of a mapping that are columns, by name as text."""
+    return {str(name): name for name in table if hasattr(table, "columns") or _is_column(table[name])}
+
+
+def _pick(table: Any, *roles: str) -> list[Any] | None:
+    """The column that plays the first of the roles that one plays, by the names that files have."""
+    labels = _labelled(table)
+    for role in roles:
+        name = find_column(list(labels), role, None, "the history")
+        if name is not None:
+            return list(table[labels[name]])
+    return None
 
 
 def _columns(history: Any) -> tuple[list[Any], list[Any] | None]:
     """Items and ratings of one history; None: no ratings given."""
     if isinstance(history, (str, bytes)):
         return [history], None
-    if hasattr(history, "columns") or (
-        isinstance(history, Mapping) and any(name in history and _is_column(history[name]) for name in _ITEM_COLUMNS)
-    ):
-        items, ratings = _pick(history, _ITEM_COLUMNS), _pick(history, ("rating",))
+    if hasattr(history, "columns") or (isinstance(history, Mapping) and _pick(history, "item", "title") is not None):
+        items, ratings = _pick(history, "item", "title"), _pick(history, "rating")
         if items is None:
-            raise MetarecError(f"the history has columns {list(history)}, and wants item_id; rename its item column")
+            raise MetarecError(
+                f"the history has columns {listed(_labelled(history))}, none of them of items by a usual name; call "
+                "one of them item_id"
+            )
         _same_length({"item_id": items, "rating": ratings})
         return items, ratings
     if isinstance(history, Mapping):
         return list(history), list(history.values())
+    if hasattr(history, "index") and hasattr(history, "dtype"):  # a Series: ratings by item, or items alone
+        numbers = getattr(history.dtype, "kind", "O") in "iufb"
+        return (list(history.index), list(history)) if numbers else (list(history), None)
     return list(history), None
 
 
@@ -217,9 +252,13 @@ def _plain(values: list[Any], what: str) -> list[Any]:
 
 def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
     if isinstance(histories, Mapping) or hasattr(histories, "columns"):
-        users, items, ratings = (_pick(histories, c) for c in (("user_id", "user"), _ITEM_COLUMNS, ("rating",)))
+        users, items, ratings = _pick(histories, "user"), _pick(histories, "item", "title"), _pick(histories, "rating")
         if users is None or items is None:
-            raise MetarecError(f"the table has columns {list(histories)}, and wants user_id and item_id; rename them")
+            lacks = "users" if users is None else "items"
+            raise MetarecError(
+                f"the table has columns {listed(_labelled(histories))}, none of them of {lacks} by a usual name; call "
+                f"one of them {lacks[:-1]}_id"
+            )
     else:
         users, items, ratings = (None if c is None else list(c) for c in (*histories, None)[:3])
         if users is None or items is None:
@@ -273,21 +312,25 @@ def _ratings(
 def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """A new user's side features as input columns with leading axis 1, and notes on values never seen.
 
+    Numbers are in the units of the data that was read, and standardised here as they were there.
+
     Raises:
-      MetarecError: a feature that the data has not, or a number that is none.
+      MetarecError: a feature that the data lacks, or a number that is not one.
     """
     columns: dict[str, np.ndarray] = {}
     notes: list[str] = []
     for given, value in features.items():
-        name = given if given in data.user_features else f"user_{given}"
-        if name not in data.user_features:
+        name = feature_name(given, data)
+        if name is None:
             have = ", ".join(data.user_features) or "none"
             raise MetarecError(f"there is no user feature {shown(given)}; the data has: {have}")
         feature = data.user_features[name]
         if feature.vocabulary is None:
-            columns[name] = _numeric(name, value, feature.values.shape[1])
+            columns[name] = _numeric(name, value, feature)
             continue
         values = list(value) if _is_column(value) else [value]
+        if feature.kind == "multi" and isinstance(value, str):
+            values = [part.strip() for part in value.split("|")]
         rows = feature.vocabulary.encode(values) if values else np.zeros(0, np.int32)
         unseen = [v for v, row in zip(values, rows, strict=True) if row == 0]
         notes += [f"{name} {shown(v)} was never seen, and counts as unknown" for v in unseen]
@@ -295,15 +338,50 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
             columns[name] = np.asarray(rows[:1] if len(rows) else [0], np.int32)
         else:
             rows, width = rows[rows > 0], feature.values.shape[1]
+            if len(rows) > width:
+                notes.append(f"{name} has {len(rows)} values: the first {width} are used")
             columns[name] = np.pad(rows[:width], (0, max(0, width - len(rows))))[None].astype(np.int32)
     return columns, tuple(notes)
 
 
-def _numeric(name: str, value: Any, width: int) -> np.ndarray:
+def feature_name(given: Any, data: Interactions) -> str | None:
+    """The user feature that is meant, with or without ``user_``; None where there is none."""
+    return next((name for name in (str(given), f"user_{given}") if name in data.user_features), None)
+
+
+def features_by_user(table: Any) -> dict[Any, dict[str, Any]]:
+    """Features of many users: a mapping of mappings, or a table with one row per user, missing values left out."""
+    if not hasattr(table, "columns"):
+        return {user: dict(features) for user, features in table.items()}
+    labels = _labelled(table)
+    by = find_column(list(labels), "user", None, "the table of user features")
+    if by is None:
+        raise MetarecError(
+            f"the table of user features has columns {listed(labels)}, none of them of users by a usual name; call "
+            "one of them user_id"
+        )
+    users = _plain(list(table[labels[by]]), by)
+    columns = {name: list(table[label]) for name, label in labels.items() if name != by}
+    return {
+        user: {name: column[k] for name, column in columns.items() if not _is_missing(column[k])}
+        for k, user in enumerate(users)
+    }
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (not _is_column(value) and bool(value != value))
+
+
+def _numeric(name: str, value: Any, feature: Feature) -> np.ndarray:
+    width = feature.values.shape[1]
+    expected = f"expected {width} finite number{'s' * (width > 1)}; correct it"
     try:
-        numbers = np.asarray(value, np.float32).reshape(1, -1)
+        numbers = np.asarray(value, np.float64).reshape(1, -1)
     except (TypeError, ValueError) as error:
-        raise MetarecError(f"{name} is {shown(value)}, and wants {width} number(s); correct it") from error
+        raise MetarecError(f"{name} is {shown(value)}, {expected}") from error
     if numbers.shape[1] != width or not np.isfinite(numbers).all():
-        raise MetarecError(f"{name} is {shown(value)}, and wants {width} finite number(s); correct it")
-    return numbers
+        raise MetarecError(f"{name} is {shown(value)}, {expected}")
+    if feature.units:
+        middle, spread = np.array(feature.units).T
+        numbers = (numbers - middle) / spread
+    return numbers.astype(np.float32)
