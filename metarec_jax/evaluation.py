@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
@@ -48,6 +48,7 @@ def evaluate(
     ranking_only: Collection[str] = (),
     seed: int = 0,
     batch: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Adapt and predict every task with every method, and measure.
 
@@ -76,7 +77,8 @@ def evaluate(
       baselines: names of the methods that others are compared with; names that are not in ``methods`` are ignored.
       ranking_only: methods whose scores are not ratings: they get no rating errors.
       seed: of ties and of what a method draws.
-      batch: tasks a device call.
+      batch: tasks per device call.
+      progress: called after each of them with the tasks done and their number, each point of the curve counted.
 
     Returns:
       A `Report`.
@@ -112,7 +114,8 @@ def evaluate(
         )
 
     of_new = _only_new(every, scenario, known)
-    runner = _Runner(methods, known, seed, batch, of_new[scenario])
+    total = len(every) + sum(int((lengths >= shown).sum()) for shown in points)
+    runner = _Runner(methods, known, seed, batch, of_new[scenario], lambda done: progress and progress(done, total))
     in_query = partial(_query_columns, gain=gain, topn=tuple(topn), span=rating_range, ranking=varied)
     in_catalogue = partial(_catalogue_columns, topn=tuple(catalogue_topn))
     numbers = np.arange(len(every), dtype=np.int32)
@@ -308,7 +311,13 @@ class _Runner:
     """Runs every method on every batch; keeps the time of first calls, which compile, apart from that of later ones."""
 
     def __init__(
-        self, methods: Mapping[str, Method], known: Catalogue, seed: int, batch: int, of_new: np.ndarray
+        self,
+        methods: Mapping[str, Method],
+        known: Catalogue,
+        seed: int,
+        batch: int,
+        of_new: np.ndarray,
+        progress: Callable[[int], Any],
     ) -> None:
         self.methods, self.known, self.seed, self.batch, self.of_new = methods, known, seed, batch, of_new
         most = int(np.clip(_SCORES_AT_ONCE // len(known.item_row), 1, batch))
@@ -317,6 +326,7 @@ class _Runner:
         self.first = dict.fromkeys(methods, 0.0)
         self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
         self.last: tuple[Task, Array, int] | None = None
+        self.progress, self.done = progress, 0
 
     def scores(
         self, part: TaskSet, numbers: np.ndarray, rank_catalogue: bool
@@ -346,6 +356,8 @@ class _Runner:
                         for whole, some in zip(ranks[name], placed, strict=True):
                             whole[index] = np.asarray(some)[: len(index)]
             self.shapes.add(shape)
+            self.done += len(index)
+            self.progress(self.done)
         return scores, ranks
 
     def call(

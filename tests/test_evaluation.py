@@ -476,3 +476,10 @@ def test_two_methods_that_overflow_alike_are_level():
     rows = [0.0, 0, 0, 4.0, 3.0, 2.0, 1e25, 6.0, 0.5]
     found = small({"a": constant(rows), "b": constant(rows)}, baselines=("b",))
     assert found.paired("a", "b", "squared_error", "user_cold").mean == 0
+
+
+def test_progress_counts_the_tasks_of_every_point_of_the_curve():
+    seen = []
+    small(curve=(1, 2), progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == [2, 4, 6, 7]  # whole supports, none, one; two, which one of the tasks has
+    assert {total for _, total in seen} == {7}

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 
 from metarec_jax.core import MetarecError
+from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.readers import from_pandas
+from metarec_jax.online.history import feature_columns
 
 
 def items(**columns) -> Interactions:
@@ -87,3 +89,16 @@ def test_the_order_of_rows_changes_no_vocabulary():
     assert one.users.ids.tolist() == two.users.ids.tolist() == [1, 2, 3]
     assert one.items.ids.tolist() == two.items.ids.tolist() == ["a", "b", "c"]
     assert one.item_features["item_kind"].values.tolist() == two.item_features["item_kind"].values.tolist()
+
+
+def test_numbers_of_a_new_user_are_standardised_as_those_read(tmp_path):
+    """Also from a cache, as a run has it: what a known user's row says, a new user of the same age gets."""
+    ages = np.linspace(20.5, 70.0, 60)
+    frame = pd.DataFrame({"user": np.arange(60), "item": np.arange(60) % 7, "rating": np.arange(60) % 5})
+    data = from_pandas(frame, user_features=pd.DataFrame({"user": np.arange(60), "age": ages}))
+    write_cache(data, tmp_path / "data.parquet")
+    read = read_cache(tmp_path / "data.parquet")
+    row = int(data.users.encode([17])[0])
+    for one in (data, read):
+        columns, _ = feature_columns({"age": float(ages[17])}, one)
+        np.testing.assert_allclose(columns["user_age"][0], data.user_features["user_age"].values[row], rtol=1e-6)

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from metarec_jax.commands.evaluate import Phases
 from metarec_jax.training.progress import Progress, StopSignal, read_history
 
 
@@ -146,3 +147,25 @@ def test_off_the_main_thread_it_does_nothing():
     thread.join()
     assert seen == [False]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_long_part_of_a_command_reports_itself_until_it_ends():
+    lines, first, counted = [], threading.Event(), threading.Event()
+
+    def say(line):
+        lines.append(line)
+        first.set()
+        if "256 of 1,200 tasks" in line:
+            counted.set()
+
+    phases, before = Phases(every=1e-3, say=say), threading.active_count()
+    with phases("baselines"):
+        assert first.wait(60)
+    with phases("evaluate"):
+        phases.progress(256, 1200)
+        assert counted.wait(60)
+    with phases("train", silent=True):
+        assert threading.active_count() == before
+    assert lines[0].startswith("baselines: ")
+    assert lines[-1].startswith("evaluate: 256 of 1,200 tasks, ")
+    assert list(phases.seconds) == ["baselines", "evaluate", "train"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,40 @@ _CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
 
 
 class Phases:
-    """Wall-clock seconds of the parts of a command."""
+    """Wall-clock seconds of the parts of a command. A part that takes long prints a line every few seconds.
 
-    def __init__(self) -> None:
+    Args:
+      every: seconds between two lines.
+      say: called with each line, in a thread; by default it is printed.
+    """
+
+    def __init__(self, every: float = 5.0, say: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._every, self._done = every, ""
+        self._say = say or partial(print, flush=True)
+
+    def progress(self, done: int, total: int) -> None:
+        """What the next line reports of the part that is running."""
+        self._done = f"{done:,} of {total:,} tasks, "
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
+    def __call__(self, name: str, *, silent: bool = False) -> Iterator[None]:
+        """Time a part; ``silent``: it prints progress of its own."""
+        began, ended, self._done = time.perf_counter(), threading.Event(), ""
+
+        def tell() -> None:
+            while not ended.wait(self._every):
+                self._say(f"{name}: {self._done}{time.perf_counter() - began:.0f} s so far")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        if not silent:
+            teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if not silent:
+                teller.join()
         self.seconds[name] = round(time.perf_counter() - began, 2)
 
     def __str__(self) -> str:
@@ -95,6 +122,7 @@ def measure(
                 curve=_CURVE,
                 baselines=tuple(baselines),
                 seed=seed,
+                progress=phases.progress,
                 **measuring_options(run.data, methods, liked_from),
             )
             for seed in range(seeds)

@@ -214,7 +214,7 @@ def _train(
         given = training_options(config, learner, data, parts.train, known, held)
     settings = config.train
     with (
-        phases("train"),
+        phases("train", silent=True),
         launch.together("start all of them again with the same command to resume"),
         StopSignal() as stop,
         Progress(
