@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import traceback
 import typing
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metarec_jax import config, files
+from metarec_jax import config, files, signals
 from metarec_jax.cpu import missing_platform, tune_cpu
 from metarec_jax.learners import registry
 
@@ -454,11 +455,20 @@ _COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for bad input, 130 when interrupted.
+    """Run one command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C (SIGINT), 143 after SIGTERM.
 
     With ``--debug`` anywhere among the arguments, or METAREC_DEBUG=1, an error is printed with its traceback.
     """
-    args = sys.argv[1:] if args is None else args
+    try:
+        with signals.heard():
+            return _command(sys.argv[1:] if args is None else args)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        signals.print_end(number)
+        return 128 + number
+
+
+def _command(args: Sequence[str]) -> int:
     debug = "--debug" in args or os.environ.get("METAREC_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     tune_cpu()
@@ -473,9 +483,6 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -501,12 +508,18 @@ def _refusal(error: Exception) -> str | None:
 
 
 def run() -> None:
-    """The program `metarec`. Of several processes one that failed ends at once: the usual end waits for the others."""
+    """The program `metarec`. Of several processes one that failed ends at once: the usual end waits for the others.
+
+    So does one that a signal ended: the usual end waits for threads that still compute.
+    """
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
+    if status in signals.STATUSES:
+        sys.stdout.flush()
+        os._exit(status)
     if status and "jax" in sys.modules:
         from metarec_jax.training import processes
 

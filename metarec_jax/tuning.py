@@ -7,7 +7,7 @@ tasks are put on the device once for all.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ def fit_baselines(
     names: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] | None = None,
+    kept: MutableMapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Method]:
     """Fit baselines, tuned first where there are validation tasks (`tune`).
 
@@ -50,13 +51,14 @@ def fit_baselines(
       names: of `BASELINES`; None: all that suit the data.
       settings: arguments by baseline, such as `tune` found on another cut of the data; then nothing is tuned here.
       say: called with one line for each tuned baseline.
+      kept: as for `tune`.
 
     Raises:
       MetarecError: an unknown name, or one that wants ratings where there are none.
     """
     names = _names(train, names)
     if settings is None:
-        settings = tune(train, known, validation_tasks, names=names, say=say) if validation_tasks else {}
+        settings = tune(train, known, validation_tasks, names=names, say=say, kept=kept) if validation_tasks else {}
     return {name: BASELINES[name](train, known, **settings.get(name, {})) for name in names}
 
 
@@ -68,6 +70,7 @@ def tune(
     names: Sequence[str] | None = None,
     tuning_rows: int = 500_000,
     say: Callable[[str], None] | None = None,
+    kept: MutableMapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Arguments for the baselines, chosen on validation tasks, one argument at a time, over small grids.
 
@@ -76,18 +79,32 @@ def tune(
     Args:
       tuning_rows: tuning sees the whole histories of random users, about this many interactions.
       names, say: as for `fit_baselines`.
+      kept: arguments by baseline, of an earlier call with the same data that did not end: they are taken as they are,
+        and those of each baseline that is tuned are put there.
     """
+    kept = {} if kept is None else kept
     grids = _CLICK_GRIDS if train.implicit else _GRIDS
     tasks = {s: t for s, t in validation_tasks.items() if len(t)}
     wanted = [name for name in _names(train, names) if tasks and name in grids]
     part, found = some_users(train, tuning_rows), {}
     held = [on_device(t, known) for t in tasks.values()] if wanted else []
     for name in wanted:
+        if name in kept:
+            found[name] = kept[name]
+            if say is not None:
+                say(f"{name}: {_spoken(found[name])} (kept from before)")
+            continue
         found[name], score = _search(BASELINES[name], grids[name], part, known, held)
+        kept[name] = found[name]
         if say is not None:
-            told = ", ".join(f"{k} {v:g}" for k, v in found[name].items())
-            say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})")
+            say(
+                f"{name}: {_spoken(found[name])} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})"
+            )
     return found
+
+
+def _spoken(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
 def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:

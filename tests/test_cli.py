@@ -66,7 +66,7 @@ def failure(capsys, *command):
     """The one line that a command ends with when it is refused."""
     assert cli.main([str(part) for part in command]) == 2
     *before, said = capsys.readouterr().err.strip().splitlines()
-    assert all("compiled in " in line for line in before)  # told by what got as far as to train
+    assert not any("error" in line for line in before)
     assert said.startswith("error: ")
     return said
 
@@ -556,14 +556,14 @@ def uninterrupted(trained):
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_stopped_and_resumed_is_as_if_never_stopped(uninterrupted, capsys, number):
-    """SIGTERM saves and exits 0, after SIGKILL the last checkpoint serves; either way the same bits come out."""
+    """SIGTERM saves and exits with 143, after SIGKILL the last checkpoint serves; either way the same bits come out."""
     out = f"runs/{number.name}"
     with start(*LONG, out) as child:
         wait_for_step(child)
         child.send_signal(number)
         said = child.communicate()[0]
     if number == signal.SIGTERM:
-        assert child.returncode == 0
+        assert child.returncode == 143
         assert "SIGTERM: saved at step" in said
         assert "resume" in said
     assert "has not been trained to its end" in failure(capsys, "evaluate", out)
@@ -573,7 +573,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(uninterrupted, capsys, numbe
     said = capsys.readouterr()
     assert "trained 400 steps" in said.out
     assert saved is None or f"resuming at step {saved[0]}" in said.err
-    assert [line["step"] for line in read_history(f"{out}/metrics.jsonl")] == list(range(10, 401, 10))
+    stopped_at = set() if saved is None else {saved[0]}  # within a chunk, where ten steps take long
+    assert {line["step"] for line in read_history(f"{out}/metrics.jsonl")} == {*range(10, 401, 10)} | stopped_at
     for which in ("latest", "best"):
         resumed, whole = (load_params(folder, which=which) for folder in (out, uninterrupted))
         for name, table in whole["tables"].items():

@@ -13,7 +13,7 @@ import metarec_jax
 
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
-    {"core", "tree", "rows", "cpu", "files"},
+    {"core", "tree", "rows", "cpu", "files", "signals", "options"},
     {"losses", "metrics", "models", "ctr_models", "networks", "factorization", "intervals", "data"},
     {
         "learners",

@@ -122,12 +122,12 @@ def test_an_error_of_one_alone_ends_all(ratings, tmp_path):
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step(ratings, tmp_path):
-    """SIGTERM reaches the second process alone: both save the same step and exit 0."""
+    """SIGTERM reaches the second process alone: both save the same step and exit with 143."""
     out = tmp_path / "run"
     running = start(ratings, out, 2, 1_000_000)
     wait_until(lambda: saved(out) >= 10, running)
     running[1].send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in running] == [0, 0], said(out, 0) + said(out, 1)
+    assert [process.wait(60) for process in running] == [143, 143], said(out, 0) + said(out, 1)
     assert f"saved at step {saved(out)} of 1000000" in said(out, 0)
 
 

@@ -1,16 +1,14 @@
-"""The record of a run is continuous over a resume; signals become a flag."""
+"""The record of a run is continuous over a resume."""
 
 import io
 import json
 import math
-import os
-import signal
 import threading
 
 import pytest
 
 from metarec_jax.commands.evaluate import Phases
-from metarec_jax.training.progress import Progress, StopSignal, read_history
+from metarec_jax.training.progress import Progress, read_history
 
 
 def ticking(*times: float):
@@ -113,40 +111,6 @@ def test_tensorboard_where_installed(tmp_path):
     with Progress(10, quiet=True, tensorboard=tmp_path) as progress:
         progress.update(10, {"loss": 0.25})
     assert list(tmp_path.glob("events*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_sets_the_flag_and_the_handler_comes_back(number):
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop
-        os.kill(os.getpid(), number)
-        assert stop
-        assert stop.name == number.name
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_interrupts():
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_off_the_main_thread_it_does_nothing():
-    seen = []
-
-    def work():
-        with StopSignal() as stop:
-            seen.append(bool(stop))
-
-    before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [False]
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_long_part_of_a_command_reports_itself_until_it_ends():

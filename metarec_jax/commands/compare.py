@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metarec_jax import cells, files, runs
+from metarec_jax import cells, files, runs, signals
 from metarec_jax import config as configs
 from metarec_jax.cells import Cell
 from metarec_jax.commands.compare_entries import (
@@ -46,7 +47,6 @@ from metarec_jax.plain import fit_plain
 from metarec_jax.training import run_directory
 from metarec_jax.training.checkpoint import Checkpoints
 from metarec_jax.training.loop import Diverged, fit
-from metarec_jax.training.progress import StopSignal
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -90,6 +90,7 @@ def compare(
     ours = None if learners is None else learners_of(config, names_of(learners), flags)
     plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
     compile_cache()
+    _say(f"reading {config.data.name}")
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
     print(f"{data.name}: {runs.summary({'counts': counts})}")
@@ -166,6 +167,7 @@ def _measure(
     built: dict[str, Learner] = {}
     world: tuple[int, World] | None = None
     for k, (entry, seed, identity, where) in enumerate(wanted):
+        signals.keep(f"{done + k} of {total} cells are kept in {folder}, and the same command measures the others")
         _say(f"cell {done + k + 1} of {total}: {entry.name}, seed {seed}{_left(seconds, wanted[k:])}")
         began = time.perf_counter()
         seeded = _seeded(entry.config, seed)
@@ -178,7 +180,8 @@ def _measure(
         training = where.with_name(f"{where.name}.training")
         cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity, liked_from)
         if cell.passing is None:
-            cells.write(where, cell, identity)
+            with signals.saving(f"the cell {entry.name}, seed {seed},"):
+                cells.write(where, cell, identity)
             _clear(training)
         seconds[entry.name, seed] = time.perf_counter() - began
         outcome = f"diverged: {cell.diverged}" if cell.diverged else "measured"
@@ -351,7 +354,7 @@ def _train(
     """A learner trained as `metarec fit` trains it, on one device, and the seconds that took; interrupted, it resumes.
 
     Raises:
-      KeyboardInterrupt: a signal came; the state is saved in ``folder``.
+      Interrupted: a signal came; the state is saved in ``folder``.
     """
     before, began, settings = _elapsed(folder), time.perf_counter(), config.train
 
@@ -369,7 +372,7 @@ def _train(
 
     given = training_options(config, learner, data, world.parts.train, world.known, world.held)
     checkpoints: Any
-    with StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
+    with signals.StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
         found = fit(
             learner,
             configs.build_source(config, world.parts.train),
@@ -378,9 +381,9 @@ def _train(
             stop=lambda: bool(stop),
             **given,
         )
-    if found.stopped == "interrupted":
+    if stop or found.stopped == "interrupted":
         _say(f"  {stop.name or 'stopped'}: saved at step {found.step}; the same command again continues")
-        raise KeyboardInterrupt
+        raise signals.Interrupted(stop.number or signal.SIGINT)
     return found.method, spent()
 
 

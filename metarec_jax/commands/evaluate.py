@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metarec_jax import config as configs
-from metarec_jax import runs
+from metarec_jax import runs, signals
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.diagnose import diagnose
 from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, liked, measuring_options
@@ -74,6 +75,7 @@ def evaluate(directory: Path, *, seeds: int, max_users: int, liked_from: float |
             raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
     compile_cache()
     phases = Phases()
+    signals.keep(f"the training is kept in {directory}")
     with phases("open"):
         run = runs.open_run(directory)
     found = measure(run, seeds, max_users, phases, liked_from)
@@ -110,9 +112,11 @@ def measure(
                 "with --fresh"
             )
         held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
-        baselines = fit_baselines(parts.train, run.known, held, say=print)
+        print("tuning the baselines", file=sys.stderr, flush=True)
+        baselines = fit_baselines(parts.train, run.known, held, say=print, kept=_Tuned(run))
     methods: dict[str, Method] = {config.learner.name: own} | baselines
     with phases("evaluate"):
+        print(f"evaluating {len(methods)} methods", file=sys.stderr, flush=True)
         reports = [
             evaluate(
                 methods,
@@ -131,6 +135,7 @@ def measure(
         by_steps = _by_inner_steps(run, parts, max_users, liked_from)
         curves = diagnose(config, run.data, own.params, run.known, held)
     with phases("report"):
+        print("writing the report", file=sys.stderr, flush=True)
         report.save(run.directory / "evaluation")
         write_report(
             report,
@@ -157,6 +162,22 @@ def measure(
     print(f"report: {run.directory / 'report.html'}")
     print(phases)
     return found
+
+
+class _Tuned(dict[str, dict[str, Any]]):
+    """What tuning found, by baseline, kept in ``tuned.json`` of the run: a measurement that was ended reuses it."""
+
+    def __init__(self, run: runs.Run) -> None:
+        self._path = run.directory / "tuned.json"
+        self._identity = json.loads(json.dumps(runs.identity(run.config, run.data)))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._path.read_text())
+            if kept["identity"] == self._identity:
+                super().__init__(kept["tuned"])
+
+    def __setitem__(self, name: str, settings: dict[str, Any]) -> None:
+        super().__setitem__(name, settings)
+        runs.write_json(self._path, {"identity": self._identity, "tuned": self})
 
 
 def _by_inner_steps(run: runs.Run, parts: Split, max_users: int, liked_from: float | None) -> Report | None:

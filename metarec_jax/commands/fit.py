@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from metarec_jax import config as configs
-from metarec_jax import options, runs
+from metarec_jax import options, runs, signals
 from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.commands.evaluate import Phases, measure, measured
 from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, relevant_from, training_options
@@ -24,9 +27,8 @@ from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
 from metarec_jax.online.history import spoken
 from metarec_jax.training import launch, processes
-from metarec_jax.training.checkpoint import Checkpoints
-from metarec_jax.training.progress import Progress, StopSignal
-from metarec_jax.training.run_directory import AnotherRun
+from metarec_jax.training.checkpoint import Checkpoints, saved_metrics
+from metarec_jax.training.progress import Progress
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -78,6 +80,9 @@ def _fit(
 ) -> int:
     compile_cache()
     phases, first = Phases(), processes.is_first()
+    signals.keep("nothing was trained yet")
+    if first:
+        print(f"reading {config.data.name}", file=sys.stderr, flush=True)
     with phases("load"):
         world = _load(config, data_dir)
     data = world.data
@@ -100,23 +105,30 @@ def _fit(
             raise MetarecError(runs.other_data(directory, config, data)) from error
         raise
     with opened as checkpoints:
+        number: int | None = None
         if fresh and first:
             _clear(directory)
         if prepared is not None:
-            ended = _train(config, data, prepared, directory, checkpoints, phases, mesh)
+            ended, number = _train(config, data, prepared, directory, checkpoints, phases, mesh)
         else:
             ended = runs.result(directory) or {}
             print(f"{directory} is finished already (--fresh starts over)")
         found = {"run": str(directory), **ended, "phases": phases.seconds}
         checkpoints.wait()
         launch.leave()
-        if not first:
-            return 0
-        if evaluate and ended.get("stopped") != "interrupted":
+        interrupted = ended.get("stopped") == "interrupted"
+        if not first or interrupted:
+            if as_json and first:
+                print(json.dumps(found))
+            return 0 if number is None else 128 + number
+        signals.keep(f"the training is kept in {directory}, and the same command measures it")
+        if number is not None:
+            raise signals.Interrupted(number)
+        if evaluate:
             before = measured(directory) if liked_from is None else None
             found = before or measure(runs.open_run(directory), 1, 1000, phases, liked_from)
             _tell_next(directory, data)
-        elif ended.get("stopped") != "interrupted":
+        else:
             print(f"trained: {directory}; {phases}")
             print(f"next: metarec evaluate {shlex.quote(str(directory))}")
     if as_json:
@@ -201,8 +213,8 @@ def _train(
     checkpoints: Checkpoints,
     phases: Phases,
     mesh: Mesh | None,
-) -> dict[str, Any]:
-    """Train to the end, or until a signal, and say how it ended: ``{"step": ..., "stopped": ...}``."""
+) -> tuple[dict[str, Any], int | None]:
+    """Train to the end, or until a signal: ``{"step": ..., "stopped": ...}`` and the signal that came, if any did."""
     from metarec_jax.training.loop import fit
 
     parts, learner, source, known, part = prepared
@@ -213,10 +225,11 @@ def _train(
         held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
         given = training_options(config, learner, data, parts.train, known, held)
     settings = config.train
+    signals.keep(functools.partial(_kept, directory, settings.steps))
     with (
         phases("train", silent=True),
         launch.together("start all of them again with the same command to resume"),
-        StopSignal() as stop,
+        signals.StopSignal() as stop,
         Progress(
             settings.steps,
             tasks=config.tasks.tasks,
@@ -225,6 +238,7 @@ def _train(
             quiet=not first,
         ) as progress,
     ):
+        progress.note("compiling the outer step")
         found = fit(
             learner,
             source,
@@ -239,11 +253,19 @@ def _train(
     if found.stopped == "interrupted":
         print(f"{stop.name or 'stopped'}: saved at step {found.step} of {settings.steps} in {directory}")
         print("resume: run the same command again")
-        return ended
+        return ended, stop.number or signal.SIGTERM  # one that reached another process
     print(f"trained {found.step} steps ({found.stopped})")
     if first:
         runs.write_json(directory / "result.json", ended)
-    return ended
+    return ended, stop.number
+
+
+def _kept(directory: Path, steps: int) -> str:
+    """What is on disk of a training that a signal ended without another save."""
+    saved = saved_metrics(directory, which="latest")
+    if saved is None:
+        return "nothing was trained yet"
+    return f"step {saved[0]} of {steps} is kept in {directory}, and the same command resumes there"
 
 
 class _Resuming:
@@ -295,6 +317,7 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in (
         "result.json",
+        "tuned.json",
         "metrics.jsonl",
         "report.md",
         "report.html",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from metarec_jax import signals
 from metarec_jax.core import MetarecError
 from metarec_jax.data import prepare as preparing
 
@@ -36,6 +37,7 @@ def prepare(
     first = Path(paths[0])
     half = preparing.is_half(first) and len(paths) == 1
     target = out or (first if half else Path("stores") / (first.name.lstrip("*").split(".")[0] or "store"))
+    signals.keep("no store was written; the same command begins again, and clears what this one left")
     store = preparing.prepare(
         paths,
         target,

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 
+from metarec_jax import signals
 from metarec_jax.core import MetarecError
 from metarec_jax.data.columns import printable
 from metarec_jax.training import arrays, folders, leaves, processes, run_directory
@@ -197,11 +198,12 @@ class Checkpoints:
         """Write a state of this process alone."""
         described = [leaves.describe(leaf) for leaf in flat]
         try:
-            folder = self._root(kinds[0]) / str(step)
-            if not _holds(folder, described):
-                folders.make_way(folder)
-                arrays.start(folder, flat, described, metrics).result()
-            self._settle(step, kinds, described)
+            with signals.saving(f"the checkpoint of step {step}"):
+                folder = self._root(kinds[0]) / str(step)
+                if not _holds(folder, described):
+                    folders.make_way(folder)
+                    arrays.start(folder, flat, described, metrics).result()
+                self._settle(step, kinds, described)
         except Exception as error:  # Orbax and TensorStore raise anything where a disk is full
             raise self._failed(step, error) from error
 
@@ -226,10 +228,11 @@ class Checkpoints:
     def _finish(self, writing: Any, step: int, kinds: list[Which], outcome: str) -> None:
         """Wait until all processes have written; the first marks the step, and all are told."""
         try:
-            writing.result()
-            if processes.is_first():
-                self._settle(step, kinds)
-                processes.tell(outcome, "")
+            with signals.saving(f"the checkpoint of step {step}"):
+                writing.result()
+                if processes.is_first():
+                    self._settle(step, kinds)
+                    processes.tell(outcome, "")
         except Exception as error:
             processes.tell(outcome, str(self._failed(step, error)))
 

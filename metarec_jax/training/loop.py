@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from metarec_jax import tree
+from metarec_jax import signals, tree
 from metarec_jax.core import Learner, MetarecError, Method, Params
 from metarec_jax.cpu import huge_pages
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
@@ -24,6 +24,8 @@ from metarec_jax.training.feed import Feed
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
 from metarec_jax.training.step import BAD_TASK, HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
+_POLL_SECONDS = 0.5
+"""Within a chunk that takes longer, one process asks after so many seconds whether to stop."""
 Validate = Callable[[Params], Mapping[str, float]]
 
 
@@ -115,7 +117,8 @@ def fit(
         after a kill, to the same value.
       progress: called after every chunk with the step and its metrics.
       say: called once, before the first step, with a line on how long compiling took and how much memory the run takes.
-      stop: polled after every chunk; True saves and returns.
+      stop: polled after every chunk, and every half second within one where a single process trains; True saves and
+        returns.
       debug: check after every chunk that each id drawn lies within its table (JAX would take the nearest row, without
         a word). What `task_source` knows of users and items is checked once, before the first step, in any case.
       mesh: devices to share the work, of one process or of several (`sharding.make_mesh`): each takes its part of the
@@ -163,6 +166,7 @@ def fit(
     run: jax.stages.Compiled | None = None
     compile_seconds = 0.0
     pause = [n for n in (validate_every if validate else 0, save_every if checkpoints else 0) if n]
+    block = 1 if processes.count() == 1 else chunk
     feed = Feed(source, done, chunk, jax.device_put if mesh is None else lambda batch: sharding.spread(mesh, batch, 1))
 
     def length_from(step: int) -> int:
@@ -179,16 +183,29 @@ def fit(
             step = make_step(
                 learner, source, optimizers, debug=debug, groups=micro_batches, mesh=mesh, dtype=dtype, steps=steps
             )
-            run = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length).compile()
+            with signals.nothing_to_save():
+                lowered = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length, 0)
+                run = lowered.compile()
             compile_seconds = time.perf_counter() - began
             told = _fits(run, state.train, keeps_best=validate is not None)
             if say is not None:
                 over = "" if mesh is None else f"{sharding.told(mesh, start.params['tables'])}; "
                 say(f"{over}compiled in {compile_seconds:.1f} s{told}")
-        began = time.perf_counter()
-        after, metrics = run(state.train, data, length)
-        feed.ready(length_from(done + length))
-        taken = {name: values[:length] for name, values in jax.device_get(metrics).items()}
+        began = polled = time.perf_counter()
+        after, parts, first, halted = state.train, [], 0, False
+        while first < length and not halted:
+            dispatched, last = time.perf_counter(), min(length, first + block)
+            after, metrics = run(after, data, last, first)
+            if last == length:
+                feed.ready(length_from(done + length))
+            parts.append({name: values[first:last] for name, values in jax.device_get(metrics).items()})
+            now, first = time.perf_counter(), last
+            if processes.count() == 1:
+                block = max(1, block // 2) if now - dispatched > _POLL_SECONDS else min(2 * block, chunk)
+                if last < length and now - polled > _POLL_SECONDS:
+                    polled, halted = now, stop()
+        length = first
+        taken = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         means = _checked(learner, taken, done, last_saved)
         done += length
         row = {"step": float(done), **means, "tasks_per_s": length * source.tasks / (time.perf_counter() - began)}
@@ -212,7 +229,7 @@ def fit(
         history.append(row)
         if progress is not None:
             progress(done, row)
-        halted = stop()
+        halted = halted or stop()
         ended = halted or done == steps or (patience is not None and int(state.stale) >= patience)
         if checkpoints is not None and (better or ended or done % save_every == 0):
             checkpoints.save(done, state, metrics=row, best=better, wait=ended)
@@ -342,20 +359,20 @@ def _check_params(learner: Learner, params: Params) -> None:
 
 
 def _chunk_runner(step: Callable[..., Any], capacity: int, streamed: bool = False) -> jax.stages.Wrapped:
-    """``run(state, data, length) -> (state, metrics [capacity])``: one program for every length up to ``capacity``.
+    """``run(state, data, last, first) -> (state, metrics [capacity])``: steps first..last of a chunk, in one program.
 
-    The state's buffers are reused; metrics beyond ``length`` are 0.
+    The state's buffers are reused; metrics outside of ``first..last`` are 0.
     """
     step = jax.jit(step)  # traced once, for the shapes of its metrics and for the loop
 
-    def run(state: TrainState, data: Any, length: int) -> Any:
+    def run(state: TrainState, data: Any, last: int, first: int = 0) -> Any:
         def body(k: Any, carry: tuple[TrainState, dict[str, Any]]) -> tuple[TrainState, dict[str, Any]]:
             state, metrics = step(carry[0], Feed.one(data, k, streamed))
             return state, {name: carry[1][name].at[k].set(value) for name, value in metrics.items()}
 
         shapes = jax.eval_shape(step, state, Feed.one(data, 0, streamed))[1]
         empty = {name: jnp.zeros((capacity, *m.shape), m.dtype) for name, m in shapes.items()}
-        return jax.lax.fori_loop(0, length, body, (state, empty))
+        return jax.lax.fori_loop(first, last, body, (state, empty))
 
     return jax.jit(run, donate_argnums=0)
 

@@ -1,17 +1,14 @@
-"""What a person sees of a training run: a bar or plain lines, a JSONL file, TensorBoard; and stopping when asked to."""
+"""What a person sees of a training run: a bar or plain lines, a JSONL file, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -172,45 +169,6 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if isinstance(found, dict) and isinstance(found.get("step"), int):
             lines.append(found)
     return lines
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag, so that a run saves and ends. A second SIGINT raises KeyboardInterrupt.
-
-    Away from the main thread, where Python takes no signals, it does nothing and is never set.
-
-    >>> with StopSignal() as stop:
-    ...     bool(stop)
-    False
-    """
-
-    def __init__(self) -> None:
-        self._name: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self._name is not None
-
-    @property
-    def name(self) -> str | None:
-        """Which signal came, such as "SIGTERM"; None while none did."""
-        return self._name
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, signal.SIG_DFL if old is None else old)
-        self._old = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._name == "SIGINT":
-            raise KeyboardInterrupt
-        self._name = signal.Signals(number).name
 
 
 class _Bar:
