@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
+import warnings
 from typing import Any
 
 _UNROLL = "xla_cpu_disable_loop_unrolling"
@@ -48,12 +48,21 @@ def tune_cpu() -> bool:
     such as an `ensemble`, may wait for ever. No effect on accelerators.
 
     Returns:
-      Whether the flags stand in the environment now.
+      Whether JAX computes with the flags, or will. False, with a warning, where JAX has computed already without them;
+      the environment is then left as it is.
 
     >>> tune_cpu(), "xla_cpu_disable_loop_unrolling" in os.environ["XLA_FLAGS"]
     (True, True)
     """
     flags = os.environ.get("XLA_FLAGS", "")
+    if _UNROLL not in flags and "jax" in sys.modules:
+        from metarec_jax import jax_private
+
+        if jax_private.backends_are_initialized():
+            warnings.warn(
+                "tune_cpu() was called after JAX has begun to compute, and changes nothing; call it first", stacklevel=2
+            )
+            return False
     if "xla_backend_extra_options" not in flags:
         flags = f"{flags} --xla_backend_extra_options={_UNROLL}"
     if _REDUCE not in flags and _knows_reduce():
@@ -90,12 +99,10 @@ def missing_platform() -> str | None:
 
 
 def _knows_reduce() -> bool:
-    """XLA ends the process on a flag that it does not know; this one is known to be there in these versions."""
-    try:
-        major, minor, *_ = (int(part) for part in version("jaxlib").split(".")[:2])
-    except (PackageNotFoundError, ValueError):
-        return False
-    return (0, 10) <= (major, minor) <= (0, 12)
+    """XLA ends the process on a flag that it does not know; this one is there in the releases that are tested."""
+    from metarec_jax import jax_private
+
+    return jax_private.is_tested()
 
 
 _HUGEPAGE, _COLLAPSE = 14, 25

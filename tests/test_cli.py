@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from metarec_jax import cli, runs
-from metarec_jax.commands import fit, recommend
+from metarec_jax.commands import doctor, fit, recommend
 from metarec_jax.commands.recommend import parse_rates
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
@@ -520,6 +520,18 @@ def test_data_and_doctor(ratings, capsys):
     out = capsys.readouterr().out
     for fact in ("jax", "devices", "threads", "compiled", "data", "GiB free"):
         assert fact in out
+
+
+def test_doctor_names_the_extras_that_are_missing(capsys, monkeypatch):
+    """Each package of an extra that a user may want, and the command that brings it."""
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for package, extra in (("duckdb", "store"), ("grain", "store"), ("tensorboardX", "tensorboard")):
+        [line] = [line for line in out.splitlines() if line.startswith(package)]
+        assert "not installed" in line
+        assert f"pip install 'metarec_jax[{extra}]'" in line
+    assert "metarec prepare" in out
 
 
 def test_a_loss_that_explodes_is_told(ratings, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import jax
 import pytest
 
 from metarec_jax import cpu
@@ -21,6 +22,16 @@ def test_threads_are_asked_for_on_few_cores(monkeypatch, cores, set_by_user, wan
         monkeypatch.setenv("NPROC", set_by_user)
     cpu.tune_cpu()
     assert os.environ.get("NPROC") == wanted
+
+
+def test_called_after_jax_has_computed_it_says_that_it_is_too_late(monkeypatch):
+    """XLA has read its flags: nothing is changed. Where the flags were there before, all is well."""
+    jax.block_until_ready(jax.numpy.ones(()))
+    assert cpu.tune_cpu() is True  # conftest.py was in time
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
+    with pytest.warns(UserWarning, match="call it first"):
+        assert cpu.tune_cpu() is False
+    assert os.environ["XLA_FLAGS"] == "--xla_some_flag"
 
 
 @pytest.mark.parametrize(("threads", "at_once"), [("2", 1), ("7", 1), ("8", 2), ("none", 1)])

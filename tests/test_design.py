@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import metarec_jax
+from metarec_jax import jax_private
+from metarec_jax.core import MetarecError
 
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
-    {"core", "tree", "rows", "cpu", "files", "signals", "options"},
+    {"core", "tree", "rows", "cpu", "files", "signals", "options", "jax_private"},
     {"losses", "metrics", "models", "ctr_models", "networks", "factorization", "intervals", "data"},
     {
         "learners",
@@ -95,6 +98,38 @@ def test_each_heavy_dependency_has_one_door(path):
         allowed = DOORS.get(dotted.split(".")[0])
         here = name(path)
         assert allowed is None or here in allowed or here.split("/")[0] in allowed, f"{here} imports {dotted}"
+
+
+def test_private_names_of_jax_have_one_door():
+    """`jax_private`: imported anywhere else, a new release of JAX would break a place that nobody thinks of."""
+    private = ("jax._src", "jax.extend", "jax.interpreters")
+    users = {name(p) for p in FILES if any(dotted.startswith(private) for dotted in imports(p))}
+    assert users <= {"jax_private"}
+
+
+def test_pip_is_held_to_the_releases_of_jax_that_are_tested():
+    (oldest, newest), text = (jax_private.OLDEST, jax_private.NEWEST), (ROOT.parent / "pyproject.toml").read_text()
+    assert f'"jax>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"' in text
+
+
+def test_a_release_of_jax_without_a_private_name_is_named():
+    with pytest.raises(MetarecError, match=r"lacks jax\._src\.distributed\.gone; .* pip install 'jax>=0"):
+        jax_private._private("jax._src.distributed", "gone")
+
+
+LOADED = """
+import sys
+{statement}
+print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"jax", "numpy", "pandas", "matplotlib", "flax", "scipy"}}))
+"""
+
+
+@pytest.mark.parametrize("statement", ["import metarec_jax", "import metarec_jax.cli"])
+def test_help_and_import_are_quick(statement):
+    """Neither the package nor what ``metarec --help`` reads imports a library that takes long."""
+    program = LOADED.format(statement=statement)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_ground_floor_imports_jax_only():

@@ -25,6 +25,8 @@ _PARTS = (
     "tyro",
 )
 _EXTRAS = {
+    "duckdb": "metarec prepare, for data larger than memory: pip install 'metarec_jax[store]'",
+    "grain": "streaming from a store that metarec prepare wrote: pip install 'metarec_jax[store]'",
     "tensorboardX": "curves of a run in TensorBoard: pip install 'metarec_jax[tensorboard]'",
 }
 

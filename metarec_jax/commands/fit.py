@@ -29,6 +29,7 @@ from metarec_jax.online.history import spoken
 from metarec_jax.training import launch, processes
 from metarec_jax.training.checkpoint import Checkpoints, saved_metrics
 from metarec_jax.training.progress import Progress
+from metarec_jax.training.run_directory import AnotherRun
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
+from metarec_jax import jax_private
 from metarec_jax.core import Array, Inputs
 
 Apply = Callable[[dict[str, Array], Any, Inputs], Array]
@@ -106,7 +106,7 @@ def _inline(closed: Any, given: Sequence[Any], names: Any, ops: list[Op]) -> lis
     known |= dict(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
 
     def name(atom: Any) -> Any:
-        return Constant(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+        return Constant(atom.val) if jax_private.is_literal(atom) else known[atom]
 
     for eqn in closed.jaxpr.eqns:
         inputs = tuple(name(atom) for atom in eqn.invars)
@@ -239,8 +239,7 @@ def run(
 
 def _evaluate(op: Op, values: dict[int, Any]) -> None:
     arguments = [name.value if isinstance(name, Constant) else values[name] for name in op.inputs]
-    result = op.eqn.primitive.bind(*arguments, **op.eqn.primitive.get_bind_params(op.eqn.params))
-    for name, value in zip(op.outputs, result if op.eqn.primitive.multiple_results else [result], strict=True):
+    for name, value in zip(op.outputs, jax_private.evaluated(op.eqn, arguments), strict=True):
         values[name] = value
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jaxpr_core
 
-from metarec_jax import rows
+from metarec_jax import jax_private, rows
 from metarec_jax.core import Array, Examples, Inputs, Params, Table
 
 _EVERYWHERE = (
@@ -65,7 +64,7 @@ def _reached(jaxpr: Any, reached: Sequence[bool]) -> list[bool] | None:
     marked = {v for v, mark in zip(jaxpr.invars, reached, strict=True) if mark}
 
     def mark(v: Any) -> bool:
-        return isinstance(v, jaxpr_core.Var) and v in marked
+        return not jax_private.is_literal(v) and v in marked
 
     for eqn in jaxpr.eqns:
         name, marks = eqn.primitive.name, [mark(v) for v in eqn.invars]

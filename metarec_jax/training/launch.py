@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from metarec_jax import jax_private
 from metarec_jax.core import MetarecError
 from metarec_jax.cpu import threads
 from metarec_jax.training import processes, watch
@@ -101,9 +102,7 @@ def together(advice: str) -> Iterator[None]:
 
 def coordinator_host() -> str:
     """Where process 0 can be reached."""
-    from jax._src import distributed  # what JAX's own detection found, it shows nowhere else
-
-    return (distributed.global_state.coordinator_address or "").rpartition(":")[0]
+    return jax_private.coordinator_address().rpartition(":")[0]
 
 
 def leave() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from metarec_jax import jax_private
 from metarec_jax.core import MetarecError
 
 
@@ -128,6 +129,4 @@ def leave(code: int) -> NoReturn:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # JAX shows its key-value store nowhere else
-
-    return distributed.global_state.client
+    return jax_private.key_value_client()
