@@ -282,8 +282,7 @@ def other_data(directory: Path, config: configs.Config, data: Interactions) -> s
         now = "as many of each, but other ids, ratings, times or features"
     return (
         f"{path}{here} is not the data that {directory} was trained on: the run has {before}{noted}, and the data now "
-        f"has {now}. Put the old data back to resume the run, give another run directory (--out), or start over with "
-        "--fresh"
+        f"has {now}. Put the old data back to resume the run, give another directory (--out), or start over (--fresh)"
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -184,3 +186,43 @@ def test_what_one_raises_alone_ends_the_others(monkeypatch, error, heard):
         if error is not None:
             raise error
     assert there.recv(16) == heard
+
+
+def test_the_watch_takes_only_those_who_know_the_token(monkeypatch):
+    """It listens at the coordinator's address alone. A wrong token, a wrong number, rubbish and silence get nothing, and
+    the two processes of the run come through all the same, one of them in two parts."""
+    told = queue.Queue()
+    monkeypatch.setattr(watch.processes, "count", lambda: 3)
+    monkeypatch.setattr(watch.processes, "tell", lambda name, word: told.put(word))
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        lines = pool.submit(watch._lines_to_all, "127.0.0.1")
+        port, token = told.get(timeout=60).split()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", int(port)), 60)
+
+        def comes(*words: bytes) -> socket.socket:
+            line = stack.enter_context(socket.create_connection(("127.0.0.1", int(port)), 60))
+            for word in words:
+                line.sendall(word)
+            return line
+
+        silent = comes()
+        refused = [
+            b"0" * 32 + b"00000001",
+            token.encode() + b"00000003",
+            token.encode() + b"0000000x",
+            b"GET / HTTP/1.1" * 9,
+        ]
+        for words in refused:
+            with contextlib.suppress(ConnectionResetError):
+                assert comes(words).recv(16) == b""
+        assert not lines.done()
+        second = comes(watch._greeting(token, 2)[:7])
+        comes(watch._greeting(token, 1))
+        second.sendall(watch._greeting(token, 2)[7:])
+        found = lines.result(60)
+        assert sorted(found.values()) == [1, 2]
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(16) == b""
+        for line in found:
+            line.close()

@@ -2,13 +2,15 @@
 
 A collective whose peer has died may wait; JAX's own heartbeat ends it after some seconds, with a stack trace. The
 kernel closes the sockets of a process at once, however it ends: so each holds a line to the first, which passes the
-news on.
+news on. The first listens where it is the coordinator, and takes those alone who know the token of the run, which goes
+through the coordination service.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -24,6 +26,8 @@ from metarec_jax.training import processes
 LOST = 75
 """Exit status where another process has gone: EX_TEMPFAIL, "start it again"."""
 _BYE, _PATIENCE, _NEWS = b"bye\n", 30.0, 3.0
+_GREETING = 32 + 8
+"""Bytes with which a line begins: the token and the number of the process."""
 
 
 @contextlib.contextmanager
@@ -39,7 +43,7 @@ def watched(host: str, advice: str) -> Iterator[None]:
     if processes.count() == 1:
         yield
         return
-    lines = _lines_to_all() if processes.is_first() else _line_to_first(host)
+    lines = _lines_to_all(host) if processes.is_first() else _line_to_first(host)
     leaving = threading.Event()
     threading.Thread(target=_listen, args=(lines, leaving, advice), daemon=True, name="watch").start()
     last = b""
@@ -68,27 +72,79 @@ def end(who: str, advice: str) -> None:
     os._exit(LOST)
 
 
-def _lines_to_all() -> dict[socket.socket, int]:
-    """On the first process: a line from each of the others. One that cannot come is left to JAX's heartbeat."""
-    found: dict[socket.socket, int] = {}
-    with socket.create_server(("", 0)) as server:
-        server.settimeout(_PATIENCE)
-        processes.tell("metarec/watch", str(server.getsockname()[1]))
-        with contextlib.suppress(OSError, ValueError):
-            while len(found) < processes.count() - 1:
-                line, _ = server.accept()
-                line.settimeout(_PATIENCE)
-                found[line] = int(line.recv(16))
-                line.settimeout(None)
+def _lines_to_all(host: str) -> dict[socket.socket, int]:
+    """On the first process: a line from each of the others. One that cannot come is left to JAX's heartbeat.
+
+    Whoever does not begin with the token of the run is not let in, and holds up nobody.
+    """
+    token, found, begun = secrets.token_hex(16), dict[socket.socket, int](), dict[socket.socket, bytes]()
+    deadline = time.monotonic() + _PATIENCE
+    with _server(host) as server, selectors.DefaultSelector() as waiting:
+        waiting.register(server, selectors.EVENT_READ)
+        processes.tell("metarec/watch", f"{server.getsockname()[1]} {token}")
+        while len(found) < processes.count() - 1 and (left := deadline - time.monotonic()) > 0:
+            for key, _ in waiting.select(left):
+                if key.fileobj is server:
+                    with contextlib.suppress(OSError):  # whoever came has left
+                        line, _ = server.accept()
+                        line.setblocking(False)
+                        waiting.register(line, selectors.EVENT_READ)
+                        begun[line] = b""
+                    continue
+                line = key.fileobj  # type: ignore[assignment]
+                said = begun[line] + _received(line, _GREETING - len(begun[line]))
+                if len(begun[line]) < len(said) < _GREETING:  # the rest is on its way
+                    begun[line] = said
+                    continue
+                waiting.unregister(line)
+                del begun[line]
+                who = _who(said, token)
+                if 0 < who < processes.count() and who not in found.values():
+                    line.setblocking(True)
+                    found[line] = who
+                else:
+                    line.close()
+        for line in begun:
+            line.close()
     return found
 
 
-def _line_to_first(host: str) -> dict[socket.socket, int]:
-    port = int(processes.hear("metarec/watch"))
+def _server(host: str) -> socket.socket:
+    """A server at the coordinator's address; at all of this machine's where that is none of them, as behind a proxy."""
     with contextlib.suppress(OSError):
-        line = socket.create_connection((host, port), _PATIENCE)
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    return socket.create_server(("", 0))
+
+
+def _received(line: socket.socket, most: int) -> bytes:
+    try:
+        return line.recv(most)
+    except OSError:
+        return b""
+
+
+def _greeting(token: str, who: int) -> bytes:
+    return f"{token}{who:08d}".encode()
+
+
+def _who(said: bytes, token: str) -> int:
+    """Which process has sent this greeting; -1 where it is none of this run.
+
+    >>> _who(_greeting("5f" * 16, 3), "5f" * 16), _who(_greeting("00" * 16, 3), "5f" * 16)
+    (3, -1)
+    """
+    known, number = said[:-8], said[-8:]
+    right = len(said) == _GREETING and secrets.compare_digest(known, token.encode()) and number.isdigit()
+    return int(number) if right else -1
+
+
+def _line_to_first(host: str) -> dict[socket.socket, int]:
+    port, token = processes.hear("metarec/watch").split()
+    with contextlib.suppress(OSError):
+        line = socket.create_connection((host.strip("[]"), int(port)), _PATIENCE)
         line.settimeout(None)
-        line.sendall(str(jax.process_index()).encode())
+        line.sendall(_greeting(token, jax.process_index()))
         return {line: 0}
     return {}
 
