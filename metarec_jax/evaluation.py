@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections import Counter
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -67,7 +67,7 @@ def evaluate(
       rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
       gain: of ndcg over the query: "exp" 2^r - 1, "linear" r, "square" r^2 - 1, "binary" (of relevance), "scaled"
         2^g - 1, g the rating laid on 0 to 5 from the ends of ``rating_range``; "auto": exp where ratings are within 0
-        to 5, else scaled. It is in ``settings["gain"]``.
+        to 5 (or within 0 to 100, and no ``rating_range`` tells their scale), else scaled; ``settings["gain"]`` has it.
       topn: list lengths over the query; catalogue_topn: over all candidates.
       relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
       catalogue_ranking: also rank all candidates, with the whole support only (where the query has nothing to
@@ -182,7 +182,9 @@ def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, fl
             f"rating_range is {low:g} to {high:g}, and the tasks have ratings from {lowest:g} to {highest:g}; give the "
             "ends of their scale"
         )
-    gain = metrics.suitable_gain((low, high)) if gain == "auto" else gain
+    if gain == "auto":
+        as_published = rating_range is None and low >= 0 and high <= 100
+        gain = "exp" if as_published else metrics.suitable_gain((low, high))
     metrics.check_gain(gain, lowest, highest)
     if gain == "scaled" and rating_range is None:
         raise MetarecError(
@@ -246,25 +248,41 @@ def _overflows(per_task: pd.DataFrame) -> list[str]:
     return notes
 
 
-_traced: Counter[Any] = Counter()
-"""How often the programs of a method were traced: tells a first call, which compiles, from a later one."""
+class _Program:
+    """``batched(function, ...)`` compiled, for one function of a method, on which it keeps no hold.
+
+    Attributes:
+      traced: how often: tells a first call, which compiles, from a later one.
+    """
+
+    def __init__(self, batched: Callable[..., Any], function: Callable[..., Any]) -> None:
+        self.traced, reference = 0, weakref.ref(function)
+
+        def run(*arrays: Any) -> Any:
+            self.traced += 1
+            return batched(reference(), *arrays)
+
+        self.call = jax.jit(run)
 
 
-@partial(jax.jit, static_argnums=0)
+_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
+"""By function of a method: a second evaluation compiles nothing; what nobody has any more goes with its programs."""
+
+
+def _compiled(batched: Callable[..., Any], function: Callable[..., Any]) -> _Program:
+    return _programs.setdefault(function, {}).setdefault(batched, _Program(batched, function))
+
+
 def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
-    """What each of B tasks changed. Apart from `_predict`, which need not be compiled anew for each support length."""
-    _traced[adapt] += 1
+    """What each of B tasks changed. Apart from `_predict`, which need not be compiled for each support length."""
     return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
 
 
-@partial(jax.jit, static_argnums=0)
 def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
     """Scores ``[B, Q]``."""
-    _traced[predict] += 1
     return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
 
 
-@partial(jax.jit, static_argnums=0)
 def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array) -> Array:
     """Scores ``[U, N]`` of all items for U adapted users, in chunks of items; no user owns a copy of a table."""
     n = known.item_row.shape[0]
@@ -372,8 +390,8 @@ class _Runner:
         for start in range(0, self.batch, at_once):
             some = slice(start, start + at_once)
             of_new, user, support, query = (a[some] for a in places)
-            scores = _catalogue_scores(
-                predict, params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
+            scores = _compiled(_catalogue_scores, predict).call(
+                params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
             )
             ranks.append(_catalogue_ranks(scores, self.known, of_new, support, query, ties[some]))
         return found, jax.block_until_ready(jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranks))
@@ -381,11 +399,12 @@ class _Runner:
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
         """One call of one method, on ``n`` real tasks, waited for and timed."""
         method = self.methods[name]
-        before, start = _traced[method.adapt] + _traced[method.predict], time.perf_counter()
-        adapted = _adapt(method.adapt, method.params, task.support, keys)
-        found = jax.block_until_ready(_predict(method.predict, method.params, adapted, task.query.inputs))
+        adapt, predict = _compiled(_adapt, method.adapt), _compiled(_predict, method.predict)
+        before, start = adapt.traced + predict.traced, time.perf_counter()
+        adapted = adapt.call(method.params, task.support, keys)
+        found = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))
         seconds = time.perf_counter() - start
-        if _traced[method.adapt] + _traced[method.predict] > before:
+        if adapt.traced + predict.traced > before:
             self.first[name] += seconds
         else:
             self.later[name].append((n, seconds))

@@ -1,7 +1,9 @@
 """Evaluation and its report of numbers, on tasks small enough to work out by hand."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import metrics, results
+from metarec_jax import evaluation, metrics, results
 from metarec_jax.core import MetarecError, Method, Table
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet
@@ -234,13 +236,37 @@ def test_batch_size_and_scenario_company_change_nothing():
 
 
 def test_second_evaluation_compiles_nothing():
-    from metarec_jax import evaluation
+    def traced():
+        return sum(program.traced for kinds in evaluation._programs.values() for program in kinds.values())
 
     methods = {"mean": support_mean()}
     small(methods)
-    before = sum(evaluation._traced.values())
+    before = traced()
     small({"mean": methods["mean"]._replace(params={})})
-    assert sum(evaluation._traced.values()) == before
+    assert traced() == before
+
+
+def test_a_method_that_nobody_has_any_more_is_forgotten():
+    """A closure that holds a table, as a user's own method may: evaluated with the catalogue, then dropped."""
+
+    class Held:
+        pass
+
+    def evaluated(seed):
+        held = Held()
+        held.table = jnp.asarray(np.random.default_rng(seed).normal(size=9), jnp.float32)
+        predict = lambda p, adapted, x: held.table[x["item_id"]]  # noqa: E731
+        method = Method({}, lambda p, support, key: held.table.mean(), predict)
+        small({"own": method, "by_item": BY_ITEM}, catalogue_ranking=True, catalogue_topn=(2,), curve=(1,))
+        return weakref.ref(held), len(evaluation._programs)
+
+    first, programs = evaluated(0)
+    second, again = evaluated(1)
+    gc.collect()
+    assert first() is None
+    assert second() is None
+    assert again <= programs + 2  # those of the first may wait for the collector, no longer
+    assert len(evaluation._programs) <= programs
 
 
 def test_draws_depend_on_the_seed_and_the_task_only():

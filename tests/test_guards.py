@@ -111,8 +111,9 @@ def evaluating(name: str, items: int):
     _, task = next(batches(tasks, catalogue(data, user_rows="own"), USERS_EVALUATED))
     assert task.support.mask.shape == (USERS_EVALUATED, WIDTH)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), USERS_EVALUATED))
-    adapt = evaluation._adapt.lower(learner.adapt, params, task.support, keys)
-    predict = evaluation._predict.lower(learner.predict, params, adapt.out_info, task.query.inputs)
+    adapt = evaluation._compiled(evaluation._adapt, learner.adapt).call.lower(params, task.support, keys)
+    predict = evaluation._compiled(evaluation._predict, learner.predict).call
+    predict = predict.lower(params, adapt.out_info, task.query.inputs)
     return adapt.compile(), predict.compile()
 
 

@@ -83,12 +83,15 @@ def test_evaluation(name):
     learner, (known, task) = LEARNERS[name], world()
     params = jax.eval_shape(learner.init, jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    adapt, predict = evaluation._adapt, evaluation._predict
-    adapted = jax.eval_shape(lambda *given: adapt(learner.adapt, *given), params, task.support, keys)
+    adapt = evaluation._compiled(evaluation._adapt, learner.adapt).call
+    predict, rank = (
+        evaluation._compiled(of, learner.predict).call for of in (evaluation._predict, evaluation._catalogue_scores)
+    )
+    adapted = jax.eval_shape(adapt, params, task.support, keys)
     users = jax.ShapeDtypeStruct((8,), jnp.int32)
-    lower(adapt, learner.adapt, params, task.support, keys)
-    lower(predict, learner.predict, params, adapted, task.query.inputs)
-    lower(evaluation._catalogue_scores, learner.predict, params, adapted, known, users)
+    lower(adapt, params, task.support, keys)
+    lower(predict, params, adapted, task.query.inputs)
+    lower(rank, params, adapted, known, users)
 
 
 @pytest.mark.parametrize("users", [1, 4])
