@@ -96,6 +96,32 @@ def test_the_order_of_tables_changes_nothing(float64):
     assert max(largest_difference(runs[0], other) for other in runs[1:]) < 1e-12
 
 
+def rough_step(name, dtype):
+    learner, params, batch = world(name)
+    source, optimizers = TaskSource(batch, lambda data, key: data, 3), Optimizers(optax.adam(1e-2), lazy_adam(1e-2))
+    return make_step(learner, source, optimizers, dtype=dtype), init_state(learner, optimizers, params, KEY), batch
+
+
+@each_learner
+def test_a_step_in_bfloat16_can_be_traced_and_keeps_the_state(name):
+    """What the learner computes in is not what is kept: parameters and moments have the types that they had."""
+    step, state, batch = rough_step(name, jnp.bfloat16)
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", ["logistic", "ridge"])
+def test_a_closed_form_in_bfloat16_is_near_that_in_float32(name):
+    seen = []
+    for dtype in (None, jnp.bfloat16):
+        step, state, batch = rough_step(name, dtype)
+        state, metrics = jax.jit(step)(state, batch)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+        seen.append(float(metrics["query_loss"]))
+    assert seen[1] == pytest.approx(seen[0], rel=0.05)
+
+
 def score(learner, params, support, inputs, key=KEY):
     return learner.predict(params, learner.adapt(params, support, key), inputs)
 

@@ -96,5 +96,6 @@ def optimum(phi: Array, prior: Array, target: Array, weight: Array, precision: A
         fits = jnp.sum(weight[None] * (jax.nn.softplus(scores) - target[None] * scores), axis=1)
         return tried[jnp.argmin(fits + 0.5 * jnp.square(tried) @ precision)], None
 
-    d, _ = jax.lax.scan(guarded, jnp.zeros_like(precision), None, length=steps)
+    start = jnp.zeros(precision.shape, jnp.result_type(*given))  # in bfloat16 targets and weights keep their float32
+    d, _ = jax.lax.scan(guarded, start, None, length=steps)
     return d + newton(d, *given)

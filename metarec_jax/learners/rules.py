@@ -195,7 +195,8 @@ def lstm(lr: float, *, forget: float = 1e-4, hidden: int = 20, stop_inputs: bool
         flat = lambda parts: jnp.concatenate([parts[name].reshape(-1) for name in moving])  # noqa: E731
         p, g = flat(moving), flat(grads)
         seen_p, seen_g, seen_loss = jax.lax.stop_gradient((p, g, loss)) if stop_inputs else (p, g, loss)
-        x = jnp.concatenate([log_scaled(seen_g), log_scaled(jnp.broadcast_to(seen_loss, g.shape))], axis=1)
+        everywhere = jnp.broadcast_to(seen_loss, g.shape).astype(g.dtype)
+        x = jnp.concatenate([log_scaled(seen_g), log_scaled(everywhere)], axis=1)
         new = {}
         if hidden:
             z = jnp.concatenate([x, state["h"]], axis=1) @ params["kernel"] + params["bias"][None]
