@@ -1,12 +1,15 @@
 """A run resumes from what it saved, bit for bit, and never from what was damaged."""
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from typing import NamedTuple
 
 import jax
@@ -16,7 +19,7 @@ import optax
 import pytest
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import folders
+from metarec_jax.training import folders, quiet
 from metarec_jax.training.checkpoint import Checkpoints, load_params, saved_metrics
 from metarec_jax.training.run_directory import different
 
@@ -302,6 +305,36 @@ def test_a_failed_background_write_is_told_at_the_next_call(tmp_path):
         checkpoints.save(1, {"params": jnp.ones(1)})
         with pytest.raises(MetarecError, match="could not write the checkpoint of step 1"):
             checkpoints.wait()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_leaves_the_logging_and_the_hooks_of_the_process_alone(tmp_path, monkeypatch, fails):
+    import absl.logging
+
+    def mine(_):
+        pass
+
+    verbosity, level = absl.logging.get_verbosity(), logging.getLogger("orbax").level
+    monkeypatch.setattr(quiet, "_LATE", 0.0)
+    monkeypatch.setattr(sys, "unraisablehook", mine)
+    filters = list(logging.getLogger("absl").filters)
+    absl.logging.set_verbosity(absl.logging.INFO)
+    try:
+        with Checkpoints(tmp_path, identity={}) as checkpoints:
+            if fails:
+                (tmp_path / "checkpoints").write_text("not a folder")
+            with pytest.raises(MetarecError) if fails else contextlib.nullcontext():
+                checkpoints.save(1, {"params": jnp.ones(1)}, wait=True)
+            if not fails:
+                checkpoints.restore({"params": jnp.zeros(1)})
+        for thread in threading.enumerate():
+            if thread.name == "quiet":
+                thread.join()
+        assert absl.logging.get_verbosity() == absl.logging.INFO
+        assert sys.unraisablehook is mine
+        assert (logging.getLogger("absl").filters, logging.getLogger("orbax").level) == (filters, level)
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def test_a_sharded_state_goes_back_to_its_shards(tmp_path):

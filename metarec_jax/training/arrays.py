@@ -5,6 +5,7 @@ Leaves are stored in a flat list, named by their numbers; `training.leaves` has 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from metarec_jax.training import leaves
-from metarec_jax.training.quiet import hush
+from metarec_jax.training.quiet import quiet
 
 _CHUNK = 64 * 2**20
 """Bytes of an array that are written, and read, as one: who restores a part reads little more than that."""
@@ -32,7 +33,7 @@ def read(
             primary_host=None, active_processes={ocp.multihost.process_index()}
         ),
     }
-    with ocp.Context(**options):
+    with quiet(), ocp.Context(**options):
         loaded = ocp.load(folder, like, checkpointable_name="state") if like else {}
     values = {}
     for k, d in chosen.items():
@@ -45,6 +46,25 @@ def read(
 
 def start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]], metrics: dict[str, float]) -> Any:
     """Start to write leaves into a folder that is not there yet; ``result()`` of what is returned waits for the end."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        writing = _start(folder, flat, described, metrics)
+        return _Writing(writing, stack.pop_all())
+
+
+class _Writing:
+    """A save that is under way."""
+
+    def __init__(self, writing: Any, until_the_end: contextlib.ExitStack) -> None:
+        self._writing, self._until_the_end = writing, until_the_end
+
+    def result(self) -> None:
+        """Wait for the end of the save; raises what it failed with."""
+        with self._until_the_end:
+            self._writing.result()
+
+
+def _start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]], metrics: dict[str, float]) -> Any:
     ocp = _orbax()
     arrays = {_name(k): leaf.value for k, leaf in enumerate(flat) if leaf.value.size}  # Orbax refuses empty ones
     saving = ocp.options.ArrayOptions.Saving
@@ -67,5 +87,4 @@ def _name(k: int) -> str:
 def _orbax() -> Any:
     from orbax.checkpoint import v1
 
-    hush()
     return v1
