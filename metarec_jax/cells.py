@@ -7,7 +7,6 @@ with other settings is another folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metarec_jax import diagnostics, results
+from metarec_jax import diagnostics, files, results
 from metarec_jax.comparison import Cost
 from metarec_jax.core import MetarecError
 from metarec_jax.diagnostics import Convergence
@@ -60,7 +59,7 @@ def place(folder: Path, name: str, seed: int, identity: Mapping[str, Any]) -> Pa
 
 
 def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return files.sha256(json.dumps(identity, sort_keys=True).encode())[:12]
 
 
 def write(where: Path, cell: Cell, identity: Mapping[str, Any]) -> None:
@@ -75,7 +74,7 @@ def write(where: Path, cell: Cell, identity: Mapping[str, Any]) -> None:
             "cost": None if cell.cost is None else cell.cost._asdict(),
             "convergence": None if cell.convergence is None else diagnostics.to_json(cell.convergence),
             "diverged": cell.diverged,
-            "files": {name: _sha256(partial / name) for name in _FILES if (partial / name).is_file()},
+            "files": {name: files.sha256(partial / name) for name in _FILES if (partial / name).is_file()},
         }
         (partial / "cell.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(where, ignore_errors=True)
@@ -92,7 +91,7 @@ def read(where: Path, identity: Mapping[str, Any]) -> Cell | None:
             return None
         if told.get("diverged") is not None:
             return Cell(None, None, diverged=str(told["diverged"]))
-        if any(told["files"][name] != _sha256(where / name) for name in _FILES):
+        if any(told["files"][name] != files.sha256(where / name) for name in _FILES):
             return None
         curves = told["convergence"]
         return Cell(
@@ -100,7 +99,3 @@ def read(where: Path, identity: Mapping[str, Any]) -> Cell | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MetarecError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

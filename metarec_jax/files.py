@@ -1,8 +1,12 @@
-"""Files: what an `OSError` says of them, in words."""
+"""Files: written whole or not at all, known by their sha256; and what an `OSError` says of them, in words."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
+import secrets
+from pathlib import Path
 
 _SPACE = "free some space there, or give a path on another disk"
 _LIMIT = "raise the limit of open files: ulimit -n 4096"
@@ -22,6 +26,38 @@ _ADVICE = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.EIO: "the disk fails; give a path on another",
 }
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file in one step, so that a reader, or a kill, never leaves half of it; text as UTF-8.
+
+    It is on the disk before it gets its name. Several processes may write the same file: one of them stands.
+
+    Raises:
+      OSError: the folder is missing or cannot be written, or the disk is full; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sha256(source: Path | bytes) -> str:
+    """The digest of a file, which is read in parts, or of bytes.
+
+    >>> sha256(b"")[:8]
+    'e3b0c442'
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cause(error: OSError | MemoryError) -> str:

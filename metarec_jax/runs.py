@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ def fingerprint(data: Interactions) -> str:
 
 def rows_digest(data: Interactions) -> str:
     """sha256 of the rows alone: of two parts of one data set, whether they are the same."""
-    return hashlib.sha256(np.stack([data.user, data.item]).astype(np.int32).tobytes()).hexdigest()
+    return files.sha256(np.stack([data.user, data.item]).astype(np.int32).tobytes())
 
 
 def identity(config: configs.Config, data: Interactions, store: str | None = None) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def identity(config: configs.Config, data: Interactions, store: str | None = Non
     partition = config.split.partition
     held = {} if store is None else {"store": store}
     if partition is not None and Path(partition).is_file():  # one that is missing is told by what reads it
-        held |= {"partition": hashlib.sha256(Path(partition).read_bytes()).hexdigest()}
+        held |= {"partition": files.sha256(Path(partition))}
     return held | {
         "config": settings | {"data": {k: v for k, v in settings["data"].items() if k != "name"}},
         "data": fingerprint(data),
@@ -133,21 +134,20 @@ def write(
     rows = {"user_row": np.asarray(known.user_row), "item_row": np.asarray(known.item_row)}
     if part is not None:
         rows["part"] = part.astype(np.int32)
-    with (directory / "catalogue.tmp").open("wb") as file:
-        np.savez_compressed(file, **rows)  # type: ignore[arg-type]
-    os.replace(directory / "catalogue.tmp", directory / "catalogue.npz")
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **rows)  # type: ignore[arg-type]
+    files.write_atomically(directory / "catalogue.npz", packed.getvalue())
     told = {"config": configs.to_dict(config), "data": fingerprint(data), "train": rows_digest(train)}
     streamed = {"streamed": part is not None}
     write_json(
-        directory / "config.json", told | streamed | {"files": {name: _sha256(directory / name) for name in _FILES}}
+        directory / "config.json",
+        told | streamed | {"files": {name: files.sha256(directory / name) for name in _FILES}},
     )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write in one step, so that a reader never sees half a file."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def result(directory: Path) -> dict[str, Any] | None:
@@ -157,10 +157,6 @@ def result(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_run(directory: str | os.PathLike[str]) -> Run:
@@ -188,7 +184,7 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         parts = _differing(stored, identity)
         rows = read_arrays(run / "catalogue.npz", sizes)
         part = rows.pop("part", None)
-        changed = [name for name, sum in sums.items() if name in _FILES and sum != _sha256(run / name)]
+        changed = [name for name, sum in sums.items() if name in _FILES and sum != files.sha256(run / name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
             raise MetarecError(f"{run} cannot be read: {files.cause(error)}") from error

@@ -8,11 +8,8 @@ titled items; such files are still read, and the large ones too.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from metarec_jax import files
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, parquet
 from metarec_jax.data.columns import one_line, printable
@@ -68,8 +66,8 @@ def write_cache(data: Interactions, path: Path) -> None:
             writer.write_table(pa.table(padded, schema=schema))
     raw = sink.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, raw)
-    _replace(_checksum(path), hashlib.sha256(raw).hexdigest().encode())
+    files.write_atomically(path, raw)
+    files.write_atomically(_checksum(path), files.sha256(raw))
 
 
 def _strings(values: np.ndarray) -> pa.Array:
@@ -98,7 +96,7 @@ def read_cache(path: Path) -> Interactions:
       ValueError: the bytes are not those whose checksum was noted, or hold something else.
     """
     raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != _checksum(path).read_text(errors="replace").strip():
+    if files.sha256(raw) != _checksum(path).read_text(errors="replace").strip():
         raise ValueError("its sha256 is not the one noted when it was written")
     try:
         return _parsed(raw, path)
@@ -216,14 +214,3 @@ def _of_first_format(raw: bytes, path: Path, rest: Mapping[str, Any]) -> Interac
 
 def _checksum(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(raw)
-        os.replace(scratch, path)
-    except OSError:
-        os.unlink(scratch)
-        raise

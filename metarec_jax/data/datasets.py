@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import hashlib
 import http.client
 import io
 import lzma
@@ -35,6 +34,7 @@ from metarec_jax.data.columns import one_line, shown
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.synthetic import synthetic
+from metarec_jax.files import sha256
 
 __all__ = ["DATASETS", "Dataset", "Files", "cache_directory", "describe", "load"]
 
@@ -255,7 +255,7 @@ def _named(name: str, dataset: Dataset, folder: Path, offline: bool) -> Interact
 
 def _check(files: Mapping[str, bytes], layout: Files) -> None:
     for file, want in layout.sha256.items():
-        seen = hashlib.sha256(files[file]).hexdigest()
+        seen = sha256(files[file])
         if seen != want:
             raise _Unavailable(f"{file} has sha256 {seen[:12]}..., not {want[:12]}...: truncated or another version")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from metarec_jax.core import MetarecError
 from metarec_jax.data import parquet
 from metarec_jax.data.columns import shown
 from metarec_jax.data.store import FILE, FORMAT, VERSION, batches
+from metarec_jax.files import sha256, write_atomically
 
 _IDS = 1 << 17
 _USERS = 1 << 10
@@ -95,12 +95,10 @@ def pack(
         "ratings": [low, high] if rated else None,
         "timestamps": timed,
         "longest": longest,
-        "digest": hashlib.sha256("".join(digests[n].hexdigest() for n in names).encode()).hexdigest(),
+        "digest": sha256("".join(digests[n].hexdigest() for n in names).encode()),
         "notes": [*notes, *_singles(folder, users)],
     }
-    partial = folder / f"{FILE}.part"
-    partial.write_text(json.dumps(told, indent=1) + "\n")
-    os.replace(partial, folder / FILE)
+    write_atomically(folder / FILE, json.dumps(told, indent=1) + "\n")
     return told
 
 

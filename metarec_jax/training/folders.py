@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+
+from metarec_jax import files
 
 MARK = "sha256.json"
 _OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
@@ -37,12 +38,7 @@ def is_whole(folder: Path) -> bool:
 def mark(folder: Path) -> None:
     """Write the mark, once the files are on the disk."""
     sums = _sums(folder, flush=True)
-    partial = folder / f"{MARK}.tmp"
-    with partial.open("w") as file:
-        json.dump(sums, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MARK)
+    files.write_atomically(folder / MARK, json.dumps(sums))
     _flush(folder)
 
 
@@ -118,8 +114,7 @@ def _sums(folder: Path, *, flush: bool = False) -> dict[str, str]:
     """sha256 of every file of a step but its mark."""
     sums = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK):
-        with path.open("rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        sums[path.relative_to(folder).as_posix()] = files.sha256(path)
         if flush:
             _flush(path)
     return sums

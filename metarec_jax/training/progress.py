@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from metarec_jax import files
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -80,9 +82,7 @@ class Progress:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._history = [line for line in read_history(self._path) if line["step"] <= step]
-            partial = self._path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self._history))
-            os.replace(partial, self._path)
+            files.write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._history))
             self._file = self._path.open("a")
         if step:
             self._last = (step, self._clock())

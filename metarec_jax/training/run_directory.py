@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from metarec_jax import files
 from metarec_jax.core import MetarecError
 from metarec_jax.training import processes
 
@@ -107,9 +108,7 @@ def identify(directory: Path, identity: Mapping[str, Any], *, resumes: bool) -> 
                 "Give the old settings to resume it, another run directory, or start over (--fresh)",
                 other_data=found.get("data", identity.get("data")) != identity.get("data"),
             )
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(identity, indent=1))
-    os.replace(partial, path)
+    files.write_atomically(path, json.dumps(identity, indent=1))
 
 
 def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
