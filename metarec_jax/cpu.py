@@ -80,7 +80,7 @@ def missing_platform() -> str | None:
     """
     import jax
 
-    asked = jax.config.jax_platforms
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
     if not asked:
         return None
     try:

@@ -200,8 +200,10 @@ def _of_first_format(raw: bytes, path: Path, rest: Mapping[str, Any]) -> Interac
     titles = rest["titles"]
     if not all(isinstance(text, str) for text in [rest["name"], *rest["notes"], *(titles or ())]):
         raise ValueError("its name, notes or titles are not text")
+    rows: dict[str, Any] = dict.fromkeys(_COLUMNS)
+    rows |= {name: _array(table[name], name) for name in _COLUMNS if name in table.column_names}
     return Interactions(
-        **{name: _array(table[name], name) if name in table.column_names else None for name in _COLUMNS},
+        **rows,
         users=ids(rest["users"]),
         items=ids(rest["items"]),
         user_features={name: feature(f) for name, f in rest["user_features"].items()},
