@@ -30,7 +30,7 @@ from metarec_jax.learners.warm_start import warm_start
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.validation import validator
-from metarec_jax.tuning import Held, fit_baselines, on_device, quality, some_users, tune
+from metarec_jax.tuning import Held, check_settings, fit_baselines, on_device, quality, some_users, tune
 
 Settings = dict[str, Any]
 
@@ -73,6 +73,8 @@ _STEPPED: Sequence[Settings] = tuple(
 _CLICK_TASKS = 256
 """Tasks of a scenario on which the ways are tried for clicks: each scores all items for each of them."""
 _ROW = ("tables/user_id",)
+_STEPS = ("row", "all")
+_WAYS = ("nothing", *_STEPS, "fold_in")
 DEFAULTS: Mapping[str, Any] = MappingProxyType({"weight_decay": 1.0, "way": "fold_in", "strength": 3.0})
 """Settings without validation tasks; ``lr``, if given, is in place of the model's own.
 
@@ -108,17 +110,20 @@ def fit_plain(
       A method that knows its tables, for `evaluate` and `Recommender`.
 
     Raises:
-      MetarecError: an unknown name; settings that a model has not.
+      MetarecError: an unknown name; settings that a model does not have, or values that it cannot take.
     """
     if name in BASELINES:
         chosen = {} if settings is None else {name: settings}
         given = None if settings is None else chosen
         return fit_baselines(train, known, validation_tasks, names=[name], settings=given, say=say)[name]
     tasks = {scenario: some for scenario, some in (validation_tasks or {}).items() if len(some)}
-    if settings is None and tasks:
+    trained = _plain(name)
+    if settings is not None:
+        _check_settings(name, settings)
+    elif tasks:
         settings = tune_plain(name, train, known, tasks, steps=steps, seed=seed, say=say)
     chosen = {**DEFAULTS, **(settings or {})}
-    served = _Served(_plain(name), train)
+    served = _Served(trained, train)
     params = _trained(served, train, known, tasks, chosen, steps, seed)
     return served.method(params, chosen)
 
@@ -173,6 +178,23 @@ def tune_plain(
     return settings
 
 
+def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a model would ignore or fail on; the model's own are listed."""
+    check_settings(name, settings, [*DEFAULTS, "fine_steps", "lr"])
+    chosen = {**DEFAULTS, **settings}
+    way, steps, numbers = chosen["way"], chosen.get("fine_steps"), [chosen["weight_decay"], chosen["strength"]]
+    if way not in _WAYS:
+        raise MetarecError(f"{name}: way {way!r} is not known; use {', '.join(map(repr, _WAYS))}")
+    if way in _STEPS and not (isinstance(steps, int) and steps >= 1):
+        raise MetarecError(f"{name}: way {way!r} requires fine_steps, 1 or more, got {steps!r}; correct it")
+    if way not in _STEPS and steps is not None:
+        raise MetarecError(f"{name}: way {way!r} takes no gradient steps, got fine_steps {steps!r}; leave it out")
+    if not all(np.isfinite(n) and n >= 0 for n in (*numbers, chosen.get("lr", 0.0))):
+        raise MetarecError(f"{name}: weight_decay, strength and lr must be numbers of 0 or more, got {dict(settings)}")
+    if way == "fold_in" and chosen["strength"] == 0:
+        raise MetarecError(f"{name}: way 'fold_in' requires a strength above 0, the precision of the user's vector")
+
+
 def _mean_quality(method: Method, held: list[Held], known: Catalogue, train: Interactions) -> float:
     """Mean over scenarios; the worst there is where the scores are not finite (too high a rate)."""
     value = float(np.mean([quality(method, of_scenario, known, train) for of_scenario in held]))
@@ -208,7 +230,7 @@ class _Served:
     def _make(self, way: str, steps: int) -> _Tuned:
         if way == "nothing":
             return _Tuned(fine_tune(self.model, inner_steps=0, loss=self.loss), lambda params, strength: {"rule": {}})
-        if way in ("row", "all"):
+        if way in _STEPS:
             only, rule = (_ROW if way == "row" else None), meta_sgd(1.0)
             learner = fine_tune(self.model, inner_steps=steps, rule=rule, loss=self.loss, only=only)
 
@@ -217,8 +239,6 @@ class _Served:
                 return {"rule": meta_sgd(strength).init(tree.partition(body, only)[0])}
 
             return _Tuned(learner, rates)
-        if way != "fold_in":
-            raise MetarecError(f"way {way!r} is not known; use 'nothing', 'row', 'all' or 'fold_in'")
         learner, of = (logistic(self.model), "logistic") if self.implicit else (ridge(self.model), "ridge")
         size = self.model.num_features + 1
 

@@ -54,12 +54,25 @@ def fit_baselines(
       kept: as for `tune`.
 
     Raises:
-      MetarecError: an unknown name, or one that wants ratings where there are none.
+      MetarecError: an unknown name, or one that wants ratings where there are none; settings that a baseline does not
+        have.
     """
     names = _names(train, names)
+    for name, arguments in (settings or {}).items():
+        _names(train, [name])
+        own = [p for p in inspect.signature(BASELINES[name]).parameters if p not in ("train", "known")]
+        check_settings(name, arguments, own)
     if settings is None:
         settings = tune(train, known, validation_tasks, names=names, say=say, kept=kept) if validation_tasks else {}
     return {name: BASELINES[name](train, known, **settings.get(name, {})) for name in names}
+
+
+def check_settings(name: str, settings: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Refuse settings that are not among a model's ``own``."""
+    if foreign := [key for key in settings if key not in own]:
+        raise MetarecError(
+            f"{name} has no setting {', '.join(map(repr, foreign))}; its settings are {', '.join(own) or 'none'}"
+        )
 
 
 def tune(

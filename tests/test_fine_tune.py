@@ -13,6 +13,7 @@ from metarec_jax.core import Column, MetarecError, Task
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue, make_tasks
 from metarec_jax.models import meta_recommender
+from metarec_jax.tuning import fit_baselines
 
 KEY = jax.random.key(0)
 
@@ -120,6 +121,26 @@ def test_names_of_baselines_go_to_the_baselines():
 def test_bad_names_and_settings_are_refused():
     with pytest.raises(MetarecError, match="no plain model 'svd'; choose from sgd_mf"):
         plain.fit_plain("svd", TRAIN, KNOWN)
+    for name, settings, message in (
+        (
+            "sgd_mf",
+            {"inner_lr": 9, "strenght": 1.0},
+            "sgd_mf has no setting 'inner_lr', 'strenght'; its settings are weig",
+        ),
+        ("bias", {"reg": 3.0}, "bias has no setting 'reg'; its settings are reg_item, reg_user"),
+        ("random", {"reg": 3.0}, "random has no setting 'reg'; its settings are none"),
+        ("sgd_mf", {"way": "row"}, "way 'row' requires fine_steps"),
+        ("sgd_mf", {"way": "fold_in", "fine_steps": 3}, "'fold_in' takes no gradient steps, got fine_steps 3"),
+        ("sgd_mf", {"strength": float("nan")}, "must be numbers of 0 or more"),
+        ("sgd_mf", {"weight_decay": -1.0}, "must be numbers of 0 or more"),
+        ("sgd_mf", {"strength": 0.0}, "requires a strength above 0"),
+    ):
+        with pytest.raises(MetarecError, match=message):
+            plain.fit_plain(name, TRAIN, KNOWN, settings=settings, steps=1)
+    with pytest.raises(MetarecError, match="bias has no setting 'reg'"):
+        fit_baselines(TRAIN, KNOWN, names=["item_mean"], settings={"bias": {"reg": 1.0}})
+    with pytest.raises(MetarecError, match="no baseline 'bais'"):
+        fit_baselines(TRAIN, KNOWN, names=["bias"], settings={"bais": {}})
     with pytest.raises(MetarecError, match="way 'pray' is not known; use 'nothing'"):
         plain.fit_plain("sgd_mf", TRAIN, KNOWN, settings={"way": "pray"}, steps=1)
     with pytest.raises(MetarecError, match="no validation task"):
