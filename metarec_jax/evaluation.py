@@ -168,8 +168,8 @@ def evaluate(
         "curve": points,
         "ranking_only": [name for name in methods if name in ranking_only],
     }
-    named = tuple(name for name in methods if name in baselines)
-    return Report(per_task, settings, named, runner.times(), tuple(notes))
+    rivals = tuple(name for name in methods if name in baselines)
+    return Report(per_task, settings, rivals, runner.times(), tuple(notes))
 
 
 def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, float] | None) -> str:

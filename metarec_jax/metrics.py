@@ -8,6 +8,7 @@ Ranking functions read ``target`` as relevance (1 or more is relevant; `at_least
 and take
 
 - ``topn``: how far down the list to look; None is the whole list;
+- ``scores``: a score that is nan or -inf stands last, before padding alone;
 - ``key``: ties between scores are broken at random by it; without it, the item that stands first wins;
 - ``ranks``: 1-based ranks of the examples, if they are known, in a list that may be longer than the one given: the
   items of it that are not given count as irrelevant. `ranks_among` finds them. So a ranking over a whole catalogue
@@ -141,7 +142,7 @@ def ndcg(
         raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(GAINS)}")
     where = _all(target) if where is None else where.astype(bool)
     value = rax.ndcg_metric(
-        scores, target, where=where, topn=topn, key=key, gain_fn=GAINS[gain], reduce_fn=None, **_given(ranks)
+        _ordered(scores), target, where=where, topn=topn, key=key, gain_fn=GAINS[gain], reduce_fn=None, **_given(ranks)
     )
     return _known(value, (GAINS[gain](target) > 0) & where)
 
@@ -169,7 +170,7 @@ def precision(
     """
     relevant, where = _relevant(target, where)
     if ranks is None:
-        value = rax.precision_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None)
+        value = rax.precision_metric(_ordered(scores), relevant, where=where, topn=topn, key=key, reduce_fn=None)
     else:
         sizes = [size for size in (topn, length) if size is not None]
         if not sizes:
@@ -194,7 +195,9 @@ def recall(
     Array(0.5, dtype=float32)
     """
     relevant, where = _relevant(target, where)
-    value = rax.recall_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    value = rax.recall_metric(
+        _ordered(scores), relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks)
+    )
     return _known(value, relevant > 0)
 
 
@@ -231,7 +234,7 @@ def mrr(
     Array(0.5, dtype=float32)
     """
     relevant, where = _relevant(target, where)
-    value = rax.mrr_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    value = rax.mrr_metric(_ordered(scores), relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
     return _known(value, relevant > 0)
 
 
@@ -250,7 +253,7 @@ def average_precision(
     0.8333
     """
     relevant, where = _relevant(target, where)
-    value = rax.ap_metric(scores, relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
+    value = rax.ap_metric(_ordered(scores), relevant, where=where, topn=topn, key=key, reduce_fn=None, **_given(ranks))
     return _known(value, relevant > 0)
 
 
@@ -263,7 +266,7 @@ def auc(scores: Array, target: Array, *, where: Array | None = None) -> Array:
     Array(0.875, dtype=float32)
     """
     relevant, where = _relevant(target, where)
-    irrelevant = jnp.where(where, 1.0 - relevant, 0.0)
+    scores, irrelevant = _ordered(scores), jnp.where(where, 1.0 - relevant, 0.0)
     below = jnp.sort(jnp.where(irrelevant > 0, scores, jnp.inf), axis=-1)
     place = lambda side: jnp.vectorize(lambda a, s: jnp.searchsorted(a, s, side=side), signature="(n),(n)->(n)")  # noqa: E731
     count = jnp.sum(irrelevant, axis=-1)
@@ -278,7 +281,7 @@ def ranks_of(scores: Array, *, where: Array | None = None, key: Array | None = N
     >>> ranks_of(jnp.array([0.1, 0.7, 0.4]))
     Array([3, 1, 2], dtype=int32)
     """
-    return _rax_ranks(scores, where=None if where is None else where.astype(bool), key=key).astype(jnp.int32)
+    return _rax_ranks(_ordered(scores), where=None if where is None else where.astype(bool), key=key).astype(jnp.int32)
 
 
 def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
@@ -295,7 +298,7 @@ def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
     >>> ranks_among(jnp.array([0.1, 0.7, 0.4, 0.9]), jnp.array([1, 1, 1, 0]) > 0, jnp.array([2, 0]), jax.random.key(0))
     Array([2, 3], dtype=int32)
     """
-    draw = jax.random.bits(key, scores.shape, jnp.uint32)
+    scores, draw = _ordered(scores), jax.random.bits(key, scores.shape, jnp.uint32)
     mine, luck = scores[items][:, None], draw[items][:, None]
     before = (scores[None] > mine) | ((scores[None] == mine) & (draw[None] > luck))
     return 1 + jnp.sum(before & where[None], axis=-1, dtype=jnp.int32)
@@ -382,6 +385,13 @@ def _mean(values: Array, where: Array | None) -> Array:
     where = _all(values) if where is None else where.astype(bool)
     count = jnp.sum(where, axis=-1)
     return jnp.where(count > 0, jnp.sum(jnp.where(where, values, 0.0), axis=-1) / jnp.maximum(count, 1), jnp.nan)
+
+
+def _ordered(scores: Array) -> Array:
+    """Scores that can be sorted before padding, which is -inf: nan and -inf become the lowest number, so stand last."""
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        return scores
+    return jnp.where(scores >= jnp.finfo(scores.dtype).min, scores, jnp.finfo(scores.dtype).min)
 
 
 def _relevant(target: Array, where: Array | None) -> tuple[Array, Array]:

@@ -99,6 +99,53 @@ def test_one_item():
     close(metrics.ndcg(jnp.array([0.3]), jnp.array([4.0]), topn=1), 1)
 
 
+@pytest.mark.parametrize("metric", [*RANKING, metrics.ndcg])
+@pytest.mark.parametrize("topn", [1, 10, None])
+def test_one_candidate_that_is_relevant_is_perfect(metric, topn):
+    close(metric(jnp.array([-3.0]), jnp.ones(1), topn=topn), 1)
+
+
+@pytest.mark.parametrize("metric", [*RANKING, metrics.ndcg])
+def test_fewer_candidates_than_n_are_the_whole_list(metric):
+    relevant = jnp.array([0.0, 1.0, 1.0, 0.0])
+    close(metric(SCORES, relevant, topn=100), metric(SCORES, relevant, topn=4))
+
+
+@pytest.mark.parametrize("metric", [*RANKING, metrics.ndcg])
+@pytest.mark.parametrize("worst", [-jnp.inf, -3e38, jnp.nan])
+def test_the_lowest_score_stands_before_the_padding(metric, worst):
+    """A list of two with two slots of padding: the relevant item is last, at rank 2, whatever fills the padding."""
+    scores = jnp.array([0.5, worst, 9.0, 9.0])
+    relevant, where = jnp.array([0.0, 1.0, 1.0, 1.0]), jnp.array([1, 1, 0, 0])
+    short = metric(jnp.array([0.5, -1.0]), jnp.array([0.0, 1.0]), topn=2)
+    for seed in range(5):
+        close(metric(scores, relevant, where=where, topn=2, key=jax.random.key(seed)), short)
+
+
+def test_infinite_scores_have_their_ranks():
+    scores = jnp.array([jnp.inf, 1.0, -jnp.inf, 2.0])
+    assert metrics.ranks_of(scores).tolist() == [1, 3, 4, 2]
+    assert metrics.ranks_among(scores, _true(4), jnp.arange(4), jax.random.key(0)).tolist() == [1, 3, 4, 2]
+    relevant = jnp.array([1.0, 0.0, 1.0, 0.0])
+    close(metrics.auc(scores, relevant), 0.5)  # the first above both, the third below both
+    close(metrics.auc(jnp.full(4, jnp.inf), relevant), 0.5)
+    close(metrics.auc(jnp.full(4, -jnp.inf), relevant), 0.5)
+
+
+def test_nan_never_stands_first():
+    scores = jnp.array([jnp.nan, 1.0, 0.0])
+    assert metrics.ranks_of(scores).tolist() == [3, 1, 2]
+    assert metrics.ranks_among(scores, _true(3), jnp.arange(3), jax.random.key(0)).tolist() == [3, 1, 2]
+    close(metrics.auc(scores, jnp.array([1.0, 0.0, 0.0])), 0)
+
+
+def test_an_infinite_error_is_infinite():
+    scores, target = jnp.array([jnp.inf, 1.0]), jnp.ones(2)
+    for metric in (metrics.mae, metrics.squared_error, metrics.rmse):
+        assert float(metric(scores, target)) == math.inf
+        close(metric(scores, target, where=jnp.array([0, 1])), 0)
+
+
 def test_unknown_gain_names_the_known_ones():
     with pytest.raises(MetarecError, match="exp, linear, square, binary"):
         metrics.ndcg(SCORES, RATING, gain="cubic")
