@@ -110,6 +110,31 @@ def test_lazy_adam_by_hand(float64):
     assert largest_difference(by_rows[1].inner, whole[1].inner) < 1e-12
 
 
+@pytest.mark.parametrize("catch_up", [False, True])
+def test_lazy_adam_without_momentum(catch_up, float64):
+    """b1 = 0 is RMSProp with a corrected second moment, b2 = 0 too the sign of the gradient, by hand."""
+    grads = [jnp.array([[3.0]]), jnp.array([[-1.0]])]
+    nu = [9.0, (0.9 * 0.1 * 9 + 0.1 * 1) / (1 - 0.9**2)]
+    for b2, lengths in ((0.9, [-3 / np.sqrt(nu[0]), 1 / np.sqrt(nu[1])]), (0.0, [-1.0, 1.0])):
+        optimizer, table = ro.lazy_adam(0.1, b1=0.0, b2=b2, catch_up=catch_up), jnp.zeros((4, 1))
+        state = ro.init_table(optimizer, table)
+        for step, (grad, length) in enumerate(zip(grads, lengths, strict=True)):
+            before = table[2, 0]
+            table, state = ro.update_rows(optimizer, table, state, jnp.array([2]), grad, jnp.asarray(step))
+            assert float(table[2, 0] - before) == pytest.approx(0.1 * length, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "bad"), [("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", np.nan), ("eps", 0.0), ("weight_decay", -1.0)]
+)
+def test_lazy_adam_refuses_what_divides_by_zero(argument, bad):
+    with pytest.raises(MetarecError, match=f"lazy_adam: {argument} is "):
+        ro.lazy_adam(**{argument: bad})
+    if argument == "eps":
+        with pytest.raises(MetarecError, match="row_adagrad: eps is "):
+            ro.row_adagrad(eps=bad)
+
+
 @pytest.mark.parametrize(
     "optimizer", [ro.lazy_adam(0.1, weight_decay=0.1), ro.lazy_adam(0.1, catch_up=True), ro.row_adagrad(0.1)]
 )
@@ -145,7 +170,7 @@ def test_catch_up_decays_what_was_missed(float64):
 
 def test_row_adagrad_by_hand():
     """g = (3, 4): accumulator 12.5; step = 0.5 * g / sqrt(12.5)."""
-    optimizer = ro.row_adagrad(0.5, eps=0.0)
+    optimizer = ro.row_adagrad(0.5)
     table = jnp.zeros((3, 2))
     out, state = ro.update_rows(
         optimizer, table, ro.init_table(optimizer, table), jnp.array([2]), jnp.array([[3.0, 4.0]]), jnp.asarray(0)

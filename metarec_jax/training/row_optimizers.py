@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax.core import Array, Table
+from metarec_jax.core import Array, MetarecError, Table, check_not_negative, check_positive
 
 Schedule = Callable[[Array], Array] | float
 
@@ -57,9 +57,13 @@ def lazy_adam(
 
     Args:
       lr: rate, or a function of the step.
-      b1, b2, eps: as in Adam.
+      b1, b2: as in Adam, from 0 (no momentum; the second moment is the last square) to below 1.
+      eps: as in Adam, above 0: the gradient of row 0 is often 0.
       weight_decay: decoupled (AdamW), applied to a row when it is touched.
       catch_up: decay the moments for the steps that a row was not touched in, as dense Adam would have.
+
+    Raises:
+      MetarecError: a number out of its range.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015.
 
@@ -70,6 +74,12 @@ def lazy_adam(
     >>> [round(float(x), 4) for x in moved[:, 0]]
     [0.0, 0.0, -0.1]
     """
+    for name, b in (("b1", b1), ("b2", b2)):
+        if not 0 <= b < 1:
+            raise MetarecError(f"lazy_adam: {name} is {b:g}; give 0 or more, and less than 1")
+    check_positive("lazy_adam", least=1e-30, eps=eps)
+    check_not_negative("lazy_adam", weight_decay=weight_decay)
+    log_b1, log_b2 = (math.log(b) if b > 0 else -math.inf for b in (b1, b2))
 
     def init(table: Array) -> LazyAdamState:
         moments = jnp.zeros((table.shape[0], 2, table.shape[1]), table.dtype)
@@ -91,7 +101,7 @@ def lazy_adam(
         moments = (1 - share) * moments + share * grads[:, None] * jnp.where(first, 1.0, grads[:, None])
         # 1 / (1 - b**t) once a row: without the barrier the compiler raises a power for every element.
         t = jnp.maximum(updates, 1).astype(dtype)
-        unbiased = [-1.0 / jnp.expm1(t * math.log(b)) for b in (b1, b2)]
+        unbiased = [-1.0 / jnp.expm1(t * log_b) for log_b in (log_b1, log_b2)]
         moments, mu_scale, nu_scale = jax.lax.optimization_barrier((moments, unbiased[0], unbiased[1]))
         mu, nu = moments[:, 0] * mu_scale[:, None], moments[:, 1] * nu_scale[:, None]
         rate = (_rate(lr, step) * on)[:, None]
@@ -103,7 +113,8 @@ def lazy_adam(
 def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
     """Adagrad with one accumulator a row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
 
-    The memory of its state is 1/size of one of Adam's moments. Source: the row-wise sparse Adagrad of FBGEMM, TorchRec.
+    The memory of its state is 1/size of one of Adam's moments. Raises MetarecError where ``eps`` is not above 0.
+    Source: the row-wise sparse Adagrad of FBGEMM, TorchRec.
 
     ``g = (3, 4)``: a = 12.5, so the row moves by ``-0.5 * g / 3.5355``.
 
@@ -112,6 +123,7 @@ def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
     >>> [round(float(x), 4) for x in update_rows(adagrad, table, state, jnp.array([1]), grads, jnp.array(0))[0][1]]
     [-0.4243, -0.5657]
     """
+    check_positive("row_adagrad", least=1e-30, eps=eps)
 
     def update(grads: Array, total: Array, rows: Array, step: Array, where: Array | None = None) -> tuple[Array, Array]:
         new = total + jnp.mean(grads**2, axis=1)
