@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import double, largest_difference
 
-from metarec_jax import learners
+from metarec_jax import learners, losses
 from metarec_jax.core import Examples, MetarecError, Model, Table, Task
 from metarec_jax.learners.neural_process import gaussian_kl, gaussian_nll
 from metarec_jax.networks import attend
@@ -142,6 +142,31 @@ def test_without_item_vectors_it_says_so(name):
 def test_refusals(make, message):
     with pytest.raises(MetarecError, match=message):
         make(world()[0])
+
+
+def test_sixty_steps_of_leo_are_the_steps_one_by_one_in_a_program_of_the_same_size(float64):
+    """The code is that of a plain loop, and the program of sixty steps is as long as that of six."""
+    model, task = world()
+    learner = learners.leo(model, latent=2, width=4, inner_steps=60, inner_lr=0.02)
+    params = double(learner.init(KEY))
+    own, support = params["leo"], task.support
+    base, h = model.apply(params, support.inputs), model.features(params, support.inputs)
+
+    def loss(code):
+        weights = code @ own["map"]
+        return losses.mse(base + h @ weights[:-1] + weights[-1], support.target, where=support.mask)
+
+    code = learners.leo(model, latent=2, width=4, inner_steps=0).adapt(params, support, KEY)["code"]
+    n = float(support.mask.sum())
+    rate = own["rate"] * n / (n + jnp.exp(own["log_prior"]))
+    for _ in range(60):
+        code = code - rate * jax.jit(jax.grad(loss))(code)
+    np.testing.assert_allclose(learner.adapt(params, support, KEY)["code"], code, rtol=1e-5, atol=1e-7)
+    sizes = [
+        len(jax.make_jaxpr(learners.leo(model, latent=2, width=4, inner_steps=k).adapt)(params, support, KEY).eqns)
+        for k in (6, 60)
+    ]
+    assert sizes[0] == sizes[1]
 
 
 def test_attention_weighs_as_copies_do():

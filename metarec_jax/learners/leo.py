@@ -19,6 +19,8 @@ from metarec_jax.learners import evidence as shows
 from metarec_jax.networks import encoder
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
+_UNROLL_UP_TO = 5
+
 
 @bounded
 def leo(
@@ -93,9 +95,13 @@ def leo(
 
         code, n = net.apply(own["net"], shows.signed(shown), shown.weight), shown.weight.sum()
         rate = own["rate"] * n / (n + jnp.exp(own["log_prior"]))
-        for _ in range(inner_steps):
-            code = code - rate * jax.grad(support_loss)(code)
-        return {"code": code}
+
+        def step(code: Array, _: None) -> tuple[Array, None]:
+            return code - rate * jax.grad(support_loss)(code), None
+
+        start = code.astype(jnp.result_type(code, rate))
+        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
+        return {"code": jax.lax.scan(step, start, None, length=inner_steps, unroll=unroll)[0]}
 
     def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
         return decoded(params, adapted["code"], model.apply(params, inputs), vectors(params, inputs))
