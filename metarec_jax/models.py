@@ -162,7 +162,9 @@ def _model(
 
     def init(key: Array) -> Params:
         k_net, *keys = jax.random.split(key, 1 + len(tables))
-        drawn = {n: table_scale * _normal(k, t.num_rows, size) for k, (n, t) in zip(keys, tables.items(), strict=True)}
+        drawn = {
+            n: table_scale * normal_rows(k, t.num_rows, size) for k, (n, t) in zip(keys, tables.items(), strict=True)
+        }
         return {"tables": {n: rows.at[0].set(0.0) for n, rows in drawn.items()}, "net": init_net(k_net)}
 
     def lookup(params: Params, inputs: Inputs) -> Rows:
@@ -188,7 +190,7 @@ def _model(
 _BLOCK = 1 << 16
 
 
-def _normal(key: Array, num_rows: int, size: int) -> Array:
+def normal_rows(key: Array, num_rows: int, size: int) -> Array:
     """Standard normal rows, as many as `rows.rounded` says.
 
     Many are drawn some at a time: the random bits of a whole table would take its memory twice. Rows drawn together lie

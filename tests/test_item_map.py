@@ -145,3 +145,10 @@ def test_bad_numbers_are_refused():
         started(dense_limit=7)
     with pytest.raises(MetarecError, match="item_map: size is 0"):
         learners.item_map(8, size=0)
+
+
+def test_a_large_table_has_rows_that_devices_can_share():
+    """5,000 items: 5,056 rows, which 2 to 64 devices share equally, as the tables of models have; 3,000 stay 3,000."""
+    for items, rows in ((5000, 5056), (3000, 3000)):
+        params = jax.eval_shape(learners.item_map(items, size=2).init, KEY)
+        assert params["tables"]["item_id"].shape == (rows, 5)

@@ -58,7 +58,7 @@ def recommend(
         run.data,
         run.known,
         negatives=configs.negatives(run.config.tasks, run.data),
-        predicts_ratings=run.config.learner.loss in ("auto", "mse", "mae"),
+        predicts_ratings=configs.build_loss(run.config.learner, run.data).__name__ in ("mse", "mae"),
     )
     if many:
         rows, extra = _many(serve, run, history, user_features, columns, top, why, out is None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +17,7 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import support_map
+from metarec_jax.models import normal_rows
 from metarec_jax.options import Bounds, bounded
 
 
@@ -47,6 +47,7 @@ def item_map(
     Raises:
       MetarecError: a size below 1.
 
+    >>> import jax
     >>> learner = item_map(4, size=1)
     >>> params = {"tables": {"item_id": jnp.array([[0.0, 0, 0], [0, 2, 0], [0, 3, 0], [7, 0, 10]])}}  # b, a, v
     >>> support = Examples({"item_id": jnp.array([1, 2])}, jnp.ones(2), jnp.ones(2))
@@ -59,7 +60,7 @@ def item_map(
     tables = {"item_id": Table(num_items, 2 * size + 1, ("item_id",), adapted=False)}
 
     def init(key: Array) -> Params:
-        rows = table_scale * jax.random.normal(key, (num_items, 2 * size + 1))
+        rows = table_scale * normal_rows(key, num_items, 2 * size + 1)
         return {"tables": {"item_id": rows.at[:, 0].set(0.0).at[0].set(0.0)}}
 
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
