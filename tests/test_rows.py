@@ -128,10 +128,10 @@ def test_lazy_adam_without_momentum(catch_up, float64):
     ("argument", "bad"), [("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", np.nan), ("eps", 0.0), ("weight_decay", -1.0)]
 )
 def test_lazy_adam_refuses_what_divides_by_zero(argument, bad):
-    with pytest.raises(MetarecError, match=f"lazy_adam: {argument} is "):
+    with pytest.raises(MetarecError, match=f"lazy_adam: {argument} must be"):
         ro.lazy_adam(**{argument: bad})
     if argument == "eps":
-        with pytest.raises(MetarecError, match="row_adagrad: eps is "):
+        with pytest.raises(MetarecError, match="row_adagrad: eps must be"):
             ro.row_adagrad(eps=bad)
 
 

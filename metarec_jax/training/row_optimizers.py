@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax.core import Array, MetarecError, Table, check_not_negative, check_positive
+from metarec_jax.core import Array, Table
+from metarec_jax.options import Bounds, bounded
 
 Schedule = Callable[[Array], Array] | float
+_DECAY, _EPS = Bounds(0.0, 1 - 1e-12), Bounds(1e-30, 1e12)
 
 
 class RowOptimizer(NamedTuple):
@@ -41,12 +43,13 @@ class LazyAdamState(NamedTuple):
     updates: Array
 
 
+@bounded
 def lazy_adam(
     lr: Schedule = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: Annotated[float, _DECAY] = 0.9,
+    b2: Annotated[float, _DECAY] = 0.999,
+    eps: Annotated[float, _EPS] = 1e-8,
+    weight_decay: Annotated[float, Bounds(0.0)] = 0.0,
     catch_up: bool = False,
 ) -> RowOptimizer:
     """Adam on the rows of the batch alone.
@@ -74,11 +77,6 @@ def lazy_adam(
     >>> [round(float(x), 4) for x in moved[:, 0]]
     [0.0, 0.0, -0.1]
     """
-    for name, b in (("b1", b1), ("b2", b2)):
-        if not 0 <= b < 1:
-            raise MetarecError(f"lazy_adam: {name} is {b:g}; give 0 or more, and less than 1")
-    check_positive("lazy_adam", least=1e-30, eps=eps)
-    check_not_negative("lazy_adam", weight_decay=weight_decay)
     log_b1, log_b2 = (math.log(b) if b > 0 else -math.inf for b in (b1, b2))
 
     def init(table: Array) -> LazyAdamState:
@@ -110,7 +108,8 @@ def lazy_adam(
     return RowOptimizer(init, update)
 
 
-def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
+@bounded
+def row_adagrad(lr: Schedule = 1e-2, eps: Annotated[float, _EPS] = 1e-8) -> RowOptimizer:
     """Adagrad with one accumulator a row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
 
     The memory of its state is 1/size of one of Adam's moments. Raises MetarecError where ``eps`` is not above 0.
@@ -123,7 +122,6 @@ def row_adagrad(lr: Schedule = 1e-2, eps: float = 1e-8) -> RowOptimizer:
     >>> [round(float(x), 4) for x in update_rows(adagrad, table, state, jnp.array([1]), grads, jnp.array(0))[0][1]]
     [-0.4243, -0.5657]
     """
-    check_positive("row_adagrad", least=1e-30, eps=eps)
 
     def update(grads: Array, total: Array, rows: Array, step: Array, where: Array | None = None) -> tuple[Array, Array]:
         new = total + jnp.mean(grads**2, axis=1)
