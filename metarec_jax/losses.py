@@ -1,7 +1,8 @@
 """Masked losses. The last axis is the list, leading axes are batch, the mask is ``where``; smaller is better.
 
-``where`` may hold fractional weights, and every loss may be differentiated with respect to it. What stands where the
-weight is 0 changes nothing, be it nan; a list without weight has loss 0 and gradient 0, at any order.
+``where`` may hold fractional weights, and every loss may be differentiated with respect to those above 0. What stands
+where the weight is 0 changes nothing, be it nan: so the derivative with respect to a weight of 0 cannot tell what the
+example would add, and means nothing. A list without weight has loss 0 and gradient 0 in the scores, at any order.
 """
 
 from __future__ import annotations

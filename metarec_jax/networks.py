@@ -27,7 +27,7 @@ class Net(NamedTuple):
 def attend(logits: Array, weight: Array, values: Array, null: Array | float = 0.0) -> Array:
     """Softmax attention with a null key of value 0: ``sum_i w_i e^{a_i} v_i / (e^null + sum_i w_i e^{a_i})``.
 
-    Nothing to attend to gives 0. It may be differentiated with respect to the weights.
+    Nothing to attend to gives 0. It may be differentiated with respect to weights above 0; at 0 that derivative is 0.
 
     Args:
       logits: ``[q, n]``; weight: ``[n]``, 0 or more; values: ``[n, d]``, finite.

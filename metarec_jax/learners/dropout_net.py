@@ -28,7 +28,7 @@ def dropout_net(
     inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """Plain training on all examples alike, with an example's id replaced by the unknown one with chance ``drop``.
+    """Plain training on all examples alike, with a task's id replaced by the unknown one with chance ``drop``.
 
     ``loss(task) = loss(apply(p, x'), y)`` over support and query together, where x' has row 0 in the place of some ids:
     row 0 is trained to stand for the mean id (the paper sets the mean of all rows there). `adapt` starts from that row
@@ -39,7 +39,8 @@ def dropout_net(
     Args:
       model: with a table for ``column``.
       column: the id that is dropped, and whose row adapts: all examples of a task to adapt to share it.
-      drop: chance of dropping, for each example.
+      drop: chance of dropping the id that the examples of a task share: drawn once for its support and once for its
+        query, not for each example as in the paper. Examples with ids of their own (`data.epochs`) drop one by one.
       start: "unknown": adapt from row 0; "own": from the id's own row.
       inner_lr, inner_steps: the steps on the support.
       loss: of training and of adaptation, ``loss(scores [n], target [n], where=[n]) -> scalar``.
