@@ -508,13 +508,12 @@ def inner_rate(config: Config, data: Interactions) -> float | None:
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
     """Where training starts: tables from a quick matrix factorisation, or None for the learner's own start."""
-    import jax
-
     from metarec_jax import learners
+    from metarec_jax.training.loop import run_keys
 
     if not warm_starts(config, train):
         return None
-    params = learner.init(jax.random.key(config.train.seed))
+    params = learner.init(run_keys(config.train.seed)[0])
     if registry.row(config.learner.name).start != "factorisation":
         return registry.start(config.learner.name)(params, train, seed=config.train.seed)
     return learners.warm_start(params, train, seed=config.train.seed)

@@ -27,7 +27,7 @@ from metarec_jax.learners.logistic import logistic
 from metarec_jax.learners.ridge import ridge
 from metarec_jax.learners.rules import meta_sgd
 from metarec_jax.learners.warm_start import warm_start
-from metarec_jax.training.loop import fit
+from metarec_jax.training.loop import fit, run_keys
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.validation import validator
 from metarec_jax.tuning import Held, check_settings, fit_baselines, on_device, quality, some_users, tune
@@ -304,7 +304,7 @@ def _trained(
 
 def _start(learner: Learner, train: Interactions, warm: bool, seed: int) -> Params:
     """Initial parameters: from a matrix factorisation; or random, the mean at that of the targets."""
-    params = jax.jit(learner.init)(jax.random.key(seed))
+    params = jax.jit(learner.init)(run_keys(seed)[0])
     if warm:
         return warm_start(params, train, seed=seed)
     mean: Array = jnp.float32(0.0 if train.rating is None else train.rating.mean(dtype=np.float64))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from metarec_jax.config import Config, DataConfig, LearnerConfig, ModelConfig, S
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
+from metarec_jax.training.loop import run_keys
 
 
 def test_json_and_back():
@@ -193,3 +195,18 @@ def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
     assert np.abs(moved[0.0]).max() > 1e-3
     np.testing.assert_allclose(moved[None], moved[30.0], rtol=1e-6)
     np.testing.assert_allclose(moved[30.0], moved[0.0] / 31, rtol=1e-3, atol=1e-7)
+
+
+def test_a_warm_start_and_training_draw_from_keys_of_their_own(ratings):
+    """Parameters are drawn from one half of the seed's key, training from the other; neither from the key that was split."""
+    given = Config(model=ModelConfig(size=2), train=TrainConfig(seed=3))
+    learner, used = config.build_learner(given, ratings), []
+
+    def init(key):
+        used.append(key)
+        return learner.init(key)
+
+    config.build_params(given, learner._replace(init=init), ratings)
+    of_training, root = run_keys(3)[1], jax.random.key(3)
+    assert len(used) == 1
+    assert not any(jnp.array_equal(jax.random.key_data(used[0]), jax.random.key_data(k)) for k in (of_training, root))

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from metarec_jax import signals, tree
-from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.core import Array, Learner, MetarecError, Method, Params
 from metarec_jax.cpu import huge_pages
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
@@ -148,7 +148,7 @@ def fit(
     source = _source(learner, train)
     schedule = optax.cosine_decay_schedule(lr, max(steps, 1), 0.1)
     optimizers = Optimizers(optimizer or optax.adam(schedule), rows or lazy_adam(schedule))
-    k_init, k_train = jax.random.split(jax.random.key(seed))
+    k_init, k_train = run_keys(seed)
     if params is not None:
         _check_params(learner, params)
     start = _start(learner, optimizers, params, k_init, k_train, keeps_best=validate is not None, mesh=mesh)
@@ -240,6 +240,15 @@ def fit(
     chosen = best_params if validate and math.isfinite(float(state.best)) else state.train.params
     method = Method(chosen, learner.adapt, learner.predict, learner.tables)
     return FitResult(chosen, history, done, stopped, method, compile_seconds)
+
+
+def run_keys(seed: int) -> tuple[Array, Array]:
+    """The keys of a run: of the parameters before training, and of all that training draws; no part uses the other's.
+
+    Parameters that `fit` is given should be of the first: ``learner.init(run_keys(seed)[0])``.
+    """
+    k_init, k_train = jax.random.split(jax.random.key(seed))
+    return k_init, k_train
 
 
 def _validated(validate: Validate, params: Params) -> dict[str, float]:
