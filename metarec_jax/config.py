@@ -519,14 +519,6 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
     return learners.warm_start(params, train, seed=config.train.seed)
 
 
-def _item_map_support(train: Interactions) -> int:
-    """Support examples that `item_map_start` solves for: 5, or as many as the longest history has beside one other."""
-    import numpy as np
-
-    pairs = np.unique(np.stack([train.user, train.item]), axis=1)
-    return min(5, int(np.bincount(pairs[0]).max(initial=1)) - 1)
-
-
 def warm_starts(config: Config, train: Interactions) -> bool:
     """Whether this run starts from a factorisation (ratings, the content model, dot-product head) or from counts."""
     start = registry.row(config.learner.name).start

@@ -11,9 +11,10 @@ from tables import ROWS, refused, rows_of, text, write
 
 from metarec_jax import config, options
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import code_ids, find_roles, listed, numbers, shown
+from metarec_jax.data.columns import find_roles, listed, numbers, shown
 from metarec_jax.data.describe import describe
 from metarec_jax.data.histories import read_histories
+from metarec_jax.data.ids import code_ids
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.readers import from_pandas, read
 

@@ -40,20 +40,6 @@ ALIASES = {
 }
 """Names that people give to each column, as compared: letters and digits only, in lower case; the first one wins."""
 
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-
-
-class Coded(NamedTuple):
-    """A column of ids as codes. ``codes`` int32 ``[N]``, -1 where missing; ``ids`` ``[n]`` sorted, int64 or text."""
-
-    codes: np.ndarray
-    ids: np.ndarray
-    notes: tuple[str, ...] = ()
-
-    def shown(self, code: int) -> str:
-        """An id as a message shows it: text in quotes."""
-        return shown(self.ids[[code]].tolist()[0])
-
 
 class Roles(NamedTuple):
     """The column of each role, or None."""
@@ -76,6 +62,8 @@ def shown(value: Any, most: int = 60) -> str:
     >>> print(shown("caf\u00e9\x1b[31m"), shown("a" * 100, 6), shown(10**5000))
     'café\\x1b[31m' 'aaaaa... a number of 16610 bits
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, str):
         value = value[: most + 1]
     elif isinstance(value, int) and value.bit_length() > 4096:  # Python refuses to spell it
@@ -183,79 +171,6 @@ def option(role: str) -> str:
     return f"{role}_col= (--{role}-col)"
 
 
-def is_integer(text: str) -> bool:
-    """Whether text is an integer written in the one usual way, so that nothing is lost: no leading zeros, no "+"."""
-    return _INTEGER.fullmatch(text) is not None
-
-
-def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> Coded:
-    """Sorted distinct ids of a column, and each row's position among them.
-
-    Integers stay integers; text stays text, without blanks around it. Whole floats (what pandas makes of integers when
-    some are missing) become integers again. A mixture becomes text, and a note says so.
-
-    Args:
-      column: ``[N]``, of any dtype.
-      spelled: the values come from a text file: integers if every one is spelled as one without leading zeros.
-      name: of the column, for notes.
-
-    >>> code_ids(pd.Series(["b", "a", None, "b"]))
-    Coded(codes=array([ 1,  0, -1,  1], dtype=int32), ids=array(['a', 'b'], dtype=object), notes=())
-    """
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu" and len(column):
-        values = column.to_numpy()
-        low, high = int(values.min()), int(values.max())
-        if high < 2**63 and high - low < max(4 * len(values), 1 << 20):
-            return _code_dense(values, low, high)
-    codes, distinct = _distinct(column, name)
-    names = [id_of(value) for value in distinct]
-    texts = [n for n in names if isinstance(n, str)]
-    notes: tuple[str, ...] = ()
-    given = len(names) - names.count(None)
-    as_integers = not texts or (spelled and len(texts) == given and all(map(is_integer, texts)))
-    if as_integers and all(n is None or -(2**63) <= int(n) < 2**63 for n in names):
-        known: list[Any] = [None if n is None else int(n) for n in names]
-    else:
-        known = [None if n is None else str(n) for n in names]
-        spelled_numbers = sum(map(is_integer, texts)) if spelled else given - len(texts)
-        if 0 < spelled_numbers < given:
-            notes = (f"column {shown(name)} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
-    kept = [n for n in known if n is not None]
-    dtype = np.int64 if kept and isinstance(kept[0], int) else object
-    ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
-    lookup = np.full(len(known) + 1, -1, np.int32)  # the last one answers code -1
-    lookup[[k for k, n in enumerate(known) if n is not None]] = inverse
-    return Coded(lookup[codes], ids, notes)
-
-
-def _code_dense(values: np.ndarray, low: int, high: int) -> Coded:
-    if low < 0 or high >= max(4 * len(values), 1 << 20):
-        values = values.astype(np.int64) - low  # in 8 or 16 bits the difference would wrap
-        high -= low
-        shift = low
-    else:
-        shift = 0
-    seen = np.zeros(high + 1, bool)
-    seen[values] = True
-    lookup = np.cumsum(seen, dtype=np.int32)
-    lookup -= 1
-    return Coded(lookup[values], np.flatnonzero(seen).astype(np.int64) + shift)
-
-
-def id_of(value: Any) -> str | int | None:
-    """An id as text or integer; None where there is none."""
-    if isinstance(value, str):
-        value = value.strip()
-        return None if value in MISSING else value
-    if isinstance(value, (bool, np.bool_)):
-        return str(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return None if np.isnan(value) else int(value) if float(value).is_integer() else str(value)
-    return None if value is None or value is pd.NA or value is pd.NaT else str(value)
-
-
 def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
     """A column of numbers, float32 ``[N]``, nan where missing.
 
@@ -266,7 +181,7 @@ def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
         with np.errstate(over="ignore"):
             out = column.to_numpy(dtype=np.float32, na_value=np.nan)
     else:
-        codes, distinct = _distinct(column, name)
+        codes, distinct = distinct_values(column, name)
         parsed = np.array([_float(value) for value in distinct] + [np.nan], np.float64)
         bad = np.array([_float(v) is None for v in distinct] + [False])
         if bad.any():
@@ -287,7 +202,7 @@ def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
     return out
 
 
-def _distinct(column: pd.Series, name: str) -> tuple[np.ndarray, list[Any]]:
+def distinct_values(column: pd.Series, name: str) -> tuple[np.ndarray, list[Any]]:
     """Codes of the distinct values, -1 where missing, and these values.
 
     Raises:
@@ -334,7 +249,7 @@ def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.
         return zoneless.to_numpy().astype("datetime64[s]").astype(np.int64), missing, ()
     if pd.api.types.is_numeric_dtype(column.dtype):
         return _epoch(column, name, where)
-    codes, distinct = _distinct(column, name)
+    codes, distinct = distinct_values(column, name)
     spelled = [_float(value) for value in distinct]
     if all(value is not None for value in spelled):
         return _epoch(pd.Series(np.array([*spelled, np.nan], np.float64)[codes]), name, where)

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import MISSING, find_column, listed, plain, shown
+from metarec_jax.data.columns import MISSING, find_column, listed, option, plain, shown
+from metarec_jax.data.ids import float_bits, refuse_rounded
 from metarec_jax.data.interactions import Feature, Vocabulary, texts
 
 MAX_VALUES = 32
@@ -62,9 +64,10 @@ def side_features(
     >>> genres.kind, genres.vocabulary.ids.tolist(), genres.values.tolist()  # rows: unknown, "a", "b"
     ('multi', ['Drama', 'War'], [[0, 0], [1, 0], [2, 1]])
     """
-    found = id_column(frame, side, id_col)
+    found = id_column(list(frame.columns), side, id_col)
     if not len(frame):
         raise MetarecError(f"the {side} table holds no rows. A table with one row an id was wanted")
+    refuse_rounded(frame[found].unique().tolist(), f"{found} of the {side} table", float_bits(frame[found].dtype))
     rows = vocabulary.encode(_objects(frame[found]))
     notes = []
     if outside := int((rows == 0).sum()):
@@ -73,7 +76,7 @@ def side_features(
         raise MetarecError(
             f"no id in column {shown(found)} of the {side} table is among the {len(vocabulary.ids)} {side} ids of the "
             f"interactions (such as {shown(vocabulary.ids.tolist()[0])}, against {shown(frame[found].iloc[0])}). "
-            f"Name its id column with {side}_col="
+            f"Name its id column with {option(side)}"
         )
     known = pd.Series(np.arange(len(rows)), index=rows)[rows > 0]
     repeated = known.index.duplicated(keep="last")
@@ -108,9 +111,9 @@ def side_features(
     return SideTable(features, titles, tuple(notes))
 
 
-def id_column(frame: pd.DataFrame, side: str, asked: str | None) -> str:
+def id_column(columns: Sequence[object], side: str, asked: str | None) -> str:
     """The column of ids of a side table: the one asked for if it is there, else the first alias, else "id"."""
-    names = [str(c) for c in frame.columns]
+    names = [str(c) for c in columns]
     if asked is not None and asked in names:
         return asked
     found = find_column(names, side, None, f"the {side} table") or next((n for n in names if plain(n) == "id"), None)
@@ -133,19 +136,21 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
             return _multi(lists, at, num_rows)
     if values is not None:
         values = values.reshape(len(values), -1)
+        exact_ints = _objects(column).tolist() if pd.api.types.is_integer_dtype(column.dtype) else None
         present = values[np.isfinite(values)]
-        distinct = np.unique(present)
-        if len(distinct) < 2:
+        distinct = len(set(exact_ints) - {None}) if exact_ints else len(np.unique(present))
+        if distinct < 2:
             return None, "is the same everywhere: no feature"
         exact = bool((np.abs(present) < 2.0**63).all())
         whole = values.shape[1] == 1 and exact and bool((present == np.floor(present)).all())
         dated = pd.api.types.is_datetime64_any_dtype(column.dtype)
         label = whole and not dated and _LABEL_NAME.search(name) is not None
-        if label and _is_label(len(distinct), len(present)):
+        if label and _is_label(distinct, len(present)):
             return None, "differs on most rows, like a label: no feature"
-        if not label and (dated or not whole or len(distinct) > FEW):
+        if not label and (dated or not whole or distinct > FEW):
             return _numeric(values, at, num_rows)
-        labels: list[int | str | None] = [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
+        plain_values = exact_ints or [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
+        labels: list[int | str | None] = [None if v is None else int(v) for v in plain_values]
     else:
         labels = [_text(v) for v in _objects(column)]
     given = [t for t in labels if t is not None]

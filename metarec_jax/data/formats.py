@@ -11,7 +11,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import bounds, parquet
-from metarec_jax.data.columns import ALIASES, MISSING, is_integer, listed, one_line, plain, shown
+from metarec_jax.data import bounds, parquet, spelling
+from metarec_jax.data.columns import ALIASES, MISSING, listed, one_line, plain, shown
 
 _DELIMITERS = ("::", "\t", ",", ";", "|")
 _TYPED = re.compile(r"(.+):(token|float|token_seq|float_seq)")
@@ -30,6 +30,7 @@ _HEAD = 1 << 18
 _SAMPLE = 100
 _READ_ERRORS = (OSError, EOFError, zlib.error, MemoryError)
 _TEXT = pa.dictionary(pa.int32(), pa.string())
+_DIGITS = re.compile(r"0|-?[1-9][0-9]{0,4000}")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PART = "\x1f"
 """One byte that no text holds, in the place of a delimiter of two, for a reader that wants one."""
@@ -203,25 +204,18 @@ def _first(rows: Iterator[Any], count: int) -> Iterator[Any]:
         yield row
 
 
-def number(text: str) -> float | None:
-    if "_" in text:  # "1_000" is a number to Python alone
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _looks_like_time(text: str) -> bool:
-    return (number(text) or 0.0) > 1e8
+    return (spelling.number(text) or 0.0) > 1e8
 
 
 def _is_header(first: list[str], rest: list[list[str]], asked: tuple[str, ...]) -> bool:
     usual = {alias for aliases in ALIASES.values() for alias in aliases}
     if any(name in asked or plain(name) in usual for name in first):
         return True
-    text = [k for k, name in enumerate(first) if number(name) is None]
-    return len(text) == len(first) and any(number(row[k]) is not None for row in rest for k in text if k < len(row))
+    text = [k for k, name in enumerate(first) if spelling.number(name) is None]
+    return len(text) == len(first) and any(
+        spelling.number(row[k]) is not None for row in rest for k in text if k < len(row)
+    )
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:
@@ -337,8 +331,11 @@ def _refusal(path: Path, dialect: Dialect, error: Exception) -> MetarecError:
     return bounds.broken(path, error)
 
 
-def read_text(path: Path, dialect: Dialect) -> pd.DataFrame:
+def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) -> pd.DataFrame:
     """A whole text file, for side features: numbers where all of a column is, lists where RecBole says so, or text.
+
+    Args:
+      ids: columns of ids, which stay as they are spelled.
 
     Raises:
       MetarecError: a line has too few or too many fields or is not UTF-8, or the file is cut off; the line is named.
@@ -358,12 +355,13 @@ def read_text(path: Path, dialect: Dialect) -> pd.DataFrame:
                 f"{place(path, dialect, row)}, column {shown(name)}: {shown(given[bad[0]])} is no list of numbers, as "
                 "its header says. Correct it, or call the column token_seq"
             )
-        columns[name] = _typed([*given, None], type_).iloc[at].reset_index(drop=True)  # -1, missing, is the last
+        typed = pd.Series([*given, None], dtype=object) if name in ids else _typed([*given, None], type_)
+        columns[name] = typed.iloc[at].reset_index(drop=True)  # -1, missing, is the last
     return pd.DataFrame(columns)
 
 
 def _floats(text: str | None) -> list[float] | None:
-    found = [number(part) for part in (text or "").split()]
+    found = [spelling.number(part) for part in (text or "").split()]
     return None if None in found else [f for f in found if f is not None]
 
 
@@ -371,9 +369,12 @@ def _typed(values: list[str | None], type_: str) -> pd.Series:
     if type_.endswith("_seq"):
         return pd.Series([_floats(v) if type_ == "float_seq" else (v or "").split() for v in values], dtype=object)
     given = [v for v in values if v is not None]
-    if given and all(map(is_integer, given)):
-        return pd.Series([None if v is None else int(v) for v in values], dtype="Int64")
+    if given and all(map(_DIGITS.fullmatch, given)):
+        integers = [None if v is None else int(v) for v in values]
+        if all(n is None or -(2**63) <= n < 2**63 for n in integers):
+            return pd.Series(integers, dtype="Int64")
+        return pd.Series(values, dtype=object)
     # a number with a leading zero ("02139") is a label
-    if given and all(number(v) is not None and not re.match("0[0-9]", v) for v in given):
+    if given and all(spelling.number(v) is not None and not re.match("0[0-9]", v) for v in given):
         return pd.Series([np.nan if v is None else float(v) for v in values], dtype=np.float64)
     return pd.Series(values, dtype=object)

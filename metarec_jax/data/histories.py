@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +10,8 @@ import pandas as pd
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, formats, layouts, parquet
-from metarec_jax.data.columns import MISSING, find_column, id_of, listed, option, seconds, shown
-from metarec_jax.data.features import id_column
+from metarec_jax.data.columns import find_column, listed, shown
+from metarec_jax.data.ids import code_ids
 
 
 class Histories(NamedTuple):
@@ -26,21 +24,11 @@ class Histories(NamedTuple):
 
 
 @bounds.fits
-def read_histories(
-    path: str | Path,
-    *,
-    asked: Mapping[str, str | None] = MappingProxyType({}),
-    trained: Mapping[str, str | None] = MappingProxyType({}),
-) -> Histories:
-    """Users, items (by id or title) and ratings of a delimited or Parquet file.
+def read_histories(path: str | Path) -> Histories:
+    """Users, items (by id or title) and ratings of a delimited or Parquet file, columns found by their usual names.
 
     Rows without an item or, in a table with ratings, without a rating are left out, and counted in ``notes``. A table
-    without a user column is one user's. Of a table with times, rows are taken in their order.
-
-    Args:
-      asked: names of columns by role (user, item, rating, timestamp); they must be there.
-      trained: the names that a run learned from, taken where they are there. Other columns are found by their usual
-        names.
+    without a user column is one user's.
 
     Raises:
       MetarecError: no such file, no item column, no whole row, or a file that cannot be read; the line is named.
@@ -51,27 +39,21 @@ def read_histories(
         raise MetarecError(f"{path} is a folder; name the table of new users in it")
     if "\0" in str(path) or not path.exists():
         raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
+    dialect = None
     if layouts.layout(path) == "parquet":
         frame = parquet.read(path)
     else:
         dialect = formats.sniff(path)
-        frame = formats.read_text(path, dialect)
+        ids_in = (find_column(dialect.names, role, None, str(path)) for role in ("user", "item", "title"))
+        frame = formats.read_text(path, dialect, tuple(ids_in))
         if not dialect.header:
             notes.append(f"{path} has no header: its columns are taken for {listed(dialect.names)}")
     names = [str(name) for name in frame.columns]
-
-    def column(role: str) -> str | None:
-        name = asked.get(role)
-        if name is None and trained.get(role) in names:
-            name = trained[role]
-        return find_column(names, role, name, str(path))
-
-    user, item, rating, timestamp = map(column, ("user", "item", "rating", "timestamp"))
-    item = item or column("title")
+    user, item, rating = (find_column(names, role, None, str(path)) for role in ("user", "item", "rating"))
+    item = item or find_column(names, "title", None, str(path))
     if item is None:
         raise MetarecError(
-            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name it with "
-            f"{option('item')}"
+            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name one of them item_id"
         )
     wanted = [item] if rating is None else [item, rating]
     if user is not None:
@@ -79,12 +61,12 @@ def read_histories(
     for name in wanted:
         if any(isinstance(value, (list, tuple, dict, np.ndarray)) for value in frame[name]):
             raise MetarecError(f"{path}: column {shown(name)} holds lists or tables, and one value a row was wanted")
-    ids = {name: pd.Series(map(id_of, frame[name]), dtype=object) for name in (user, item) if name is not None}
-    table, frame = frame, frame[wanted].assign(**ids)
-    if timestamp is not None and timestamp not in wanted:
-        moments, missing, said = seconds(table[timestamp], timestamp, lambda k: f"row {k + 1} of {path}")
-        notes += said
-        frame = frame.iloc[np.lexsort((np.where(missing, np.iinfo(np.int64).min, moments),))]
+    ids = {}
+    for name in (user, item):
+        if name is not None:
+            coded = code_ids(frame[name], spelled=dialect is not None, name=name)
+            ids[name] = pd.Series(np.append(coded.ids.astype(object), None)[coded.codes], dtype=object)
+    frame = frame[wanted].assign(**ids)
     whole = frame.dropna()
     if lost := len(frame) - len(whole):
         gone = 0 if user is None else frame[user].nunique() - whole[user].nunique()
@@ -97,41 +79,3 @@ def read_histories(
     if len({type(u) for u in users}) > 1:
         users = [str(u) for u in users]
     return Histories(users, columns[item], None if rating is None else columns[rating], tuple(notes))
-
-
-@bounds.fits
-def read_features(path: str | Path, user_col: str | None = None) -> dict[Any, dict[str, Any]]:
-    """Side features of new users, by user and column, of a delimited or Parquet file with one row per user.
-
-    Args:
-      user_col: the column of users; found by its usual names where None, or where the file has none of that name.
-
-    Raises:
-      MetarecError: no such file, no column of users, or a user on two rows.
-    """
-    path = Path(path)
-    if "\0" in str(path) or not path.is_file():
-        raise MetarecError(f"there is no file {path}; give a table with one row per user: user_id, and the features")
-    if layouts.layout(path) == "parquet":
-        frame = parquet.read(path)
-    else:
-        frame = formats.read_text(path, formats.sniff(path))
-    by = id_column(frame, "user", user_col)
-    users = [id_of(value) for value in frame[by]]
-    for k, user in enumerate(users):
-        if user is None:
-            raise MetarecError(f"row {k + 1} of {path} has no {by}; fill it in or delete the row")
-    if len(set(users)) < len(users):
-        twice = next(user for k, user in enumerate(users) if user in users[:k])
-        raise MetarecError(f"{path} has user {shown(twice)} on two rows; keep one")
-    columns = {str(c): frame[c].astype(object).tolist() for c in frame.columns if str(c) != by}
-    return {
-        user: {name: values[k] for name, values in columns.items() if not _is_missing(values[k])}
-        for k, user in enumerate(users)
-    }
-
-
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return False
-    return bool(pd.isna(value)) or (isinstance(value, str) and value.strip() in MISSING)

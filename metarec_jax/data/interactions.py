@@ -5,6 +5,7 @@ Row 0 is everywhere the unknown id. Nothing here reads a file; `metarec_jax.data
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,6 +14,10 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import Column, MetarecError
+from metarec_jax.data.columns import shown
+from metarec_jax.data.spelling import EXACT
+
+_SPELLED = re.compile(r"\s*([-+]?[0-9]{1,100})(?:\.0*)?\s*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,9 @@ class Vocabulary:
         ids = _checked_ids(np.asarray(self.ids))
         index = pd.Index(ids, dtype=ids.dtype)
         if not index.is_unique:
-            raise MetarecError(f"the id {index[index.duplicated()][0]!r} stands twice in a vocabulary; give each once")
+            raise MetarecError(
+                f"the id {shown(index[index.duplicated()][0])} stands twice in a vocabulary; give each once"
+            )
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "_index", index)
 
@@ -108,7 +115,7 @@ def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         valid = values <= np.iinfo(np.int64).max if values.dtype.kind == "u" else np.ones(values.shape, bool)
         return values.astype(np.int64), valid
     if values.dtype.kind == "f":
-        valid = (values == np.floor(values)) & (np.abs(values) < 2.0**63)
+        valid = (values == np.floor(values)) & (np.abs(values) < 2.0**EXACT)  # beyond, several ids are one float
         return np.where(valid, values, 0).astype(np.int64), valid
     found = [_integer(value) for value in values.tolist()]
     valid = np.array([n is not None for n in found], bool)
@@ -116,13 +123,15 @@ def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _integer(value: Any) -> int | None:
-    if isinstance(value, str) and len(value) > 100:  # no id; and reading megabytes for a number takes its time
-        return None
-    try:
-        number = int(value) if isinstance(value, (str, int)) else int(value) if float(value).is_integer() else None
-    except (TypeError, ValueError, OverflowError):
-        try:  # text such as "12.0", which spreadsheets make of 12
-            number = int(float(value)) if float(value).is_integer() else None
+    """An integer, also one that text spells ("12", or "12.0", which spreadsheets make of 12); never through a float."""
+    if isinstance(value, str):
+        match = _SPELLED.fullmatch(value)
+        number = None if match is None else int(match[1])
+    elif isinstance(value, (int, np.integer)):
+        number = int(value)
+    else:
+        try:
+            number = int(value) if abs(value) < 2**EXACT and value == int(value) else None
         except (TypeError, ValueError, OverflowError):
             return None
     return number if number is not None and -(2**63) <= number < 2**63 else None
@@ -140,7 +149,9 @@ def _texts(values: np.ndarray) -> np.ndarray:
 def _text(value: Any) -> str | None:
     if value is None or value is pd.NA or value != value:
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value)) if abs(value) < 2.0**EXACT else None
+    return str(value)
 
 
 @dataclass(frozen=True, eq=False)

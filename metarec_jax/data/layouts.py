@@ -12,6 +12,7 @@ import pandas as pd
 from metarec_jax.core import MetarecError
 from metarec_jax.data import formats, parquet
 from metarec_jax.data.columns import listed, plain, shown
+from metarec_jax.data.features import id_column
 from metarec_jax.data.movielens import GENRES_100K
 
 Format = Literal["csv", "parquet", "recbole", "movielens"]
@@ -84,8 +85,12 @@ def beside(path: Path, form: Format) -> tuple[Path | None, Path | None]:
     return (there[0][0] if there[0] else None), (there[1][0] if there[1] else None)
 
 
-def side_frame(path: str | Path | None) -> pd.DataFrame | None:
-    """A table of users or items; MovieLens' own get names, lists of genres, and the year that stands in the title."""
+def side_frame(path: str | Path | None, side: str, id_col: str | None = None) -> pd.DataFrame | None:
+    """A table of users or items; MovieLens' own get names, lists of genres, and the year that stands in the title.
+
+    Args:
+      side, id_col: as in `metarec_jax.data.features.side_features`; the ids of a text file are read as text.
+    """
     if path is None:
         return None
     where = Path(path)
@@ -96,7 +101,7 @@ def side_frame(path: str | Path | None) -> pd.DataFrame | None:
     dialect = formats.sniff(where, names, latin=names is not None)
     if names is None and not dialect.header:
         raise MetarecError(f"{where} has no header, so its columns have no names. Put one on its first line")
-    frame = formats.read_text(where, dialect)
+    frame = formats.read_text(where, dialect, (id_column(dialect.names, side, id_col),))
     if base == "u.item":
         if odd := next((g for g in GENRES_100K if not pd.api.types.is_numeric_dtype(frame[g].dtype)), None):
             raise MetarecError(

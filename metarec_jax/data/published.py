@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, formats, parquet
-from metarec_jax.data.columns import Coded, code_ids, find_column, listed, numbers, seconds, shown
+from metarec_jax.data.columns import find_column, listed, numbers, seconds, shown
+from metarec_jax.data.ids import Coded, code_ids
 from metarec_jax.data.interactions import Interactions, Vocabulary
 
 _STATE_NAMES = ("state", "scenario", "split", "partition", "part", "subset")

@@ -13,12 +13,9 @@ import pyarrow as pa
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, formats, layouts, parquet
 from metarec_jax.data.columns import (
-    Coded,
     Roles,
     Where,
-    code_ids,
     find_roles,
-    is_integer,
     listed,
     numbers,
     option,
@@ -26,8 +23,10 @@ from metarec_jax.data.columns import (
     shown,
 )
 from metarec_jax.data.features import id_column, side_features
+from metarec_jax.data.ids import Coded, code_ids
 from metarec_jax.data.interactions import Interactions, Vocabulary, texts
 from metarec_jax.data.layouts import Format
+from metarec_jax.data.spelling import is_integer, number
 
 Duplicates = Literal["last", "first", "mean", "error"]
 
@@ -160,8 +159,8 @@ def read(
             None if c is None else by_position.get(c, c) for c in (user_col, item_col, rating_col, timestamp_col)
         )
     beside = (None, None) if format == "csv" else layouts.beside(path, form)
-    users = layouts.side_frame(user_features or beside[0])
-    items = layouts.side_frame(item_features or beside[1])
+    users = layouts.side_frame(user_features or beside[0], "user", user_col)
+    items = layouts.side_frame(item_features or beside[1], "item", item_col)
     in_items = items is not None and (title_col is None or title_col in items.columns)
     roles = find_roles(
         names, user_col, item_col, rating_col, timestamp_col, None if in_items else title_col, implicit, str(path)
@@ -209,7 +208,7 @@ def _type(column: str, roles: Roles, dialect: formats.Dialect) -> pa.DataType:
         sample = [row[k].strip() for row in dialect.sample if k < len(row) and row[k].strip()]
         if all(map(is_integer, sample)):
             return pa.int64()
-        if all(formats.number(value) is not None for value in sample):
+        if all(number(value) is not None for value in sample):
             return pa.float64()
     return pa.dictionary(pa.int32(), pa.string())
 
@@ -293,7 +292,8 @@ def _interactions(
         )
 
     if unrated_items and item_features is not None:
-        more_ids = code_ids(item_features[id_column(item_features, "item", asked[1])], spelled=spelled).ids
+        their_ids = item_features[id_column(list(item_features.columns), "item", asked[1])]
+        more_ids = code_ids(their_ids, spelled=item.ids.dtype != object).ids
         if more_ids.dtype != item.ids.dtype:  # text for integers names none of them, integers for text are spelled
             more_ids = texts(more_ids) if item.ids.dtype == object else item.ids[:0]
         union = np.union1d(item.ids, more_ids)

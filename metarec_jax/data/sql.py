@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from metarec_jax.core import MetarecError
 from metarec_jax.data.columns import MISSING, option, shown
 from metarec_jax.data.ingest import Source
+from metarec_jax.data.spelling import EXACT, ROUNDED, WHOLE
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 _FLOATS = ("FLOAT", "DOUBLE")
-_SPELLED = ("UBIGINT", "HUGEINT", "UHUGEINT", "UUID", "BOOLEAN", "DATE", "DECIMAL", "TIMESTAMP", "TIME", "ENUM")
+_NUMBERS = (*_FLOATS, "DECIMAL")
+_SPELLED = ("UBIGINT", "HUGEINT", "UHUGEINT", "UUID", "BOOLEAN", "DATE", "TIMESTAMP", "TIME", "ENUM")
 """Types whose ids are kept as text."""
 _UNITS = ((10**17, 10**9, "nano"), (10**14, 10**6, "micro"), (10**11, 10**3, "milli"))
 
@@ -63,7 +65,8 @@ def check(run: Run, relation: str, table: Source) -> Checked:
     _id("raw", types[roles.item], where, roles.item, "item")
     wanted = {"read": "count(*)"} | {f"user_{f}": f"{f}({user})" for f in ("count", "min", "max")}
     wanted |= {"user_whole": f"count_if({_spelled(user)})"} if table.dialect is not None else {}
-    wanted |= {"user_fractions": f"count_if({user} != floor({user}))"} if kind in _FLOATS else {}
+    wanted |= {"user_fractions": f"count_if({user} != floor({user}))"} if kind in _NUMBERS else {}
+    wanted |= {"user_rounded": _rounded(user, kind), "user_such": _such(user, kind)}
     rating, times = "", dict[str, str]()
     if roles.rating is not None:
         given, rating = _number(roles.rating, types[roles.rating])
@@ -86,8 +89,10 @@ def check(run: Run, relation: str, table: Source) -> Checked:
     notes, lost = list(table.notes), {roles.user: read - found["user_count"]}
     if found.get("user_fractions"):
         raise _fractions(where, roles.user, found["user_fractions"], "user")
-    if kind in _FLOATS or (table.dialect is not None and found["user_whole"] == found["user_count"]):
-        user = f"({user})::BIGINT"
+    if found["user_rounded"]:
+        raise _were_rounded(where, roles.user, found["user_rounded"], found["user_such"])
+    if kind in _NUMBERS or (table.dialect is not None and found["user_whole"] == found["user_count"]):
+        user = _integer(user, kind)
     elif found.get("user_whole"):
         notes.append(_mixed(roles.user, found["user_whole"]))
     if found["user_min"] == found["user_max"]:
@@ -131,7 +136,7 @@ def number_items(run: Run, relation: str, table: Source, checked: Checked) -> tu
     where, name, kind = _where(table), table.roles.item, checked.item_kind
     item, raw = _id("raw", kind, where, name, "item"), f"SELECT {checked.item} AS raw, count(*) AS n"
     run(f"CREATE TABLE seen AS {raw} FROM {relation}{checked.condition} GROUP BY 1")
-    fractions = f"sum(n) FILTER (WHERE {item} != floor({item}))" if kind in _FLOATS else "0"
+    fractions = f"sum(n) FILTER (WHERE {item} != floor({item}))" if kind in _NUMBERS else "0"
     counted = f"sum(n), sum(n) FILTER (WHERE {item} IS NOT NULL), sum(n) FILTER (WHERE {_spelled(item)}), {fractions}"
     read, given, whole, broken = (int(n or 0) for n in run(f"SELECT {counted} FROM seen")[0])
     notes = []
@@ -139,8 +144,10 @@ def number_items(run: Run, relation: str, table: Source, checked: Checked) -> tu
         raise _fractions(where, name, broken, "item")
     if not given:
         raise MetarecError(f"{where}: no row has a user, an item and what else is wanted of it. Fill the gaps in")
-    if kind in _FLOATS or (table.dialect is not None and whole == given):
-        item = f"({item})::BIGINT"
+    if (rounded := run(f"SELECT {_rounded(item, kind)}, {_such(item, kind)} FROM seen")[0])[0]:
+        raise _were_rounded(where, name, *rounded)
+    if kind in _NUMBERS or (table.dialect is not None and whole == given):
+        item = _integer(item, kind)
     elif table.dialect is not None and whole:
         notes.append(_mixed(name, whole))
     if given < read:
@@ -168,8 +175,43 @@ def _mixed(name: str, rows: int) -> str:
 
 
 def _spelled(value: str) -> str:
-    """SQL: whether text spells an integer, as `columns.is_integer` has it."""
-    return f"regexp_full_match({value}::VARCHAR, '0|-?[1-9][0-9]{{0,17}}')"
+    """SQL: whether text spells an integer, as `spelling.whole` has it."""
+    return f"regexp_full_match({value}::VARCHAR, {literal(WHOLE)})"
+
+
+def _integer(value: str, kind: str) -> str:
+    """SQL of ids that are whole numbers as such; text loses its decimal point first."""
+    return f"({value})::BIGINT" if kind in _NUMBERS else f"regexp_replace({value}, '[.]0*$', '')::BIGINT"
+
+
+def _is_rounded(value: str, kind: str) -> str:
+    """SQL: whether an id went through a float that does not hold it, as `spelling.was_rounded` has it."""
+    if kind in _FLOATS:
+        return f"abs({value}) >= {2**24 if kind == 'FLOAT' else 2**EXACT}"
+    if kind != "VARCHAR":
+        return "false"
+    power = f"(contains(lower({value}), 'e') OR abs(TRY_CAST({value} AS DOUBLE)) >= {2**EXACT})"
+    return f"(regexp_full_match({value}, {literal(ROUNDED)}) AND {power})"
+
+
+def _rounded(value: str, kind: str) -> str:
+    """SQL: how many ids were rounded; of text 0 where some of it is no number."""
+    some = f"count_if({_is_rounded(value, kind)})"
+    if kind != "VARCHAR":
+        return some
+    return f"CASE WHEN count({value}) = count(TRY_CAST({value} AS DOUBLE)) THEN {some} ELSE 0 END"
+
+
+def _such(value: str, kind: str) -> str:
+    """SQL: an example of a rounded id."""
+    return f"min(CASE WHEN {_is_rounded(value, kind)} THEN {value} END)"
+
+
+def _were_rounded(where: str, name: str, count: int, such: Any) -> MetarecError:
+    return MetarecError(
+        f"{where}, column {shown(name)}: {count} ids such as {shown(such)} were rounded by a float, so that several "
+        "may have become one. Write the column again as whole numbers or as text, without powers of ten"
+    )
 
 
 def _kind(spelled: str) -> str:
@@ -183,6 +225,8 @@ def _id(column: str, kind: str, where: str, name: str, side: str) -> str:
         return f"{column}::BIGINT"
     if kind in _FLOATS:
         return f"CASE WHEN isfinite({column}) THEN {column} END"
+    if kind == "DECIMAL":
+        return column
     if kind == "VARCHAR" or kind.startswith(_SPELLED):
         return _text(column)
     raise MetarecError(

@@ -164,10 +164,10 @@ def open_store(
     starts = np.memmap(folder / "starts.bin", "<i8", "r", shape=(users + 1,))
     store = Store(folder, **noted, starts=starts, events=File(folder / "events.bin"))
     lengths(store)  # checks them
-    if (frame := layouts.side_frame(user_features)) is not None:
+    if (frame := layouts.side_frame(user_features, "user")) is not None:
         table = side_features(frame, Vocabulary(ids(store, "user")), side="user")
         store = store._replace(user_features=table.features, notes=(*store.notes, *table.notes))
-    if (frame := layouts.side_frame(item_features)) is not None:
+    if (frame := layouts.side_frame(item_features, "item")) is not None:
         table = side_features(frame, Vocabulary(ids(store, "item")), side="item")
         store = store._replace(item_features=table.features, notes=(*store.notes, *table.notes), titles=table.titles)
     return store
