@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -274,6 +275,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
 
 def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Interactions:
     """Read the data set or the file that ``config`` names. ``data_dir`` is the cache of named data sets."""
+    from metarec_jax.core import MetarecWarning
     from metarec_jax.data import datasets, readers
 
     columns = {
@@ -283,7 +285,9 @@ def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Int
     }
     path = Path(config.name).expanduser()
     if path.exists() and config.name not in datasets.DATASETS:
-        return _sides(config, readers.read(path, implicit=config.implicit, **columns))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MetarecWarning)  # the command prints the notes
+            return _sides(config, readers.read(path, implicit=config.implicit, **columns))
     given = [f.name for f in dataclasses.fields(config) if f.name in columns and columns[f.name] != f.default]
     data = datasets.load(config.name, data_dir=data_dir)
     if given:

@@ -117,5 +117,9 @@ class Method(NamedTuple):
     tables: Mapping[str, Table] = MappingProxyType({})
 
 
+class MetarecWarning(UserWarning):
+    """What a Python user should know of data that was read: rows that were dropped, and how many."""
+
+
 class MetarecError(Exception):
     """Bad input, in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""

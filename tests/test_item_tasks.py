@@ -79,7 +79,7 @@ def test_a_cut_that_cannot_be_is_told(changed, message):
 def test_the_cut_wants_times_and_clicks_want_ratings():
     data = world()
     bare = Interactions(data.user, data.item, None, None, data.users, data.items)
-    with pytest.raises(MetarecError, match="wants timestamps"):
+    with pytest.raises(MetarecError, match="warm_up requires the time of every interaction, and the data has none"):
         warm_up(bare)
     with pytest.raises(MetarecError, match="no ratings to make clicks of"):
         clicks(bare)

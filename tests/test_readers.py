@@ -170,7 +170,7 @@ def test_names_asked_for(tmp_path):
     message = refused(path)
     assert "no user column" in message
     assert "kunde, artikel, note, wann" in message
-    assert "user_col= (--user-col)" in message
+    assert "--user-col (user_col= in Python)" in message
     assert "Did you mean 'artikel'?" in refused(path, **{**asked, "item_col": "Artikle"})
 
 

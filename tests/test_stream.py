@@ -338,5 +338,5 @@ def test_bad_options_are_refused(store, options, said):
 
 
 def test_order_by_time_wants_times(clicks):
-    with pytest.raises(MetarecError, match="wants timestamps, which the store lacks"):
+    with pytest.raises(MetarecError, match="requires timestamps, which the store lacks"):
         stream_source(clicks, order="time")

@@ -138,7 +138,7 @@ def test_fixed_negatives_are_uniform():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "time"}, "order='time' wants a timestamp column, and the data has none"),
+        ({"order": "time"}, "--order time .* requires the time of every interaction, and the data has none"),
         ({"order": "tiem"}, "order 'tiem' is not known"),
         ({"support": (5, 4)}, r"support is \(5, 4\)"),
         ({"query": 0}, "query is 0; give 1 or more"),

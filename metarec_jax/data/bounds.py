@@ -10,6 +10,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ COLUMNS = 10_000
 LINE = 1 << 23
 """Characters of the longest line."""
 
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE | re.DOTALL)
 P = ParamSpec("P")
 T = TypeVar("T")
 _OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open}
@@ -63,6 +65,21 @@ def opened(path: Path, packed: str) -> BinaryIO:
         return path.open("rb")
     most = max(ROOM, SWELL * path.stat().st_size)
     return io.BufferedReader(_Counted(_OPEN[packed](path, "rb"), most, path), 1 << 18)
+
+
+def local(path: str | Path) -> Path:
+    """A path as it is opened: ``~`` is the user's home.
+
+    Raises:
+      MetarecError: it is a URL.
+    """
+    if (url := _URL.fullmatch(str(path))) is not None:
+        whole = str(path) if "://" in str(path) else f"{url[1]}://{url[2]}"  # a `Path` has lost one of the slashes
+        raise MetarecError(f"{whole} is a URL, and files are read here. Download it and give the path of the file")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of no user ("~nobody")
+        return Path(path)
 
 
 def broken(path: Path, error: Exception) -> MetarecError:
@@ -111,7 +128,7 @@ def read_json(path: Path, most: int = 2**24) -> Any:
     return parse_json(raw)
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes | str) -> Any:
     """`json.loads`, whose failures are all ValueError."""
     try:
         return json.loads(raw)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
+from metarec_jax.data.spelling import decimal_commas, said_of_commas
 
 Where = Callable[[int], str]
 """Where row ``k`` (from 0) of a table stands, in words: "line 7 of ratings.csv"."""
@@ -167,12 +168,15 @@ def find_roles(
 
 
 def option(role: str) -> str:
-    """How a person names the column of a role: in Python and on the command line."""
-    return f"{role}_col= (--{role}-col)"
+    """How a person names the column of a role: on the command line and in Python."""
+    return f"--{role}-col ({role}_col= in Python)"
 
 
-def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
+def numbers(column: pd.Series, name: str, where: Where, notes: list[str] | None = None) -> np.ndarray:
     """A column of numbers, float32 ``[N]``, nan where missing.
+
+    Args:
+      notes: gets what is to be said of the column.
 
     Raises:
       MetarecError: a value is not a number, or is infinite; the message names its row.
@@ -184,6 +188,11 @@ def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
         codes, distinct = distinct_values(column, name)
         parsed = np.array([_float(value) for value in distinct] + [np.nan], np.float64)
         bad = np.array([_float(v) is None for v in distinct] + [False])
+        spelled = [None if v is None or str(v).strip() in MISSING else str(v).strip() for v in distinct]
+        if bad.any() and (decimals := decimal_commas(spelled)) is not None:
+            parsed, bad = np.array([*decimals, np.nan]), np.zeros(len(bad), bool)
+            if notes is not None:
+                notes.append(f"column {shown(name)}: {said_of_commas(spelled)}")
         if bad.any():
             row = int(np.argmax(bad[codes]))
             raise MetarecError(
@@ -200,6 +209,29 @@ def numbers(column: pd.Series, name: str, where: Where) -> np.ndarray:
             "Correct or delete the row"
         )
     return out
+
+
+def no_rating(rating: np.ndarray) -> str | None:
+    """A note where one value far from all others is given so often that it may stand for "no rating"; else None.
+
+    Such is 0 where a fifth of the ratings have it and the others' mean lies above half of the scale (Book-Crossing);
+    the one negative value of a twentieth (-1); and one further from the others than these are from each other (99).
+    """
+    values, counts = np.unique(rating, return_counts=True)
+    if len(values) < 4:
+        return None
+    for k, nearest, others in ((0, 1, values[1:]), (-1, -2, values[:-1])):
+        value, share = float(values[k]), float(counts[k] / len(rating))
+        mean = float(rating[rating != values[k]].mean(dtype=np.float64))
+        odd = abs(value - float(values[nearest])) > float(others[-1]) - float(others[0]) or (
+            k == 0 and value < 0 < others[0]
+        )
+        if (odd and share >= 0.05) or (k == 0 and value == 0 and share >= 0.2 and mean > float(values[-1]) / 2):
+            return (
+                f"{share:.0%} of the ratings are {value:g}, far from the rest (mean {mean:.3g}): if that means "
+                "'no rating', delete these rows, or read every row as a click with --implicit (implicit=True in Python)"
+            )
+    return None
 
 
 def distinct_values(column: pd.Series, name: str) -> tuple[np.ndarray, list[Any]]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import movielens
+from metarec_jax.data import bounds, movielens
 from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.columns import one_line, shown
 from metarec_jax.data.describe import describe
@@ -167,6 +167,7 @@ def load(name: str = "ml-1m", *, data_dir: str | Path | None = None, offline: bo
         from metarec_jax.data.readers import read
 
         return read(path)
+    bounds.local(name)  # says so where it is a URL
     names = [*DATASETS, "synthetic"]
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"perhaps you meant {close[0]!r}" if close else "give one of these names, or the path of a file or folder"

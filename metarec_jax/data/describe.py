@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metarec_jax.data.interactions import Feature, Interactions
+from metarec_jax.data.interactions import NO_TIME, Feature, Interactions
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -96,6 +96,7 @@ def _ratings(rating: np.ndarray) -> dict[str, Any]:
 
 
 def _time(timestamp: np.ndarray) -> dict[str, Any]:
+    timestamp = timestamp[timestamp != NO_TIME]
     if not len(timestamp):
         return {"first": None, "last": None, "days": None}
     first, last = int(timestamp.min()), int(timestamp.max())

@@ -101,7 +101,7 @@ def task_source(
     for name, chance in (("user_drop", user_drop), ("item_drop", item_drop), ("cold_tasks", cold_tasks)):
         if not 0 <= chance <= 1:
             raise MetarecError(f"{name} is {chance}; it is a chance, from 0 to 1")
-    if order not in ("random", "time") or (order == "time" and train.timestamp is None):
+    if order not in ("random", "time") or (order == "time" and not train.timed):
         group_by_user(train, order)  # says what is wrong
     data, lengths = _on_device(train, support, user_rows, negatives)
     shortest, longest = int(lengths.min()), int(lengths.max())
@@ -154,7 +154,7 @@ def _on_device(
 ) -> tuple[TaskData, np.ndarray]:
     """The arrays that tasks are drawn from, and the lengths of the histories that are long enough."""
     low, high = support
-    by, users, starts = group_by_user(train, "file" if train.timestamp is None else "time")
+    by, users, starts = group_by_user(train, "time" if train.timed else "file")
     counts = np.diff(starts)
     enough = counts >= low + 1
     if not enough.any():

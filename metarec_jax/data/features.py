@@ -69,7 +69,7 @@ def side_features(
         raise MetarecError(f"the {side} table holds no rows. A table with one row an id was wanted")
     refuse_rounded(frame[found].unique().tolist(), f"{found} of the {side} table", float_bits(frame[found].dtype))
     rows = vocabulary.encode(_objects(frame[found]))
-    notes = []
+    notes = [f"{side} {note}" for note in frame.attrs.get("notes", ())]
     if outside := int((rows == 0).sum()):
         notes.append(f"{outside} {side}s of the {side} table have no interaction: left out")
     if outside == len(rows):
@@ -96,6 +96,7 @@ def side_features(
         given = _objects(frame[title])
         has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in given], bool)
         titles[at[has] - 1] = given[has]
+        notes.extend(_shared_titles(titles, vocabulary.ids, at[has] - 1))
     features: dict[str, Feature] = {}
     for column in columns:
         if column in (found, title):
@@ -109,6 +110,18 @@ def side_features(
         if note:
             notes.append(f"{side} column {shown(column)} {note}")
     return SideTable(features, titles, tuple(notes))
+
+
+def _shared_titles(titles: np.ndarray, ids: np.ndarray, at: np.ndarray) -> list[str]:
+    """A note where several of the items ``at`` have one title."""
+    shared = pd.Series(at, index=titles[at]).groupby(level=0, sort=False).agg(list)
+    shared = shared[shared.map(len) > 1]
+    if not len(shared):
+        return []
+    count = f"{len(shared)} titles are those" if len(shared) > 1 else "1 title is that"
+    first, second = (shown(n) for n in ids[sorted(shared.iloc[0])[:2]].tolist())
+    such = f"such as {shown(shared.index[0])}, ids {first} and {second}"
+    return [f"{count} of several items ({such}): name these by their ids"]
 
 
 def id_column(columns: Sequence[object], side: str, asked: str | None) -> str:
@@ -127,6 +140,8 @@ def id_column(columns: Sequence[object], side: str, asked: str | None) -> str:
 
 def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
     """The feature a column makes, or None; and what to say of it."""
+    if any(isinstance(value, (dict, bytes)) for value in _objects(column)):
+        return None, f"holds {'objects' if any(isinstance(v, dict) for v in _objects(column)) else 'bytes'}: no feature"
     values = _numbers(column)
     if values is None and (lists := _lists(column)) is not None:
         width = {len(row) for row in lists if row}

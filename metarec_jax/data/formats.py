@@ -28,9 +28,10 @@ _DELIMITERS = ("::", "\t", ",", ";", "|")
 _TYPED = re.compile(r"(.+):(token|float|token_seq|float_seq)")
 _HEAD = 1 << 18
 _SAMPLE = 100
-_READ_ERRORS = (OSError, EOFError, zlib.error, MemoryError)
+READ_ERRORS = (OSError, EOFError, zlib.error, MemoryError)
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,4000}")
+_SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PART = "\x1f"
 """One byte that no text holds, in the place of a delimiter of two, for a reader that wants one."""
@@ -63,7 +64,7 @@ def kind(path: Path) -> str:
         raise MetarecError(f"{shown(str(path))} is no path: it holds a zero byte. Check the path")
     if path.exists() and not path.is_file():  # a pipe or a device may never end
         raise MetarecError(f"{path} is no plain file. Write what it gives into a file and name that")
-    head = _head(path, raw=True)[:4096]
+    head = first_bytes(path, raw=True)[:4096]
     if head[:4] == b"PAR1":
         return "parquet"
     if path.suffix == ".parquet":
@@ -75,11 +76,12 @@ def kind(path: Path) -> str:
     return "bz2" if head[:3] == b"BZh" else "text"
 
 
-def _head(path: Path, raw: bool = False) -> bytes:
+def first_bytes(path: Path, raw: bool = False) -> bytes:
+    """How a file begins, unpacked unless ``raw``."""
     try:
         with bounds.opened(path, "text" if raw else kind(path)) as file:
             return file.read(_HEAD)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise bounds.broken(path, error) from error
 
 
@@ -96,7 +98,7 @@ def sniff(
       asked: column names that the caller will want.
       latin: take bytes that are not UTF-8 as Latin-1.
     """
-    head = _head(path)
+    head = first_bytes(path)
     if head[:2] in _UTF16:
         raise MetarecError(f"{path} is UTF-16 text. Convert it, say with: iconv -f utf-16 -t utf-8")
     if b"\0" in head:
@@ -112,9 +114,12 @@ def sniff(
         encoding, text = "latin-1", head.decode("latin-1")
     lines = list(io.StringIO(text, newline=""))  # str.splitlines parts at more than line ends
     lines = lines[:-1] if len(head) == _HEAD and len(lines) > 1 else lines
+    separator = _SEPARATOR.fullmatch(lines[0].rstrip("\r\n")) if lines else None
+    if separator is not None:  # Excel's first line, which is neither a header nor a row
+        lines[0] = "\n"
     if not any(line.strip() for line in lines):
         raise MetarecError(f"{path} is empty. A table with one row an interaction was wanted")
-    delimiter = _delimiter(path, lines[:_SAMPLE])
+    delimiter = _delimiter(path, lines[:_SAMPLE]) if separator is None else separator[1]
     try:
         quoted = delimiter in ",;" or (
             names is None
@@ -145,7 +150,8 @@ def sniff(
             f"line 1 of {path} has {len(first)} fields where {len(columns)} were wanted ({listed(columns)})"
         )
     fields = tuple(tuple(row) for _, row in sample)
-    return Dialect(delimiter, quoted, columns, types, header, rows[0][0] if header else 0, encoding, fields)
+    skip = rows[0][0] if header else int(separator is not None)
+    return Dialect(delimiter, quoted, columns, types, header, skip, encoding, fields)
 
 
 def _decode(head: bytes) -> str:
@@ -241,7 +247,7 @@ def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType])
     for wanted, newlines in attempts:
         try:
             table = _parse(path, dialect, wanted, newlines)
-        except (pa.ArrowException, UnicodeError, *_READ_ERRORS) as error:
+        except (pa.ArrowException, UnicodeError, *READ_ERRORS) as error:
             failed = error
             if not isinstance(error, pa.ArrowInvalid):
                 break
@@ -322,7 +328,7 @@ def _refusal(path: Path, dialect: Dialect, error: Exception) -> MetarecError:
                     f"line {number} of {path} has {len(row)} fields where {wanted} were wanted "
                     f"({listed(dialect.names)}).{cut} correct or delete the line"
                 )
-    except _READ_ERRORS as broken:
+    except READ_ERRORS as broken:
         return bounds.broken(path, broken)
     except csv.Error as broken:
         return MetarecError(
@@ -337,13 +343,16 @@ def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) ->
     Args:
       ids: columns of ids, which stay as they are spelled.
 
+    Returns:
+      The columns; ``attrs["notes"]`` says what was changed.
+
     Raises:
       MetarecError: a line has too few or too many fields or is not UTF-8, or the file is cut off; the line is named.
     """
     frame = read_columns(path, dialect, dict.fromkeys(dialect.names, _TEXT))
     if not len(frame):
         raise MetarecError(f"{path} holds no rows. At least one row was wanted")
-    columns = {}
+    columns, notes = {}, []
     for name, type_ in zip(dialect.names, dialect.types, strict=True):
         codes = frame.pop(name).cat
         spelled = [value.strip() for value in codes.categories]
@@ -355,9 +364,17 @@ def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) ->
                 f"{place(path, dialect, row)}, column {shown(name)}: {shown(given[bad[0]])} is no list of numbers, as "
                 "its header says. Correct it, or call the column token_seq"
             )
-        typed = pd.Series([*given, None], dtype=object) if name in ids else _typed([*given, None], type_)
+        if name in ids:
+            typed = pd.Series([*given, None], dtype=object)
+        elif dialect.delimiter == ";" and (decimals := spelling.decimal_commas(given)) is not None:
+            typed = pd.Series([*decimals, np.nan], dtype=np.float64)
+            notes.append(f"column {shown(name)}: {spelling.said_of_commas(given)}")
+        else:
+            typed = _typed([*given, None], type_)
         columns[name] = typed.iloc[at].reset_index(drop=True)  # -1, missing, is the last
-    return pd.DataFrame(columns)
+    frame = pd.DataFrame(columns)
+    frame.attrs["notes"] = notes
+    return frame
 
 
 def _floats(text: str | None) -> list[float] | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import bounds, formats, layouts, parquet
-from metarec_jax.data.columns import find_column, listed, shown
+from metarec_jax.data import bounds, formats, json_rows, layouts, parquet
+from metarec_jax.data.columns import find_column, listed, seconds, shown
 from metarec_jax.data.ids import code_ids
+from metarec_jax.data.interactions import NO_TIME
 
 
 class Histories(NamedTuple):
@@ -24,37 +27,59 @@ class Histories(NamedTuple):
 
 
 @bounds.fits
-def read_histories(path: str | Path) -> Histories:
-    """Users, items (by id or title) and ratings of a delimited or Parquet file, columns found by their usual names.
+def read_histories(
+    path: str | Path,
+    *,
+    user_col: str | None = None,
+    item_col: str | None = None,
+    rating_col: str | None = None,
+    timestamp_col: str | None = None,
+    trained_with: Mapping[str, str | None] = MappingProxyType({}),
+) -> Histories:
+    """Users, items (by id or title) and ratings of a delimited, JSON or Parquet file.
 
     Rows without an item or, in a table with ratings, without a rating are left out, and counted in ``notes``. A table
-    without a user column is one user's.
+    without a user column is one user's. Where it has times, a user's rows stand in their order, those without a time
+    first, so that of a repeated item the last is the last in time.
+
+    Args:
+      user_col, item_col, rating_col, timestamp_col: columns that must be there, by name or, without a header, by number
+        ("1", "2", ...); found by their usual names where None.
+      trained_with: the same four, of the table that a run was trained on: used where this table has them too.
 
     Raises:
       MetarecError: no such file, no item column, no whole row, or a file that cannot be read; the line is named.
     """
-    path = Path(path)
+    path = bounds.local(path)
     notes: list[str] = []
     if path.is_dir():
         raise MetarecError(f"{path} is a folder; name the table of new users in it")
     if "\0" in str(path) or not path.exists():
         raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
-    dialect = None
-    if layouts.layout(path) == "parquet":
-        frame = parquet.read(path)
+    asked = {"user": user_col, "item": item_col, "rating": rating_col, "timestamp": timestamp_col}
+    form, dialect, frame = layouts.layout(path), None, None
+    if form in ("parquet", "json"):
+        frame = parquet.read(path) if form == "parquet" else json_rows.read(path)
+        names = [str(name) for name in frame.columns]
     else:
-        dialect = formats.sniff(path)
-        ids_in = (find_column(dialect.names, role, None, str(path)) for role in ("user", "item", "title"))
-        frame = formats.read_text(path, dialect, tuple(ids_in))
+        hints = tuple(c for c in (*asked.values(), *trained_with.values()) if c)
+        dialect = formats.sniff(path, asked=hints)
+        names = list(dialect.names)
         if not dialect.header:
-            notes.append(f"{path} has no header: its columns are taken for {listed(dialect.names)}")
-    names = [str(name) for name in frame.columns]
-    user, item, rating = (find_column(names, role, None, str(path)) for role in ("user", "item", "rating"))
+            notes.append(f"{path} has no header: its columns are taken for {listed(names)}")
+            by_position = {str(k + 1): name for k, name in enumerate(names)}
+            asked = {role: by_position.get(c or "", c) for role, c in asked.items()}
+    for role, column in asked.items():
+        theirs = trained_with.get(f"{role}_col")
+        asked[role] = theirs if column is None and (theirs in names or theirs == "") else column
+    user, item, rating, time = (find_column(names, role, column, str(path)) for role, column in asked.items())
     item = item or find_column(names, "title", None, str(path))
     if item is None:
         raise MetarecError(
             f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name one of them item_id"
         )
+    if frame is None:
+        frame = formats.read_text(path, dialect, (user, item, time))
     wanted = [item] if rating is None else [item, rating]
     if user is not None:
         wanted.append(user)
@@ -66,7 +91,10 @@ def read_histories(path: str | Path) -> Histories:
         if name is not None:
             coded = code_ids(frame[name], spelled=dialect is not None, name=name)
             ids[name] = pd.Series(np.append(coded.ids.astype(object), None)[coded.codes], dtype=object)
-    frame = frame[wanted].assign(**ids)
+    frame = frame.assign(**ids)
+    if time is not None:
+        frame = _in_time(frame, user, time, path, dialect)
+    frame = frame[wanted]
     whole = frame.dropna()
     if lost := len(frame) - len(whole):
         gone = 0 if user is None else frame[user].nunique() - whole[user].nunique()
@@ -79,3 +107,14 @@ def read_histories(path: str | Path) -> Histories:
     if len({type(u) for u in users}) > 1:
         users = [str(u) for u in users]
     return Histories(users, columns[item], None if rating is None else columns[rating], tuple(notes))
+
+
+def _in_time(
+    frame: pd.DataFrame, user: str | None, time: str, path: Path, dialect: formats.Dialect | None
+) -> pd.DataFrame:
+    """The rows of each user in the order of their times, those without one first; each user's where his rows were."""
+    moments, missing, _ = seconds(frame[time], time, lambda row: formats.place(path, dialect, row))
+    users = np.zeros(len(frame), np.intp) if user is None else pd.factorize(frame[user])[0]
+    places, order = np.argsort(users, kind="stable"), np.empty(len(frame), np.intp)
+    order[places] = np.lexsort((np.where(missing, NO_TIME, moments), users))
+    return frame.iloc[order]

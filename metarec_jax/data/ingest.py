@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import bounds, formats, layouts, parquet
+from metarec_jax.data import bounds, formats, json_rows, layouts, parquet
 from metarec_jax.data.columns import Roles, find_roles, listed, shown
 
 _BLOCK = 1 << 23
@@ -58,6 +58,12 @@ def source(
     is_parquet = {formats.kind(path) == "parquet" for path in files}
     if len(is_parquet) > 1:
         raise MetarecError(f"{files[0]} and the files with it are partly Parquet, partly text. Give files of one kind")
+    if (json_file := next((p for p in files if is_parquet == {False} and json_rows.is_json(p)), None)) is not None:
+        target = json_file.with_name(f"{json_file.name.split('.')[0]}.parquet")
+        raise MetarecError(
+            f"{json_file} is JSON, and a store is prepared of CSV or Parquet files. Convert it, say with: "
+            f"duckdb -c \"COPY (FROM '{json_file}') TO '{target}'\""
+        )
     dialect = None
     if is_parquet == {True}:
         names = parquet.columns(files[0])
@@ -90,7 +96,7 @@ def find(paths: Sequence[str | Path]) -> tuple[Path, ...]:
     """Files, folders and patterns as files: of a folder the known layout (`layouts.find`), or all tables below it."""
     found: list[Path] = []
     for given in paths:
-        path = Path(given).expanduser()
+        path = bounds.local(given)
         if path.is_dir():
             found += _in_folder(path)
         elif path.exists():

@@ -17,6 +17,8 @@ from metarec_jax.core import Column, MetarecError
 from metarec_jax.data.columns import shown
 from metarec_jax.data.spelling import EXACT
 
+NO_TIME = np.iinfo(np.int64).min
+"""The timestamp of an interaction whose time is not known; it sorts before all others."""
 _SPELLED = re.compile(r"\s*([-+]?[0-9]{1,100})(?:\.0*)?\s*")
 
 
@@ -208,7 +210,7 @@ class Interactions:
     Args:
       user, item: int32 ``[N]`` rows, 1 or more.
       rating: float32 ``[N]``, or None for implicit feedback (every row is a positive).
-      timestamp: int64 ``[N]`` seconds, or None.
+      timestamp: int64 ``[N]`` seconds, `NO_TIME` where not known, or None.
       users, items: the vocabularies.
       user_features, item_features: by name; names are the model's input columns and start with ``user_`` or ``item_``.
       titles: ``[len(items)]`` display names, in row order, or None.
@@ -275,9 +277,23 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.user)
 
+    def __repr__(self) -> str:
+        rated = "clicks"
+        if self.rating is not None:
+            rated = f"ratings {self.rating.min():g} to {self.rating.max():g}" if len(self) else "ratings"
+        return (
+            f"<Interactions {self.name!r}: {len(self):,} of {len(self.users.ids):,} users with {len(self.items.ids):,} "
+            f"items, {rated}{', times' * (self.timestamp is not None)}>"
+        )
+
     @property
     def implicit(self) -> bool:
         return self.rating is None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the time of every interaction is known."""
+        return self.timestamp is not None and not (self.timestamp == NO_TIME).any()
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -326,8 +342,8 @@ def group_by_user(
     """
     if order not in ("random", "time", "file"):
         raise MetarecError(f"order {order!r} is not known; use 'random' or 'time'")
-    if order == "time" and data.timestamp is None:
-        raise MetarecError("order='time' wants a timestamp column, and the data has none; use order='random'")
+    if order == "time":
+        require_times(data, "--order time (order='time' in Python)", ", or take --order random")
     if order == "random":
         inside = (rng or np.random.default_rng(0)).permutation(len(data))
     else:
@@ -335,6 +351,21 @@ def group_by_user(
     index = np.lexsort((inside, data.user))
     users, starts = np.unique(data.user[index], return_index=True)
     return index, users, np.append(starts, len(index))
+
+
+def require_times(data: Interactions, what: str, otherwise: str = "") -> None:
+    """Refuse data without times, or without the time of some interactions.
+
+    Args:
+      what: goes by time, as the user asked for it; otherwise: what can be had without times.
+    """
+    if data.timed:
+        return
+    lacking = "the data has none"
+    if data.timestamp is not None:
+        lacking = f"{int((data.timestamp == NO_TIME).sum())} of {len(data)} interactions have no time"
+    remedy = "name their column" if data.timestamp is None else "delete these rows"
+    raise MetarecError(f"{what} requires the time of every interaction, and {lacking}; {remedy}{otherwise}")
 
 
 def _check_rows(rows: np.ndarray, low: int, num_rows: int, what: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from metarec_jax.core import Array, Examples, MetarecError, Task
 from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
-from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.interactions import Interactions, require_times
 from metarec_jax.data.tasks import TaskSet, batches
 
 V = TypeVar("V")
@@ -55,8 +55,7 @@ def warm_up(
             f"{stages} stages of {stage}, cold items of {cold[0]} to {cold[1]} interactions and base items above "
             f"{base_above}; give stages of 1 or more, in all no more than the fewest, and base_above at least the most"
         )
-    if data.timestamp is None:
-        raise MetarecError("warm_up wants timestamps, and the data has none; give a table with a timestamp column")
+    require_times(data, "warm_up")
     count = np.bincount(data.item, minlength=data.items.num_rows)[data.item]
     is_base, is_cold = count > base_above, (count >= cold[0]) & (count <= cold[1])
     if not is_base.any() or not is_cold.any():

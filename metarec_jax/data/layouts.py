@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import formats, parquet
+from metarec_jax.data import bounds, formats, json_rows, parquet
 from metarec_jax.data.columns import listed, plain, shown
 from metarec_jax.data.features import id_column
 from metarec_jax.data.movielens import GENRES_100K
 
-Format = Literal["csv", "parquet", "recbole", "movielens"]
+Format = Literal["csv", "parquet", "json", "recbole", "movielens"]
 
 _MOVIELENS_100K = re.compile(r"u\.data|u[1-5ab]\.(base|test)")
 _SIDE_NAMES = {
@@ -45,7 +45,7 @@ def find(folder: Path) -> Path:
             for p in files
             if p.name in (n, f"{n}.gz")
         ],
-        [p for p in files if re.search(r"\.(csv|tsv|parquet)(\.gz|\.bz2)?$", p.name)],
+        [p for p in files if re.search(r"\.(csv|tsv|parquet|jsonl|ndjson)(\.gz|\.bz2)?$", p.name)],
     )
     for k, found in enumerate(layouts):
         if len(found) == 1 or (found and k == 1):
@@ -62,6 +62,8 @@ def layout(path: Path) -> Format:
     """What a file of interactions is, by its content, and for MovieLens by its name."""
     if formats.kind(path) == "parquet":
         return "parquet"
+    if json_rows.is_json(path):
+        return "json"
     dialect_types = formats.sniff(path).types
     if any(dialect_types):
         return "recbole"
@@ -93,9 +95,11 @@ def side_frame(path: str | Path | None, side: str, id_col: str | None = None) ->
     """
     if path is None:
         return None
-    where = Path(path)
+    where = bounds.local(path)
     if formats.kind(where) == "parquet":
         return parquet.read(where)
+    if json_rows.is_json(where):
+        return json_rows.read(where)
     base = where.name.removesuffix(".gz")
     names = _SIDE_NAMES.get(base)
     dialect = formats.sniff(where, names, latin=names is not None)
@@ -113,5 +117,6 @@ def side_frame(path: str | Path | None, side: str, id_col: str | None = None) ->
     title = next((c for c in frame.columns if plain(c) == "title"), None)
     if title is not None and base in ("movies.dat", "u.item", "movies.csv"):
         year = frame[title].astype("string").str.extract(r"\(([0-9]{4})\)\s*$")[0]
-        frame = frame.assign(year=year.astype("Float64"))
+        if year.notna().any() and not any(plain(c) == "year" for c in frame.columns):
+            frame = frame.assign(year=year.astype("Float64"))
     return frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,12 @@ def counted(
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
-    """Integers with missing values stay integers; text comes as categories or objects; times are in UTC."""
+    """Integers with missing values stay integers; bytes become text, which is categories or objects; times are UTC."""
     found = {}
     for name in table.column_names:
         column = table.column(name)
         table = table.drop_columns([name])
+        column = _as_text(column)
         integers = pa.types.is_integer(column.type) and column.null_count
         if pa.types.is_timestamp(column.type) and column.type.tz is not None:
             column = column.cast(pa.timestamp(column.type.unit))  # the same moments, whatever the zone is called
@@ -102,6 +104,24 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
         )
         del column
     return pd.DataFrame(found, copy=False)
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bytes as the text that they are in UTF-8, or as the UUIDs that sixteen of them each are; else as they come."""
+    type_ = column.type
+    is_uuid = isinstance(type_, pa.UuidType)
+    if is_uuid:
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], type_.storage_type)
+    elif not (pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_fixed_size_binary(type_)):
+        return column
+    if not is_uuid:
+        try:
+            return column.cast(pa.binary()).cast(pa.string())
+        except pa.ArrowInvalid:  # not UTF-8
+            if column.type != pa.binary(16):
+                return column
+    spelled = [None if value is None else str(uuid.UUID(bytes=value)) for value in column.to_pylist()]
+    return pa.chunked_array([spelled], pa.string())
 
 
 def _damaged(path: Path, error: Exception) -> MetarecError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from metarec_jax.core import MetarecError
-from metarec_jax.data import bounds, formats, layouts, parquet
+from metarec_jax.core import MetarecError, MetarecWarning
+from metarec_jax.data import bounds, formats, json_rows, layouts, parquet
 from metarec_jax.data.columns import (
     Roles,
     Where,
     find_roles,
     listed,
+    no_rating,
     numbers,
     option,
     seconds,
@@ -24,7 +26,7 @@ from metarec_jax.data.columns import (
 )
 from metarec_jax.data.features import id_column, side_features
 from metarec_jax.data.ids import Coded, code_ids
-from metarec_jax.data.interactions import Interactions, Vocabulary, texts
+from metarec_jax.data.interactions import NO_TIME, Interactions, Vocabulary, texts
 from metarec_jax.data.layouts import Format
 from metarec_jax.data.spelling import is_integer, number
 
@@ -62,8 +64,9 @@ def from_pandas(
       name: of the data set, for reports.
 
     Returns:
-      The interactions, in the order of the rows. ``notes`` says in one sentence each what was dropped or changed. Rows
-      without a user, item, rating or timestamp are dropped.
+      The interactions, in the order of the rows. ``notes`` says in one sentence each what was dropped or changed; what
+      was dropped is a `MetarecWarning` too. Rows without a user, item or rating are dropped; those without a time are
+      kept (`NO_TIME`), and refused by what goes by time.
 
     Raises:
       MetarecError: a column asked for is missing, a value is no number or infinite, fewer than two users, ratings that
@@ -83,7 +86,7 @@ def from_pandas(
     roles = find_roles(
         names, user_col, item_col, rating_col, timestamp_col, None if in_items else title_col, implicit, "the table"
     )
-    return _interactions(
+    data = _interactions(
         frame,
         roles,
         names,
@@ -97,6 +100,7 @@ def from_pandas(
         duplicates=duplicates,
         name=name,
     )
+    return _warned(data, 3)
 
 
 @bounds.fits
@@ -120,13 +124,14 @@ def read(
 
     - Delimited text: comma, tab, semicolon, "|" or "::", plain or compressed (gzip, bzip2), UTF-8, with a header or
       without (then user_id, item_id, rating, timestamp by position; a column may be asked for as "1", "2", ...).
-    - Parquet.
+    - Parquet; ids of bytes are read as UTF-8 text, or as UUIDs.
+    - JSON: one object per line, or an array of objects, plain or compressed.
     - RecBole: ``NAME.inter`` with a typed header; ``NAME.user`` and ``NAME.item`` beside it are its features.
     - MovieLens: ``ratings.dat`` with ``users.dat`` and ``movies.dat`` beside it, ``u.data`` with ``u.user`` and
       ``u.item``, ``ratings.csv`` with ``movies.csv``; each may be compressed.
 
-    A column of integers without leading zeros is integer ids, any other is text. Empty fields, NA, N/A, NaN, NULL and
-    None are missing values.
+    A column of integers without leading zeros is integer ids (26.0 is one too), any other is text. Empty fields, NA,
+    N/A, NaN, NULL and None are missing values.
 
     Args:
       path: the file or folder.
@@ -139,7 +144,7 @@ def read(
     Raises:
       MetarecError: whatever is wrong with the files; a bad row is named by its line.
     """
-    path = Path(path)
+    path = bounds.local(path)
     folder = path.is_dir()
     path = layouts.find(path) if folder else path
     form = layouts.layout(path)
@@ -148,8 +153,9 @@ def read(
             f"{path} was to be read as {format!r}, and it is {form!r}. Leave the format out, or name {form!r}"
         )
     asked = tuple(c for c in (user_col, item_col, rating_col, timestamp_col, title_col) if c)
-    dialect = None if form == "parquet" else formats.sniff(path, asked=asked)
-    names = parquet.columns(path) if dialect is None else list(dialect.names)
+    tables = {"parquet": parquet, "json": json_rows}
+    dialect = None if form in tables else formats.sniff(path, asked=asked)
+    names = tables[form].columns(path) if dialect is None else list(dialect.names)
     said: list[str] = []
     if dialect is not None and not dialect.header:
         if form == "csv":
@@ -167,12 +173,12 @@ def read(
     )
     wanted = [c for c in dict.fromkeys(roles) if c is not None]
     if dialect is None:
-        frame = parquet.read(path, wanted)
+        frame = tables[form].read(path, wanted)
     else:
         frame = formats.read_columns(path, dialect, {c: _type(c, roles, dialect) for c in wanted})
 
     def where(row: int) -> str:
-        return formats.place(path, dialect, row)
+        return json_rows.place(path, row) if form == "json" else formats.place(path, dialect, row)
 
     if name is None:
         stem = path.name.split(".")[0]
@@ -181,7 +187,7 @@ def read(
             if form == "movielens" or (folder and stem in ("ratings", "interactions"))
             else stem
         )
-    return _interactions(
+    data = _interactions(
         frame,
         roles,
         names,
@@ -197,6 +203,15 @@ def read(
         name=name,
         said=said,
     )
+    return _warned(data, 4)
+
+
+def _warned(data: Interactions, level: int) -> Interactions:
+    """The data, after a warning of each note on dropped rows; ``level`` is that of the caller's caller."""
+    for note in data.notes:
+        if " dropped (" in note:
+            warnings.warn(note, MetarecWarning, stacklevel=level)
+    return data
 
 
 def _type(column: str, roles: Roles, dialect: formats.Dialect) -> pa.DataType:
@@ -232,7 +247,9 @@ def _interactions(
 ) -> Interactions:
     """The one path of every source: code, check, drop, count."""
     if duplicates not in ("last", "first", "mean", "error"):
-        raise MetarecError(f"duplicates={duplicates!r} is none of 'last', 'first', 'mean', 'error'. Name one of them")
+        raise MetarecError(
+            f"--duplicates (duplicates= in Python) is {duplicates!r}; give 'last', 'first', 'mean' or 'error'"
+        )
     if not len(frame):
         raise MetarecError(f"{source} holds no rows. A table with one row an interaction was wanted")
     notes = list(said)
@@ -247,14 +264,14 @@ def _interactions(
     timestamp = rating = None
     missing: dict[str, np.ndarray] = {}
     if roles.rating is not None:
-        rating = numbers(frame[roles.rating], roles.rating, where)
+        rating = numbers(frame[roles.rating], roles.rating, where, notes)
         missing[roles.rating] = np.isnan(rating)
     if roles.timestamp is not None:
-        timestamp, missing[roles.timestamp], changed = seconds(frame[roles.timestamp], roles.timestamp, where)
+        timestamp, timeless, changed = seconds(frame[roles.timestamp], roles.timestamp, where)
         notes.extend(changed)
-        if missing[roles.timestamp].all():
+        timestamp = np.where(timeless, NO_TIME, timestamp) if timeless.any() else timestamp
+        if timeless.all():
             timestamp = None
-            del missing[roles.timestamp]
             notes.append(f"column {shown(roles.timestamp)} is empty: read without timestamps")
     user = code_ids(frame[roles.user], spelled=spelled, name=roles.user)
     item = code_ids(frame[roles.item], spelled=spelled, name=roles.item)
@@ -275,6 +292,8 @@ def _interactions(
         rating = None if rating is None else rating[rows]
         timestamp = None if timestamp is None else timestamp[rows]
     del missing
+    if timestamp is not None and (count := int((timestamp == NO_TIME).sum())):
+        notes.append(f"{count} rows have no time: kept, but --by time and --order time require one of every row")
 
     keep, rating, repeats = _without_repeats(user, item, rating, timestamp, duplicates)
     if keep is not None:
@@ -285,6 +304,8 @@ def _interactions(
         user, item = user._replace(codes=user.codes[keep]), item._replace(codes=item.codes[keep])
         rows = keep if rows is None else rows[keep]
     _check(user, rating, roles, source)
+    if rating is not None and (odd := no_rating(rating)) is not None:
+        notes.append(odd)
     singles = int((np.bincount(user.codes, minlength=len(user.ids)) == 1).sum())
     if singles:
         notes.append(
@@ -377,7 +398,7 @@ def _repeat_message(user: Coded, item: Coded, where: Where, rows: np.ndarray | N
     at = [where(k if rows is None else int(rows[k])) for k in (first, second)]
     return (
         f"user {user.shown(user.codes[second])} and item {item.shown(item.codes[second])} stand on {at[0]} and on "
-        f"{at[1]}. Delete one, or keep one with duplicates='last', 'first' or 'mean'"
+        f"{at[1]}. Delete one, or keep one with --duplicates last, first or mean (duplicates= in Python)"
     )
 
 
@@ -390,5 +411,5 @@ def _check(user: Coded, rating: np.ndarray | None, roles: Roles, source: str) ->
     if rating is not None and rating.min() == rating.max():
         raise MetarecError(
             f"{source}, column {shown(roles.rating)}: all ratings equal {rating[0]:g}, so nothing is left to predict. "
-            "If a row means that the user chose the item, say implicit=True (--implicit)"
+            "If a row means that the user chose the item, say --implicit (implicit=True in Python)"
         )

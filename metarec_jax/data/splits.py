@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.interactions import Interactions, require_times
 from metarec_jax.data.published import read_states
 
 SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
@@ -200,11 +200,8 @@ def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float,
         raise MetarecError(
             f"test={test}, validation={validation}; test must be above 0, validation 0 or more, and their sum below 1"
         )
-    if by == "time" and data.timestamp is None:
-        raise MetarecError(
-            "a split by time requires timestamps, and the data has none; name their column (--timestamp-col), or split "
-            "at random (--by random)"
-        )
+    if by == "time":
+        require_times(data, "--by time (by='time' in Python)", ", or take --by random")
 
 
 Masks = tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]

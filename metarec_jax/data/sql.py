@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from metarec_jax.core import MetarecError
 from metarec_jax.data.columns import MISSING, option, shown
 from metarec_jax.data.ingest import Source
-from metarec_jax.data.spelling import EXACT, ROUNDED, WHOLE
+from metarec_jax.data.spelling import COMMA, EXACT, ROUNDED, THOUSANDS, WHOLE
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 _FLOATS = ("FLOAT", "DOUBLE")
@@ -49,11 +49,12 @@ Run = Callable[[str], list[Any]]
 """Executes SQL and returns its rows."""
 
 
-def check(run: Run, relation: str, table: Source) -> Checked:
+def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Checked:
     """One pass over the rows: values that are missing or are no numbers, and of what kind users and times are.
 
     Args:
       relation: SQL of the table, such as ``read_parquet([...])``.
+      commas: ratings have decimal commas.
 
     Raises:
       MetarecError: a column of a type that cannot be what it is to be, a value that is no number or no time, a column
@@ -69,7 +70,7 @@ def check(run: Run, relation: str, table: Source) -> Checked:
     wanted |= {"user_rounded": _rounded(user, kind), "user_such": _such(user, kind)}
     rating, times = "", dict[str, str]()
     if roles.rating is not None:
-        given, rating = _number(roles.rating, types[roles.rating])
+        given, rating = _number(roles.rating, types[roles.rating], commas)
         finite = f"CASE WHEN isfinite({rating}) THEN {rating} END"
         wanted |= {"rating_given": f"count({given})"}
         wanted |= {f"rating_{f}": f"{f}({finite})" for f in ("count", "min", "max")}
@@ -103,6 +104,10 @@ def check(run: Run, relation: str, table: Source) -> Checked:
     columns, conditions = {"user": user}, [f"{user} IS NOT NULL"] if found["user_count"] < read else []
     if roles.rating is not None:
         if found.get("rating_wrong"):
+            if not commas and table.dialect is not None and _has_commas(run, relation, given, found["rating_wrong"]):
+                checked = check(run, relation, table, commas=True)
+                said = f"decimal commas, such as {shown(found['rating_such'])}, are read as decimal points"
+                return checked._replace(notes=(f"column {shown(roles.rating)}: {said}", *checked.notes))
             raise MetarecError(
                 f"{where}, column {shown(roles.rating)}: {found['rating_wrong']} values are no numbers of 32 bits, "
                 f"such as {shown(found['rating_such'])}. Correct them, or name another column with {option('rating')}"
@@ -110,7 +115,7 @@ def check(run: Run, relation: str, table: Source) -> Checked:
         if found["rating_min"] == found["rating_max"]:
             raise MetarecError(
                 f"{where}, column {shown(roles.rating)}: all ratings equal {shown(found['rating_min'])}, so nothing is "
-                "left to predict. If a row means that the user chose the item, say implicit=True (--implicit)"
+                "left to predict. If a row means that the user chose the item, say --implicit (implicit=True in Python)"
             )
         columns["rating"], lost[roles.rating] = rating, read - found["rating_given"]
         lost[f"{roles.rating} that is finite"] = found["rating_given"] - found["rating_count"]
@@ -240,7 +245,14 @@ def _text(column: str) -> str:
     return f"CASE WHEN {trimmed} NOT IN ({', '.join(map(literal, MISSING))}) THEN {trimmed} END"
 
 
-def _number(name: str, kind: str) -> tuple[str, str]:
+def _has_commas(run: Run, relation: str, value: str, wrong: int) -> bool:
+    """Whether the values that are no numbers are so for their decimal commas, as `spelling.decimal_commas` has it."""
+    comma, thousands = (f"count_if(regexp_full_match({value}, {literal(p)}))" for p in (COMMA, THOUSANDS))
+    counted = run(f"SELECT {comma}, {thousands}, count_if(contains({value}, '.')) FROM {relation}")[0]
+    return counted[0] == wrong and counted[1] < wrong and not counted[2]
+
+
+def _number(name: str, kind: str, commas: bool) -> tuple[str, str]:
     """SQL of a value as it stands, NULL where missing, and as a number of 32 bits: NULL where it is none."""
     column = quoted(name)
     if kind == "FLOAT":
@@ -248,6 +260,7 @@ def _number(name: str, kind: str) -> tuple[str, str]:
     if kind == "DOUBLE":
         return f"CASE WHEN NOT isnan({column}) THEN {column} END", f"TRY_CAST({column} AS FLOAT)"
     given = _text(column) if kind == "VARCHAR" else column
+    given = f"replace({given}, ',', '.')" if commas else given
     return given, f"TRY_CAST({given} AS FLOAT)"
 
 

@@ -67,7 +67,7 @@ def stream_source(
     if user_rows not in ("prior", "own"):
         raise MetarecError(f"user_rows {user_rows!r} is not known; use 'prior' or 'own'")
     if order not in ("random", "time") or (order == "time" and not store.timestamps):
-        raise MetarecError(f"order={order!r} wants timestamps, which the store lacks; use order='random'")
+        raise MetarecError(f"--order {order} requires timestamps, which the store lacks; take --order random")
     if not 0 <= seed < 2**32:
         raise MetarecError(f"seed is {seed}; give one from 0 to 2**32 - 1")
     counts = lengths(store)
