@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metarec_jax.core import Column, Examples, Learner, MetarecError, Method, Model, Table, Task
+    from metarec_jax.core import Column, Examples, Learner, MetarecError, MetarecWarning, Method, Model, Table, Task
     from metarec_jax.cpu import tune_cpu
     from metarec_jax.data.datasets import load
     from metarec_jax.data.interactions import Interactions
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from metarec_jax.tuning import fit_baselines
 
 _HOMES = {
-    "core": ("Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task"),
+    "core": ("Column", "Examples", "Learner", "MetarecError", "MetarecWarning", "Method", "Model", "Table", "Task"),
     "cpu": ("tune_cpu",),
     "data.datasets": ("load",),
     "data.interactions": ("Interactions",),
@@ -93,7 +93,7 @@ __all__ = [  # noqa: RUF022
     "protonet", "matching", "neural_process", "in_context", "hypernetwork", "leo", "memory",
     "gaussian_process", "gaussian_process_start", "item_map", "item_map_start",
     "fit_baselines", "evaluate", "write_report", "Recommender", "tune_cpu",
-    "Column", "Examples", "Learner", "MetarecError", "Method", "Model", "Table", "Task",
+    "Column", "Examples", "Learner", "MetarecError", "MetarecWarning", "Method", "Model", "Table", "Task",
 ]  # fmt: skip
 
 

@@ -161,6 +161,9 @@ def test_of_a_repeated_item_the_last_in_time_stands_last(tmp_path):
     assert list(zip(found.item_id, found.rating, strict=True)) == [(7, 4), (8, 3), (7, 1), (7, 5)]
     dated = write(tmp_path / "b.csv", "user_id,item_id,rating,date\nA,7,5,2020-01-02\nA,7,1,2020-01-01\n")
     assert read_histories(dated).rating == [1, 5]
+    unread = read_histories(write(tmp_path / "c.csv", "user_id,item_id,rating,date\nA,7,5,2/1/20\nA,7,1,1/1/20\n"))
+    assert unread.rating == [5, 1]
+    assert "order of the file, since their times cannot be read: line 2 of" in unread.notes[0]
 
 
 def test_histories_have_the_columns_asked_for(tmp_path):

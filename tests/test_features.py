@@ -1,13 +1,16 @@
 """Side features: which columns are features, of which kind, in which rows."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from metarec_jax import cli
 from metarec_jax.core import MetarecError
 from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.readers import from_pandas
+from metarec_jax.data.readers import from_pandas, read
 from metarec_jax.online.history import feature_columns
 
 
@@ -102,3 +105,90 @@ def test_numbers_of_a_new_user_are_standardised_as_those_read(tmp_path):
     for one in (data, read):
         columns, _ = feature_columns({"age": float(ages[17])}, one)
         np.testing.assert_allclose(columns["user_age"][0], data.user_features["user_age"].values[row], rtol=1e-6)
+
+
+GENRES = ["Action", "Comedy", "Drama", "Music", "War"]
+SETS = [[g for k, g in enumerate(GENRES) if n >> k & 1] for n in (1, 2, 3, 6, 8, 9, 12, 16, 24, 31)]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "said"),
+    [
+        (", ".join, "parted by ','"),
+        (",".join, "parted by ','"),
+        (";".join, "parted by ';'"),
+        ("; ".join, "parted by ';'"),
+        ("/".join, "parted by '/'"),
+        (" / ".join, "parted by '/'"),
+        (repr, "written as a list"),
+        (lambda row: str(np.array(row, object)), "written as a list"),
+        (lambda row: json.dumps(row), "written as a list"),
+        (lambda row: json.dumps([{"id": 80 + GENRES.index(g), "name": g} for g in row]), "written as a list"),
+        (lambda row: repr([{"id": 80 + GENRES.index(g), "name": g} for g in row]), "written as a list"),
+        (lambda row: "{" + ",".join(row) + "}", "written as a list"),
+    ],
+)
+def test_lists_in_text_are_split_and_that_is_said(spelled, said):
+    """Ten items with sets of five genres, as 'a|b' would be read; an item without any stays without."""
+    data = items(genre=[*map(spelled, SETS), None])
+    feature = data.item_features["item_genre"]
+    assert (feature.kind, feature.vocabulary.ids.tolist()) == ("multi", GENRES)
+    assert [[GENRES[v - 1] for v in row if v] for row in feature.values[1:].tolist()] == [*SETS, []]
+    assert f"item column 'genre' is {said}: split into its values" in data.notes
+
+
+def test_text_that_is_no_list_stays_whole():
+    """Places, names, descriptions, dates and fractions hold the same signs."""
+    n = 24
+    data = items(
+        place=[f"{city}, {land}" for city, land in [("Lyon", "France"), ("Nice", "France"), ("Bonn", "Germany")] * 8],
+        author=[f"{['Kubrick', 'Lee', 'Scott'][k % 3]}, {['Stanley', 'Ang', 'Ridley'][k % 3]}" for k in range(n)],
+        job=["academic/educator", "clerical/admin", "tradesman/craftsman"] * 8,
+        day=["11/01/1970", "12/01/1970", "01/12/1970"] * 8,
+        size=["1,5", "2,5", "5,1"] * 8,
+        text=[f"A film, number {k}, and long" for k in range(n)],
+    )
+    kinds = {name: f.kind for name, f in data.item_features.items()}
+    assert kinds == {f"item_{name}": "categorical" for name in ("place", "author", "job", "day", "size")}
+
+
+def test_vectors_in_text_are_numbers():
+    data = items(vector=["[0.5, 1]", "[0, 3]", "[0.5 2.0]"])
+    assert data.item_features["item_vector"].values.shape == (4, 2)
+    assert data.item_features["item_vector"].kind == "numeric"
+
+
+def test_iso_dates_in_text_are_dates(tmp_path):
+    """As pandas' dates are: days, standardised."""
+    days = pd.date_range("1999-12-30", periods=30, freq="37D")
+    spelled = [f"{d:%Y-%m-%d}" for d in days]
+    want = items(when=days).item_features["item_when"].values
+    data = items(when=[*spelled[:10], *(f"{d}T00:00:00Z" for d in spelled[10:])])
+    assert data.item_features["item_when"].values.tolist() == want.tolist()
+    assert "item column 'when' is read as dates" in data.notes
+    broken = items(when=[*spelled[:-1], "1999-13-45"])
+    assert "item_when" not in broken.item_features
+
+
+def test_na_among_codes_of_two_letters_is_a_value(tmp_path):
+    """Namibia, or North America; among other text it is a missing value."""
+    codes = ["NA", "US", "DE", "NA", "US"]
+    data = items(country=codes, kind=["NA", "film", "serial", "NA", "film"], number=["NA", "1", "2", "NA", "3"])
+    country = data.item_features["item_country"]
+    assert country.vocabulary.ids.tolist() == ["DE", "NA", "US"]
+    assert data.item_features["item_kind"].vocabulary.ids.tolist() == ["film", "serial"]
+    assert "item column 'country': 'NA' is a value, like the other codes of two letters" in data.notes
+    ratings, table = tmp_path / "a.csv", tmp_path / "items.csv"
+    pd.DataFrame({"user": [0, 1, 0, 1, 0], "item": range(5), "rating": range(5)}).to_csv(ratings, index=False)
+    pd.DataFrame({"item": range(5), "country": codes, "n": ["NA", 1, 2, "NA", 3]}).to_csv(table, index=False)
+    read_back = read(ratings, item_features=table)
+    assert read_back.item_features["item_country"].values.tolist() == country.values.tolist()
+    assert read_back.item_features["item_n"].vocabulary.ids.tolist() == [1, 2, 3]
+
+
+def test_long_names_of_features_stand_apart(tmp_path, capsys):
+    ratings, table = tmp_path / "a.csv", tmp_path / "items.csv"
+    pd.DataFrame({"user": [0, 1], "item": [1, 2], "rating": [1, 2]}).to_csv(ratings, index=False)
+    pd.DataFrame({"item": [1, 2], "a_name_of_many_letters": ["x", "y"]}).to_csv(table, index=False)
+    assert cli.main(["data", str(ratings), "--item-features", str(table)]) == 0
+    assert "item_a_name_of_many_letters  categorical, 2 values" in capsys.readouterr().out

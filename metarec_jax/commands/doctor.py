@@ -60,7 +60,7 @@ def doctor(data_dir: Path | None = None) -> int:
 
 def line(name: str, text: str) -> None:
     """Print a fact."""
-    print(f"{name:<18}{text}")
+    print(f"{name:<17} {text}" if len(name) < 18 else f"{name}  {text}")
 
 
 def _version(name: str) -> str | None:

@@ -86,7 +86,7 @@ def _ratings(rating: np.ndarray) -> dict[str, Any]:
     exact = rating.astype(np.float64)
     values, counts = np.unique(rating, return_counts=True)
     if len(values) <= 20:
-        names = [f"{value:g}" for value in values]
+        names = [f"{value:.0f}" if value == np.floor(value) and abs(value) < 1e15 else f"{value:g}" for value in values]
         names = names if len(set(names)) == len(names) else [str(value) for value in values]
         histogram = {name: int(count) for name, count in zip(names, counts, strict=True)}
     else:

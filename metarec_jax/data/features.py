@@ -2,9 +2,10 @@
 
 Which kind a column is, by what it holds (missing values do not count):
 
-- lists, or text where "|" parts values -> "multi". Lists of decimal numbers, all equally long -> "numeric".
+- lists, or text where "|" parts values or that is plainly lists (`metarec_jax.data.lists`) -> "multi". Lists of decimal
+  numbers, all equally long -> "numeric".
 - true/false, pandas categories, text, and whole numbers of at most `FEW` different values -> "categorical".
-- any other number, and dates -> "numeric".
+- any other number, and dates (of pandas, or ISO 8601 text) -> "numeric".
 - no feature: a column with one value only, and labels, that is text (or whole numbers in a column named like an id or
   a zip code) where more than half of the rows have a value of their own: titles, addresses, descriptions.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
+from metarec_jax.data import lists as lists_of_text
 from metarec_jax.data.columns import MISSING, find_column, listed, option, plain, shown
 from metarec_jax.data.ids import float_bits, refuse_rounded
 from metarec_jax.data.interactions import Feature, Vocabulary, texts
@@ -31,6 +33,10 @@ FEW = 50
 
 _FEWEST_LABELS = 20
 _LABEL_NAME = re.compile(r"(zip|postal|postcode|phone|url)|(_id|Id|ID)s?$", re.IGNORECASE)
+_ISO = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}:?[0-9]{2})?)?"
+)
+_CODE, _NAMIBIA = re.compile("[A-Z]{2}"), "NA"
 _NO_VALUE = {*MISSING, "(no genres listed)"}
 
 
@@ -108,7 +114,7 @@ def side_features(
         if feature is not None:
             features[name] = feature
         if note:
-            notes.append(f"{side} column {shown(column)} {note}")
+            notes.append(f"{side} column {shown(column)}{'' if note[0] == ':' else ' '}{note}")
     return SideTable(features, titles, tuple(notes))
 
 
@@ -142,13 +148,19 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
     """The feature a column makes, or None; and what to say of it."""
     if any(isinstance(value, (dict, bytes)) for value in _objects(column)):
         return None, f"holds {'objects' if any(isinstance(v, dict) for v in _objects(column)) else 'bytes'}: no feature"
-    values = _numbers(column)
-    if values is None and (lists := _lists(column)) is not None:
+    said: str | None = None
+    if (dates := _dates(column)) is not None:
+        column, said = dates, "is read as dates"
+    values, lists = _numbers(column), None
+    if values is None and (lists := _lists(column)) is None and (found := _spelled_lists(column)) is not None:
+        lists, said = found
+    if lists is not None:
         width = {len(row) for row in lists if row}
         if len(width) == 1 and all(isinstance(v, float) for row in lists for v in row):
             values = np.array([row or [np.nan] * max(width) for row in lists], np.float64)
         else:
-            return _multi(lists, at, num_rows)
+            feature, note = _multi(lists, at, num_rows)
+            return feature, "; ".join(filter(None, (said, note))) or None
     if values is not None:
         values = values.reshape(len(values), -1)
         exact_ints = _objects(column).tolist() if pd.api.types.is_integer_dtype(column.dtype) else None
@@ -163,11 +175,15 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
         if label and _is_label(distinct, len(present)):
             return None, "differs on most rows, like a label: no feature"
         if not label and (dated or not whole or distinct > FEW):
-            return _numeric(values, at, num_rows)
+            feature, note = _numeric(values, at, num_rows)
+            return feature, "; ".join(filter(None, (said, note))) or None
         plain_values = exact_ints or [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
         labels: list[int | str | None] = [None if v is None else int(v) for v in plain_values]
     else:
         labels = [_text(v) for v in _objects(column)]
+        if _NAMIBIA in set(_objects(column)) and all(_CODE.fullmatch(str(text)) for text in labels if text is not None):
+            labels = [_NAMIBIA if v == _NAMIBIA else text for v, text in zip(_objects(column), labels, strict=True)]
+            said = ": 'NA' is a value, like the other codes of two letters"
     given = [t for t in labels if t is not None]
     if len(set(given)) < 2:
         return None, "is the same everywhere: no feature"
@@ -176,7 +192,7 @@ def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tup
     vocabulary = _vocabulary(given)
     out = np.zeros(num_rows, np.int32)
     out[at] = vocabulary.encode(np.array([*labels, None], dtype=object)[:-1])
-    return Feature("categorical", out, vocabulary), None
+    return Feature("categorical", out, vocabulary), said
 
 
 def _is_label(distinct: int, rows: int) -> bool:
@@ -233,6 +249,31 @@ def _lists(column: pd.Series) -> list[list[Any]] | None:
         else:
             out.append(list(dict.fromkeys(t for t in map(_text, row) if t is not None)))
     return out
+
+
+def _spelled_lists(column: pd.Series) -> tuple[list[list[Any]], str] | None:
+    """A column of text that is plainly lists (`lists.split`), and what to say of it; None for another."""
+    if column.dtype != object and not pd.api.types.is_string_dtype(column.dtype):
+        return None
+    texts = [_text(value) for value in _objects(column)]
+    distinct = list(dict.fromkeys(text for text in texts if text is not None))
+    if (found := lists_of_text.split(distinct)) is None:
+        return None
+    values = dict(zip(distinct, found[0], strict=True))
+    rows = pd.Series([[] if text is None else values[text] for text in texts], dtype=object)
+    lists = _lists(rows)
+    return None if lists is None else (lists, f"is {found[1]}: split into its values")
+
+
+def _dates(column: pd.Series) -> pd.Series | None:
+    """A column of ISO 8601 dates in text, as dates in UTC; None for another."""
+    if column.dtype != object and not pd.api.types.is_string_dtype(column.dtype):
+        return None
+    texts = [_text(value) for value in _objects(column)]
+    if not any(texts) or not all(text is None or _ISO.fullmatch(text) for text in texts):
+        return None
+    dates = pd.to_datetime(pd.Series(texts, dtype=object), format="ISO8601", utc=True, errors="coerce")
+    return None if any(date is pd.NaT and text for date, text in zip(dates, texts, strict=True)) else dates
 
 
 def _multi(lists: list[list[Any]], at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:

@@ -234,8 +234,11 @@ def _unique(names: list[str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType]) -> pd.DataFrame:
+def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], missing: bool = True) -> pd.DataFrame:
     """Some columns of a text file. A numeric column in which something is no number comes back as text.
+
+    Args:
+      missing: whether text such as NA is a missing value.
 
     Raises:
       MetarecError: a line has too few or too many fields, or the file is cut off or not UTF-8; the line is named.
@@ -246,7 +249,7 @@ def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType])
     failed: Exception | None = None
     for wanted, newlines in attempts:
         try:
-            table = _parse(path, dialect, wanted, newlines)
+            table = _parse(path, dialect, wanted, newlines, missing)
         except (pa.ArrowException, UnicodeError, *READ_ERRORS) as error:
             failed = error
             if not isinstance(error, pa.ArrowInvalid):
@@ -257,7 +260,7 @@ def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType])
     raise _refusal(path, dialect, failed) from failed
 
 
-def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newlines: bool) -> pa.Table:
+def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newlines: bool, missing: bool) -> pa.Table:
     packed = kind(path)
     source: Any = pa.OSFile(str(path)) if packed == "text" else bounds.opened(path, packed)
     delimiter = dialect.delimiter
@@ -275,7 +278,7 @@ def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newli
             delimiter=delimiter, quote_char='"' if dialect.quoted else False, newlines_in_values=newlines
         ),
         pa.csv.ConvertOptions(
-            include_columns=list(types), column_types=types, null_values=list(MISSING), strings_can_be_null=True
+            include_columns=list(types), column_types=types, null_values=list(MISSING), strings_can_be_null=missing
         ),
     )
 
@@ -349,7 +352,7 @@ def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) ->
     Raises:
       MetarecError: a line has too few or too many fields or is not UTF-8, or the file is cut off; the line is named.
     """
-    frame = read_columns(path, dialect, dict.fromkeys(dialect.names, _TEXT))
+    frame = read_columns(path, dialect, dict.fromkeys(dialect.names, _TEXT), missing=False)
     if not len(frame):
         raise MetarecError(f"{path} holds no rows. At least one row was wanted")
     columns, notes = {}, []
@@ -371,6 +374,8 @@ def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) ->
             notes.append(f"column {shown(name)}: {spelling.said_of_commas(given)}")
         else:
             typed = _typed([*given, None], type_)
+            if typed.dtype == object and not type_.endswith("_seq"):  # whether its NA is a value, the whole column says
+                typed = pd.Series([*(value or None for value in spelled), None], dtype=object)
         columns[name] = typed.iloc[at].reset_index(drop=True)  # -1, missing, is the last
     frame = pd.DataFrame(columns)
     frame.attrs["notes"] = notes

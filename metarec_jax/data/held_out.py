@@ -55,7 +55,9 @@ def hold_out(
       MetarecError: shares that leave nobody to train on, or nobody held out.
     """
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
-        raise MetarecError(f"validation={validation}, test={test}; give shares of 0 or more whose sum is below 1")
+        raise MetarecError(
+            f"--validation {validation:g} and --test {test:g}: give shares of 0 or more whose sum is below 1"
+        )
     hashes = np.fromfile(store.path / "hashes.bin", "<u8")
     order = np.argsort(_mixed(hashes + _mixed(np.array([seed], np.uint64)))).astype(np.int32) + 1
     del hashes

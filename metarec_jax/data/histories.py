@@ -12,7 +12,7 @@ import pandas as pd
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, formats, json_rows, layouts, parquet
-from metarec_jax.data.columns import find_column, listed, seconds, shown
+from metarec_jax.data.columns import find_column, listed, option, seconds, shown
 from metarec_jax.data.ids import code_ids
 from metarec_jax.data.interactions import NO_TIME
 
@@ -57,7 +57,7 @@ def read_histories(
     if "\0" in str(path) or not path.exists():
         raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
     asked = {"user": user_col, "item": item_col, "rating": rating_col, "timestamp": timestamp_col}
-    form, dialect, frame = layouts.layout(path), None, None
+    form, dialect = layouts.layout(path), None
     if form in ("parquet", "json"):
         frame = parquet.read(path) if form == "parquet" else json_rows.read(path)
         names = [str(name) for name in frame.columns]
@@ -76,9 +76,9 @@ def read_histories(
     item = item or find_column(names, "title", None, str(path))
     if item is None:
         raise MetarecError(
-            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name one of them item_id"
+            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name it with {option('item')}, or call it item_id"
         )
-    if frame is None:
+    if dialect is not None:
         frame = formats.read_text(path, dialect, (user, item, time))
     wanted = [item] if rating is None else [item, rating]
     if user is not None:
@@ -87,13 +87,16 @@ def read_histories(
         if any(isinstance(value, (list, tuple, dict, np.ndarray)) for value in frame[name]):
             raise MetarecError(f"{path}: column {shown(name)} holds lists or tables, and one value a row was wanted")
     ids = {}
-    for name in (user, item):
-        if name is not None:
-            coded = code_ids(frame[name], spelled=dialect is not None, name=name)
-            ids[name] = pd.Series(np.append(coded.ids.astype(object), None)[coded.codes], dtype=object)
+    for role in filter(None, (user, item)):
+        coded = code_ids(frame[role], spelled=dialect is not None, name=role)
+        known = [*coded.ids.tolist(), None]  # code -1, of a missing id, is the last
+        ids[role] = pd.Series([known[code] for code in coded.codes], dtype=object)
     frame = frame.assign(**ids)
     if time is not None:
-        frame = _in_time(frame, user, time, path, dialect)
+        try:
+            frame = _in_time(frame, user, time, path, dialect)
+        except MetarecError as error:
+            notes.append(f"rows are taken in the order of the file, since their times cannot be read: {error}")
     frame = frame[wanted]
     whole = frame.dropna()
     if lost := len(frame) - len(whole):

@@ -198,7 +198,8 @@ def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float,
         raise MetarecError(f"by={by!r} is no way to split; give 'random' or 'time'")
     if not (test > 0 and validation >= 0 and test + validation < 1):
         raise MetarecError(
-            f"test={test}, validation={validation}; test must be above 0, validation 0 or more, and their sum below 1"
+            f"--test {test:g} and --validation {validation:g} (test=, validation= in Python): test must be above 0, "
+            "validation 0 or more, and their sum below 1"
         )
     if by == "time":
         require_times(data, "--by time (by='time' in Python)", ", or take --by random")

@@ -106,8 +106,8 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
         if found.get("rating_wrong"):
             if not commas and table.dialect is not None and _has_commas(run, relation, given, found["rating_wrong"]):
                 checked = check(run, relation, table, commas=True)
-                said = f"decimal commas, such as {shown(found['rating_such'])}, are read as decimal points"
-                return checked._replace(notes=(f"column {shown(roles.rating)}: {said}", *checked.notes))
+                note = f"decimal commas, such as {shown(found['rating_such'])}, are read as decimal points"
+                return checked._replace(notes=(f"column {shown(roles.rating)}: {note}", *checked.notes))
             raise MetarecError(
                 f"{where}, column {shown(roles.rating)}: {found['rating_wrong']} values are no numbers of 32 bits, "
                 f"such as {shown(found['rating_such'])}. Correct them, or name another column with {option('rating')}"
