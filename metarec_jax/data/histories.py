@@ -76,7 +76,8 @@ def read_histories(
     item = item or find_column(names, "title", None, str(path))
     if item is None:
         raise MetarecError(
-            f"{path} has no item column by a usual name; its columns are: {listed(names)}. Name it with {option('item')}, or call it item_id"
+            f"{path} has no item column by a usual name; its columns are: {listed(names)}. "
+            f"Name it with {option('item')}, or call it item_id"
         )
     if dialect is not None:
         frame = formats.read_text(path, dialect, (user, item, time))
