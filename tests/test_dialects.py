@@ -11,9 +11,11 @@ from tables import refused, rows_of, write
 from metarec_jax.core import MetarecError
 from metarec_jax.data.datasets import load as load_data
 from metarec_jax.data.histories import read_histories
+from metarec_jax.data.interactions import NO_TIME
 from metarec_jax.data.prepare import prepare
 from metarec_jax.data.readers import from_pandas, read
 from metarec_jax.data.store import load
+from metarec_jax.data.stream import stream_source
 
 
 def test_decimal_commas_are_read_and_said(tmp_path):
@@ -133,6 +135,17 @@ def test_a_rating_that_stands_for_none_is_noted():
         assert not any("far from" in note for note in from_pandas(frame.assign(rating=usual)).notes), usual
 
 
+def test_prepare_notes_a_rating_that_stands_for_none(tmp_path):
+    body = "".join(f"{k},{k},{r}\n" for k, r in enumerate([0] * 6 + [6, 8, 10, 7]))
+    store = prepare([write(tmp_path / "a.csv", "user,item,rating\n" + body)], tmp_path / "store", say=lambda _: None)
+    assert any(note.startswith("60% of the ratings are 0, far from the rest (mean 7.75)") for note in store.notes)
+
+
+def test_a_folder_that_holds_one_json_file(tmp_path):
+    write(tmp_path / "clicks.json", json.dumps(CLICKS))
+    assert len(read(tmp_path)) == 3
+
+
 def test_a_year_column_wins_over_the_year_in_titles(tmp_path):
     """A file called movies.csv has the years of titles added, unless it brings a year."""
     path = write(tmp_path / "ratings.csv", "user,item,rating\n" + "".join(f"{k % 2},{k},{k % 5}\n" for k in range(4)))
@@ -220,6 +233,17 @@ def test_rows_without_a_time_are_kept():
         split(data, ["user_cold"], by="time")
 
 
+def test_rows_without_a_time_are_kept_in_a_store(tmp_path):
+    """As by `read`: three rows, of which one has no time and stands first of its user's."""
+    path = write(tmp_path / "a.csv", "user,item,rating,time\n1,5,3,7\n1,6,4,\n2,5,5,8\n")
+    store = prepare([path], tmp_path / "store", say=lambda _: None)
+    assert (store.interactions, store.untimed) == (3, 1)
+    assert rows_of(load(store)) == [(1, 6, 4.0, NO_TIME), (1, 5, 3.0, 7), (2, 5, 5.0, 8)]
+    assert "1 rows have no time: kept, but --order time requires one of every row" in store.notes
+    with pytest.raises(MetarecError, match=r"1 of the store .* have none"):
+        stream_source(store, np.array([1, 2]), None, order="time")
+
+
 def test_binary_ids_of_parquet(tmp_path):
     import uuid
 
@@ -247,7 +271,12 @@ def test_binary_ids_of_parquet(tmp_path):
             .values.min(initial=1, where=[False, True, True, True])
             == 1
         )
+    pq.write_table(pa.table({**columns, "item": pa.array([b"it7", b"7", None], pa.binary())}), path)
+    stored = load(prepare([path], tmp_path / "store", say=lambda _: None))
+    assert stored.items.ids.tolist() == ["7", "it7"]
     pq.write_table(pa.table({**columns, "item": pa.array([b"\xff\xfe", b"a", b"b"], pa.binary())}), path)
+    with pytest.raises(MetarecError, match="UTF8"):
+        prepare([path], tmp_path / "store", fresh=True, say=lambda _: None)
     assert "is bytes that are not UTF-8 text" in refused(path)
 
 

@@ -137,6 +137,21 @@ def test_lists_in_text_are_split_and_that_is_said(spelled, said):
     assert f"item column 'genre' is {said}: split into its values" in data.notes
 
 
+def test_lists_of_objects_and_of_numbers():
+    """As JSON and Parquet hold them: objects by their names; and the numbers of genres, parted by commas."""
+    numbered = [",".join(str(k + 7) for k, g in enumerate(GENRES) if g in row) for row in SETS]
+    data = items(
+        genre=[[{"id": 80, "name": g} for g in row] for row in SETS], nested=[[row] for row in SETS], number=numbered
+    )
+    for name in ("genre", "nested"):
+        feature = data.item_features[f"item_{name}"]
+        assert [[GENRES[v - 1] for v in row if v] for row in feature.values[1:].tolist()] == SETS
+    number = data.item_features["item_number"]
+    assert [[number.vocabulary.ids[v - 1] for v in row if v] for row in number.values[1:].tolist()] == [
+        text.split(",") for text in numbered
+    ]
+
+
 def test_text_that_is_no_list_stays_whole():
     """Places, names, descriptions, dates and fractions hold the same signs."""
     n = 24
@@ -146,10 +161,11 @@ def test_text_that_is_no_list_stays_whole():
         job=["academic/educator", "clerical/admin", "tradesman/craftsman"] * 8,
         day=["11/01/1970", "12/01/1970", "01/12/1970"] * 8,
         size=["1,5", "2,5", "5,1"] * 8,
+        votes=["1,234,500", "500,234", "234,500"] * 8,
         text=[f"A film, number {k}, and long" for k in range(n)],
     )
     kinds = {name: f.kind for name, f in data.item_features.items()}
-    assert kinds == {f"item_{name}": "categorical" for name in ("place", "author", "job", "day", "size")}
+    assert kinds == {f"item_{name}": "categorical" for name in ("place", "author", "job", "day", "size", "votes")}
 
 
 def test_vectors_in_text_are_numbers():

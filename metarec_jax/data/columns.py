@@ -211,18 +211,21 @@ def numbers(column: pd.Series, name: str, where: Where, notes: list[str] | None 
     return out
 
 
-def no_rating(rating: np.ndarray) -> str | None:
+def no_rating(values: np.ndarray, counts: np.ndarray) -> str | None:
     """A note where one value far from all others is given so often that it may stand for "no rating"; else None.
 
     Such is 0 where a fifth of the ratings have it and the others' mean lies above half of the scale (Book-Crossing);
     the one negative value of a twentieth (-1); and one further from the others than these are from each other (99).
+
+    Args:
+      values, counts: the distinct ratings in ascending order, and how often each is given.
     """
-    values, counts = np.unique(rating, return_counts=True)
     if len(values) < 4:
         return None
+    total, ratings = float(counts.sum()), float((values.astype(np.float64) * counts).sum())
     for k, nearest, others in ((0, 1, values[1:]), (-1, -2, values[:-1])):
-        value, share = float(values[k]), float(counts[k] / len(rating))
-        mean = float(rating[rating != values[k]].mean(dtype=np.float64))
+        value, share = float(values[k]), float(counts[k]) / total
+        mean = (ratings - value * float(counts[k])) / (total - float(counts[k]))
         odd = abs(value - float(values[nearest])) > float(others[-1]) - float(others[0]) or (
             k == 0 and value < 0 < others[0]
         )

@@ -244,6 +244,8 @@ def _lists(column: pd.Series) -> list[list[Any]] | None:
             row = [] if not isinstance(value, str) else value.split("|")
         else:
             row = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
+            row = [v for part in row for v in (part if isinstance(part, (list, np.ndarray)) else [part])]
+            row = [lists_of_text.name(v) if isinstance(v, dict) else v for v in row]
         if row and all(isinstance(v, (float, np.floating)) for v in row):
             out.append([float(v) for v in row])
         else:

@@ -46,6 +46,7 @@ def find(folder: Path) -> Path:
             if p.name in (n, f"{n}.gz")
         ],
         [p for p in files if re.search(r"\.(csv|tsv|parquet|jsonl|ndjson)(\.gz|\.bz2)?$", p.name)],
+        [p for p in files if re.search(r"\.json(\.gz|\.bz2)?$", p.name)],
     )
     for k, found in enumerate(layouts):
         if len(found) == 1 or (found and k == 1):
@@ -53,8 +54,8 @@ def find(folder: Path) -> Path:
         if found:
             raise MetarecError(f"the folder {folder} holds several tables: {listed(p.name for p in found)}. Name one")
     raise MetarecError(
-        f"the folder {folder} holds no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, or one CSV "
-        f"or Parquet file); it holds: {listed(p.name for p in files) or 'no files'}. Name a file"
+        f"the folder {folder} holds no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, one CSV, "
+        f"Parquet or JSON file); it holds: {listed(p.name for p in files) or 'no files'}. Name a file"
     )
 
 

@@ -44,8 +44,15 @@ def split(texts: Sequence[str]) -> tuple[list[list[Any]], str] | None:
 
 def _is_plain(rows: list[list[str]], sign: str) -> bool:
     counts = Counter(part for row in rows for part in row)
-    if any(len(part) > _WORDS or not (sign == ";" or any(map(str.isalpha, part))) for part in counts):
+    if any(len(part) > _WORDS for part in counts):
         return False
+    numbers = [part for part in counts if not any(map(str.isalpha, part))]
+    if numbers and sign == "/":  # fractions, dates
+        return False
+    if numbers and sign == ",":  # decimal commas, thousands, vectors
+        thousands = all(len(part) == 3 for row in rows for part in row[1:])
+        if thousands or max(map(len, rows)) < 3 or not all(map(str.isdecimal, numbers)):
+            return False
     both = {row[0] for row in rows if row} & {part for row in rows for part in row[1:]}
     return bool(both) and 2 * sum(counts[part] for part in both) >= sum(counts.values())
 
@@ -71,11 +78,11 @@ def _literal(text: str) -> list[Any] | None:
         values = sorted(values, key=str)
     if not isinstance(values, (list, tuple)):
         return None
-    names = [_name(value) for value in values]
-    return None if None in names else names
+    found = [name(value) for value in values]
+    return None if None in found else found
 
 
-def _name(value: Any) -> str | int | float | None:
+def name(value: Any) -> str | int | float | None:
     """A value itself; of an object what it calls its name, or its only text."""
     if isinstance(value, dict):
         words = [v for v in value.values() if isinstance(v, str)]

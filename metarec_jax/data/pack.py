@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from metarec_jax.core import MetarecError
 from metarec_jax.data import parquet
 from metarec_jax.data.columns import shown
+from metarec_jax.data.interactions import NO_TIME
 from metarec_jax.data.store import FILE, FORMAT, VERSION, batches
 from metarec_jax.files import sha256, write_atomically
 
@@ -56,7 +57,7 @@ def pack(
     rated, timed = ("ratings" in columns), ("times" in columns)
     counts = np.zeros(items + 1, np.int64)
     starts = np.zeros(1, np.int64)
-    low, high, longest, done, total = np.inf, -np.inf, 0, 0, 0
+    low, high, longest, done, total, untimed = np.inf, -np.inf, 0, 0, 0, 0
     wanted = ["user", "items", *(["ratings"] if rated else []), *(["times"] if timed else [])]
     files = {n: (folder / f"{n}.bin").open("wb") for n in ["starts", "events", *(["times"] if timed else [])]}
     try:
@@ -69,6 +70,7 @@ def pack(
                 rating = found["ratings"].astype("<f4")
                 low, high = min(low, float(rating.min())), max(high, float(rating.max()))
                 events = np.stack([item, rating.view("<i4")], axis=1)
+            untimed += int((found["times"] == NO_TIME).sum()) if timed else 0
             ends = total + np.cumsum(sizes)
             arrays = {"starts": ends.astype("<i8"), "events": events}
             for which, array in (arrays | ({"times": found["times"].astype("<i8")} if timed else {})).items():
@@ -94,6 +96,7 @@ def pack(
         "interactions": total,
         "ratings": [low, high] if rated else None,
         "timestamps": timed,
+        "untimed": untimed,
         "longest": longest,
         "digest": sha256("".join(digests[n].hexdigest() for n in names).encode()),
         "notes": [*notes, *_singles(folder, users)],

@@ -304,7 +304,7 @@ def _interactions(
         user, item = user._replace(codes=user.codes[keep]), item._replace(codes=item.codes[keep])
         rows = keep if rows is None else rows[keep]
     _check(user, rating, roles, source)
-    if rating is not None and (odd := no_rating(rating)) is not None:
+    if rating is not None and (odd := no_rating(*np.unique(rating, return_counts=True))) is not None:
         notes.append(odd)
     singles = int((np.bincount(user.codes, minlength=len(user.ids)) == 1).sum())
     if singles:

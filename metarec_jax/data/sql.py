@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import MISSING, option, shown
+from metarec_jax.data.columns import MISSING, no_rating, option, shown
 from metarec_jax.data.ingest import Source
+from metarec_jax.data.interactions import NO_TIME
 from metarec_jax.data.spelling import COMMA, EXACT, ROUNDED, THOUSANDS, WHOLE
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
@@ -118,14 +121,18 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
                 "left to predict. If a row means that the user chose the item, say --implicit (implicit=True in Python)"
             )
         columns["rating"], lost[roles.rating] = rating, read - found["rating_given"]
+        notes += _no_rating(run, relation, rating)
         lost[f"{roles.rating} that is finite"] = found["rating_given"] - found["rating_count"]
         conditions += [f"isfinite({rating})"] if found["rating_count"] < read else []
     if roles.timestamp is not None and found["time_given"] == 0:
         notes.append(f"column {shown(roles.timestamp)} is empty: read without timestamps")
     elif roles.timestamp is not None:
         columns["time"], said = _settled(roles.timestamp, times, found, where)
-        notes, lost[roles.timestamp] = [*notes, *said], read - found["time_given"]
-        conditions += [f"({columns['time']}) IS NOT NULL"] if found["time_given"] < read else []
+        notes += said
+        if timeless := read - found["time_given"]:
+            least = f"{NO_TIME + 1}::BIGINT - 1"  # the literal itself is too large
+            columns["time"] = f"coalesce({columns['time']}, {least})"
+            notes.append(f"{timeless} rows have no time: kept, but --order time requires one of every row")
     notes += [f"rows dropped: {count} without a {name}" for name, count in lost.items() if count]
     return Checked(columns, quoted(roles.item), types[roles.item], tuple(conditions), read, tuple(notes))
 
@@ -234,6 +241,8 @@ def _id(column: str, kind: str, where: str, name: str, side: str) -> str:
         return column
     if kind == "VARCHAR" or kind.startswith(_SPELLED):
         return _text(column)
+    if kind == "BLOB":
+        return _text(f"decode({column})")
     raise MetarecError(
         f"{where}, column {shown(name)}: values of type {kind} cannot be ids. Name another column with {option(side)}"
     )
@@ -243,6 +252,15 @@ def _text(column: str) -> str:
     """SQL of text without blanks around it; NULL where it is missing."""
     trimmed = f"trim({column}::VARCHAR, E' \\t\\r\\n')"
     return f"CASE WHEN {trimmed} NOT IN ({', '.join(map(literal, MISSING))}) THEN {trimmed} END"
+
+
+def _no_rating(run: Run, relation: str, rating: str) -> list[str]:
+    """What `columns.no_rating` says, where ratings have few values."""
+    finite = f"FROM {relation} WHERE isfinite({rating})"
+    counted = f"SELECT {rating} AS r, count(*) {finite} GROUP BY r ORDER BY r LIMIT 1001"
+    values, counts = (np.array(column) for column in zip(*run(counted), strict=True))
+    odd = no_rating(values, counts) if len(values) <= 1000 else None
+    return [odd] if odd is not None else []
 
 
 def _has_commas(run: Run, relation: str, value: str, wrong: int) -> bool:

@@ -79,7 +79,7 @@ class Store(NamedTuple):
     Attributes:
       users, items, interactions: how many.
       ratings: the least and the greatest; None for implicit feedback.
-      timestamps: whether it has times.
+      timestamps: whether it has times; untimed: interactions that have none all the same.
       longest: interactions of the user who has most.
       digest: sha256 of all that is streamed: the same digest, the same data.
       starts: int64 ``[users + 1]``, mapped from its file.
@@ -102,6 +102,7 @@ class Store(NamedTuple):
     user_features: Mapping[str, Feature] = MappingProxyType({})
     item_features: Mapping[str, Feature] = MappingProxyType({})
     titles: np.ndarray | None = None
+    untimed: int = 0
 
     @property
     def implicit(self) -> bool:
@@ -183,6 +184,7 @@ def _noted(told: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is {told[name]!r}, and 1 to {most} is possible")
         found[name] = told[name]
     found["timestamps"] = told["timestamps"] is True
+    found["untimed"] = int(told.get("untimed", 0))
     found["ratings"] = None if told["ratings"] is None else tuple(float(r) for r in told["ratings"][:2])
     if found["ratings"] is not None and not (len(found["ratings"]) == 2 and np.isfinite(found["ratings"]).all()):
         raise ValueError(f"ratings is {told['ratings']!r}, and the least and the greatest were wanted")

@@ -66,8 +66,14 @@ def stream_source(
             raise MetarecError(f"{name} is {chance}; it is a chance, from 0 to 1")
     if user_rows not in ("prior", "own"):
         raise MetarecError(f"user_rows {user_rows!r} is not known; use 'prior' or 'own'")
+    if order == "time" and store.untimed:
+        raise MetarecError(
+            f"--order time requires the time of every interaction, and {store.untimed} of the store {store.path} have "
+            "none; take --order random, or prepare it without them"
+        )
     if order not in ("random", "time") or (order == "time" and not store.timestamps):
-        raise MetarecError(f"--order {order} requires timestamps, which the store lacks; take --order random")
+        asked = f"--order {order} (order={order!r} in Python)"
+        raise MetarecError(f"{asked} requires timestamps, which the store lacks; take --order random")
     if not 0 <= seed < 2**32:
         raise MetarecError(f"seed is {seed}; give one from 0 to 2**32 - 1")
     counts = lengths(store)
