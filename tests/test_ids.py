@@ -15,6 +15,7 @@ from metarec_jax.data.interactions import Vocabulary
 from metarec_jax.data.prepare import prepare
 from metarec_jax.data.readers import from_pandas, read
 from metarec_jax.data.store import load
+from metarec_jax.online.history import Names, parse_table
 
 FIRST = 1234567890123456768
 """Neighbours of it are one float64: 0 to 127 more all round to it."""
@@ -79,7 +80,8 @@ def test_whole_numbers_with_a_point_are_integers_in_every_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spelled", ["1.2345678901234568e+18", "1.23457E+18", "9007199254740994.0", "1234567890123456768.0"]
+    "spelled",
+    ["1.2345678901234568e+18", "1.23457E+18", "1.2345678901234568E18", "9007199254740994.0", "1234567890123456768.0"],
 )
 def test_ids_that_were_rounded_are_refused(tmp_path, spelled):
     """Pandas writes long ids of a float column so, and a spreadsheet as 1.23457E+18: which id it was, nobody can say."""
@@ -128,7 +130,18 @@ def test_a_vocabulary_never_reads_an_id_through_a_float():
     assert ids.encode([f"{FIRST + 1}.0", str(FIRST)]).tolist() == [2, 1]
     assert ids.encode(np.array([float(FIRST)])).tolist() == [0]
     assert Vocabulary(np.array([str(FIRST)])).encode([float(FIRST)]).tolist() == [0]
+    assert ids.encode([FIRST + 1, 5.0]).tolist() == ids.encode([FIRST + 1, None]).tolist() == [2, 0]
     assert Vocabulary(np.array([1000, 7])).encode(["1e3", "1_000", "7.", "+7"]).tolist() == [0, 0, 2, 2]
+
+
+def test_users_of_a_table_of_histories_are_not_merged():
+    """Two users of one float64; as floats they are refused, as integers they are two."""
+    data = from_pandas(pd.DataFrame({"user": [1, 2], "item": [1, 2], "rating": [1, 2]}))
+    users = [FIRST + 1, FIRST + 2]
+    columns = {"user_id": users, "item_id": [1, 2], "rating": [1, 2]}
+    assert parse_table(columns, data, Names(data))[0] == users
+    with pytest.raises(MetarecError, match=r"column 'user_id': the id .* was rounded"):
+        parse_table({**columns, "user_id": np.array(users, float)}, data, Names(data))
 
 
 def test_bytes_and_decimals_as_ids():

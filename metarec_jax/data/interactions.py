@@ -103,7 +103,10 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
 def _array(values: Any) -> np.ndarray:
     """Values as an array; those that are no numbers as objects, each with the room that it needs."""
     if not isinstance(values, np.ndarray):
-        values = np.asarray(values, object) if _holds_text(values) else np.asarray(values)
+        given = values
+        values = np.asarray(given, object) if _holds_text(given) else np.asarray(given)
+        if values.dtype.kind == "f" and isinstance(given, (list, tuple)) and any(isinstance(v, int) for v in given):
+            values = np.asarray(given, object)  # beside a float, integers beyond 2**53 would be rounded
     return values.astype(object) if values.dtype.kind == "U" else values
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 WHOLE = r"(0|-?[1-9][0-9]{0,17})(\.0*)?"
 """A regular expression of integers, also where a decimal point follows: 26.0 is what pandas makes of 26."""
-ROUNDED = r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+|-?[0-9]{16,}\.0*"
+ROUNDED = r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]+|-?[0-9]\.[0-9]+[eE][0-9]+|-?[0-9]{16,}\.0*"
 """And of numbers as a float column or a spreadsheet writes long ones (1.23457E+18): see `was_rounded`."""
 COMMA, THOUSANDS = "[-+]?[0-9]*,[0-9]+", "[-+]?[0-9]*,[0-9]{3}"
 _COMMA, _THOUSANDS = re.compile(COMMA), re.compile(THOUSANDS)
@@ -76,6 +76,8 @@ def was_rounded(value: object, bits: int = EXACT) -> bool:
     (True, True, False, False)
     """
     if isinstance(value, str):
+        if "." not in value and "+" not in value:  # most ids, at a glance
+            return False
         match = _ROUNDED.fullmatch(value)
         return match is not None and ("." not in value or "e" in value.lower() or abs(float(value)) >= 2.0**EXACT)
     return isinstance(value, float) and 2.0**bits <= abs(value) < float("inf")

@@ -12,6 +12,7 @@ import numpy as np
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.columns import find_column, listed, shown
+from metarec_jax.data.ids import refuse_rounded
 from metarec_jax.data.interactions import Feature, Interactions
 
 _SUGGESTED = 5
@@ -264,6 +265,7 @@ def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
         if users is None or items is None:
             raise MetarecError("histories want user ids and item ids, and one is None; give (users, items, ratings)")
     _same_length({"user_id": users, "item_id": items, "rating": ratings})
+    refuse_rounded(users, "user_id")
     for k, user in enumerate(users):
         if user is None or (isinstance(user, float) and math.isnan(user)):
             raise MetarecError(f"row {k + 1} of the histories has no user_id; fill it in or drop the row")
