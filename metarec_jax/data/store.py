@@ -9,7 +9,7 @@ What is streamed from are flat little-endian arrays made of it (`metarec_jax.dat
 
 - ``starts.bin`` int64 ``[U + 1]``: the interactions of user row u are ``starts[u - 1] .. starts[u] - 1``;
 - ``events.bin`` int32 ``[N, 2]``: item row, and the rating, a float32 by its bits; ``[N, 1]`` for implicit feedback;
-- ``times.bin`` int64 ``[N]``: seconds, where there are such;
+- ``times.bin`` int64 ``[N]``: seconds, where there are such (`NO_TIME` where one is not known);
 - ``counts.bin`` int64 ``[items + 1]``: interactions of each item row;
 - ``hashes.bin`` uint64 ``[U]``: of the users' ids, which decide who is held out;
 - ``store.json``: counts, and the digest of all these.
