@@ -113,15 +113,11 @@ def _many(
 ) -> _Rows:
     """The lists of the users of a table of histories, of a table of features, or of both."""
     given = run.config.data
-    trained = {
-        "user": given.user_col,
-        "item": given.item_col,
-        "rating": given.rating_col,
-        "timestamp": given.timestamp_col,
-    }
+    trained = {f"{role}_col": getattr(given, f"{role}_col") for role in ("user", "item", "rating", "timestamp")}
     table = Histories([], [], None)
     if history is not None:
-        table = read_histories(history, asked=columns, trained=trained)
+        asked = {f"{role}_col": name for role, name in columns.items()}
+        table = read_histories(history, **asked, trained_with=trained)
         if table.rating is None and run.data.rating is not None:
             raise MetarecError(
                 f"{history} has no rating column by a usual name, and {run.directory} learned from ratings; name it "

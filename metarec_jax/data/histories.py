@@ -12,7 +12,8 @@ import pandas as pd
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import bounds, formats, json_rows, layouts, parquet
-from metarec_jax.data.columns import find_column, listed, option, seconds, shown
+from metarec_jax.data.columns import MISSING, find_column, listed, option, seconds, shown
+from metarec_jax.data.features import id_column
 from metarec_jax.data.ids import code_ids
 from metarec_jax.data.interactions import NO_TIME
 
@@ -122,3 +123,39 @@ def _in_time(
     places, order = np.argsort(users, kind="stable"), np.empty(len(frame), np.intp)
     order[places] = np.lexsort((np.where(missing, NO_TIME, moments), users))
     return frame.iloc[order]
+
+
+@bounds.fits
+def read_features(path: str | Path, user_col: str | None = None) -> dict[Any, dict[str, Any]]:
+    """Side features of new users, by user and column, of a delimited or Parquet file with one row per user.
+
+    Args:
+      user_col: the column of users; found by its usual names where None, or where the file has none of that name.
+
+    Raises:
+      MetarecError: no such file, no column of users, a row without a user, or a user on two rows.
+    """
+    path = bounds.local(path)
+    if "\0" in str(path) or not path.is_file():
+        raise MetarecError(f"there is no file {path}; give a table with one row per user: user_id, and the features")
+    frame = layouts.side_frame(path, "user", user_col)
+    assert frame is not None, "a path was given"
+    by = id_column(list(frame.columns), "user", user_col)
+    coded = code_ids(frame[by], spelled=layouts.layout(path) not in ("parquet", "json"), name=by)
+    if (coded.codes < 0).any():
+        raise MetarecError(f"row {int(np.argmax(coded.codes < 0)) + 1} of {path} has no {by}; fill it in or delete it")
+    if len(coded.ids) < len(frame):
+        twice = int(np.argmax(np.bincount(coded.codes) > 1))
+        raise MetarecError(f"{path} has user {coded.shown(twice)} on two rows; keep one")
+    users = coded.ids[coded.codes].tolist()
+    columns = {str(c): frame[c].astype(object).tolist() for c in frame.columns if str(c) != by}
+    return {
+        user: {name: values[k] for name, values in columns.items() if not _is_missing(values[k])}
+        for k, user in enumerate(users)
+    }
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return False
+    return bool(pd.isna(value)) or (isinstance(value, str) and value.strip() in MISSING)
