@@ -73,8 +73,8 @@ def train(folder: Path, steps: int, processes: int, process: int, port: int, rec
     """Train in ``folder/run`` until done; with ``record`` keep what all others are compared with in ``folder``."""
     import jax
 
-    from metarec_jax.training import sharding
-    from metarec_jax.training.checkpoint import Checkpoints
+    from metarec_jax.training.checkpoints.checkpoint import Checkpoints
+    from metarec_jax.training.devices import sharding
     from metarec_jax.training.loop import fit
 
     mesh = None

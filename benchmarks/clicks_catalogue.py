@@ -29,15 +29,15 @@ import numpy as np
 import optax
 
 from metarec_jax import baselines, learners, losses, models
+from metarec_jax.baselines.trained import fit_plain
 from metarec_jax.core import Examples, Learner, MetarecError, Method, Params
 from metarec_jax.cpu import tune_cpu
-from metarec_jax.data.datasets import load
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.io.datasets import load
 from metarec_jax.data.splits import split
 from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue, inputs, make_tasks, task_source
+from metarec_jax.evaluation.intervals import estimate
 from metarec_jax.factorization import Factors, implicit_als_factors
-from metarec_jax.intervals import estimate
-from metarec_jax.plain import fit_plain
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
 

@@ -133,9 +133,9 @@ def _step() -> dict[str, Any]:
     began = time.perf_counter()
     from benchmarks.protocol import peak_mib
     from metarec_jax import learners
-    from metarec_jax.commands.compiled import compile_cache
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.models import meta_recommender
+    from metarec_jax.experiment.compiled import compile_cache
+    from metarec_jax.models.content import meta_recommender
     from metarec_jax.training.loop import fit
 
     compile_cache()
@@ -157,8 +157,8 @@ def _evaluate(rounds: int) -> dict[str, Any]:
     from metarec_jax.core import Method
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks
-    from metarec_jax.evaluation import evaluate
-    from metarec_jax.models import meta_recommender
+    from metarec_jax.evaluation.evaluate import evaluate
+    from metarec_jax.models.content import meta_recommender
 
     data = synthetic(USERS, 3706, ratings_per_user=(2 * EXAMPLES, 2 * EXAMPLES), seed=0).data
     learner = learners.maml(meta_recommender(data.users.num_rows, data.items.num_rows), inner_steps=1)
@@ -185,7 +185,7 @@ def _memory(inner_steps: int, remat: bool) -> dict[str, Any]:
     from metarec_jax import learners, models
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import task_source
-    from metarec_jax.training.memory import estimate
+    from metarec_jax.training.devices.budget import estimate
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.step import Optimizers, init_state, make_step
 

@@ -26,17 +26,19 @@ import numpy as np
 import optax
 from melu_content import with_content
 
-from metarec_jax import learners, losses, models, results
+from metarec_jax import learners, losses, models
+from metarec_jax.baselines.tuning import fit_baselines, tune
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.cpu import tune_cpu
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.splits import Split, read_partition
+from metarec_jax.data.io.published import read_partition
+from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue, make_tasks, task_source
-from metarec_jax.evaluation import evaluate
-from metarec_jax.report import terminal_table
+from metarec_jax.evaluation import results
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.report.write import terminal_table
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
-from metarec_jax.tuning import fit_baselines, tune
 
 SIZE = 16
 HISTORY = 200

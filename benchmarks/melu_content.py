@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.features import side_features
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.io.features import side_features
 
 FIELDS = ("id", "title", "year", "rate", "date", "genre", "director", "writer", "actor", "plot", "poster")
 

@@ -25,18 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax import learners, losses, metrics, models, results
+from metarec_jax import learners, losses, models
+from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Array, MetarecError, Method, Params, Task
 from metarec_jax.cpu import tune_cpu
-from metarec_jax.data import datasets
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.io import datasets
 from metarec_jax.data.tasks import Catalogue, TaskSet, batches, catalogue, make_tasks, task_source
-from metarec_jax.evaluation import evaluate
-from metarec_jax.report import terminal_table
-from metarec_jax.results import Report
+from metarec_jax.evaluation import metrics, results
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.evaluation.results import Report
+from metarec_jax.report.write import terminal_table
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
-from metarec_jax.tuning import fit_baselines
 
 RATINGS, SHARES = (13, 100), (0.8, 0.9)
 TRAINED, WEIGHTS = ("gaussian_process", "gaussian_process_bpr", "ridge"), (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -53,7 +53,7 @@ def generate(folder: Path, rows: int, seed: int = 0) -> None:
 
 def measure(path: Path) -> dict[str, float]:
     """Wall seconds of reading and of grouping, and the peak memory of this process."""
-    from metarec_jax.data.readers import read
+    from metarec_jax.data.io.readers import read
 
     begin = time.perf_counter()
     data = read(path)

@@ -148,8 +148,9 @@ def _tasks(train: Any) -> Any:
 def _data(source: str, seed: int) -> tuple[Any, str, float]:
     """A split with user-cold validation and test parts, its name, and the target."""
     from metarec_jax.core import MetarecError
-    from metarec_jax.data.datasets import load
-    from metarec_jax.data.splits import read_partition, split
+    from metarec_jax.data.io.datasets import load
+    from metarec_jax.data.io.published import read_partition
+    from metarec_jax.data.splits import split
     from metarec_jax.data.synthetic import synthetic
 
     if source == "synthetic":

@@ -126,7 +126,7 @@ def _calls(items: int, size: int, sides: set[str]) -> dict[str, Callable[[], Any
     from metarec_jax.core import Learner, Method
     from metarec_jax.data.interactions import Interactions, Vocabulary
     from metarec_jax.data.tasks import catalogue
-    from metarec_jax.online.recommend import Recommender
+    from metarec_jax.serving.recommender import Recommender
 
     rng = np.random.default_rng(0)
     user, item = rng.integers(1, USERS + 1, items), np.arange(1, items + 1)  # every item was seen

@@ -16,11 +16,11 @@ import json
 
 from metarec_jax import learners, models
 from metarec_jax.core import Learner, MetarecError, Method
-from metarec_jax.data.datasets import load
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.io.datasets import load
 from metarec_jax.data.splits import split
 from metarec_jax.data.tasks import catalogue, make_tasks, task_source
-from metarec_jax.evaluation import evaluate
+from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.training.loop import fit
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)

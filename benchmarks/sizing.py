@@ -1,6 +1,6 @@
 """What 10^8 users and 10^9 items take of each device and each link: ``python -m benchmarks.sizing``.
 
-The formulas are those of `metarec_jax.training.sizing`, which tests compare with compiled programs. A bandwidth is an
+The formulas are those of `benchmarks.device_sizes`, which tests compare with compiled programs. A bandwidth is an
 assumption, and printed; what a step computes is not in it.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
+from benchmarks.device_sizes import sizes
 from metarec_jax.core import Table
-from metarec_jax.training.memory import spoken
-from metarec_jax.training.sizing import sizes
+from metarec_jax.training.devices.budget import spoken
 
 
 def main() -> None:

@@ -29,12 +29,12 @@ import optax
 from melu_content import with_content
 from scipy.stats import rankdata
 
-from metarec_jax import ctr_models, learners, models
+from metarec_jax import learners, models
 from metarec_jax.core import Column, Learner, MetarecError, Params
 from metarec_jax.data.catalogue import Catalogue
-from metarec_jax.data.datasets import load
 from metarec_jax.data.epochs import epoch_source, steps_of
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.io.datasets import load
 from metarec_jax.data.item_tasks import (
     WarmUp,
     clicks,
@@ -47,8 +47,9 @@ from metarec_jax.data.item_tasks import (
     warm_up,
 )
 from metarec_jax.data.tasks import TaskSet, make_tasks
-from metarec_jax.learners.made_rows import made, on_base, with_cold_loss
+from metarec_jax.learners._cold_rows import made, on_base, with_cold_loss
 from metarec_jax.learners.mwuf import common_row
+from metarec_jax.models import ctr as ctr_models
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
 

@@ -2,7 +2,7 @@
 
 import metarec_jax as mr
 from metarec_jax.losses import bpr
-from metarec_jax.report import terminal_table
+from metarec_jax.report.write import terminal_table
 
 data = mr.synthetic(800, 150, ratings_per_user=(15, 40), implicit=True, seed=0).data
 parts = mr.split(data, ["user_cold"])

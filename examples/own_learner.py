@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 import metarec_jax as mr
-from metarec_jax.report import terminal_table
+from metarec_jax.report.write import terminal_table
 
 
 def shrunken_mean(model: mr.Model) -> mr.Learner:

@@ -9,7 +9,7 @@ import sys
 import jax
 
 import metarec_jax as mr
-from metarec_jax.report import terminal_table
+from metarec_jax.report.write import terminal_table
 
 data = mr.load(sys.argv[1] if len(sys.argv) > 1 else "synthetic:600x300")
 parts = mr.split(data, ["user_cold"])

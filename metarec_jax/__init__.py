@@ -9,15 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metarec_jax.baselines.tuning import fit_baselines
     from metarec_jax.core import Column, Examples, Learner, MetarecError, MetarecWarning, Method, Model, Table, Task
     from metarec_jax.cpu import tune_cpu
-    from metarec_jax.data.datasets import load
     from metarec_jax.data.interactions import Interactions
-    from metarec_jax.data.readers import from_pandas, read
-    from metarec_jax.data.splits import Split, read_partition, split
+    from metarec_jax.data.io.datasets import load
+    from metarec_jax.data.io.published import read_partition
+    from metarec_jax.data.io.readers import from_pandas, read
+    from metarec_jax.data.splits import Split, split
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks, task_source
-    from metarec_jax.evaluation import evaluate
+    from metarec_jax.evaluation.evaluate import evaluate
+    from metarec_jax.learners._starts import warm_start
     from metarec_jax.learners.cavia import cavia
     from metarec_jax.learners.gaussian_process import gaussian_process, gaussian_process_start
     from metarec_jax.learners.hypernetwork import hypernetwork
@@ -35,24 +38,23 @@ if TYPE_CHECKING:
     from metarec_jax.learners.protonet import protonet
     from metarec_jax.learners.reptile import reptile
     from metarec_jax.learners.ridge import ridge
-    from metarec_jax.learners.warm_start import warm_start
-    from metarec_jax.models import content_model, flax_model, meta_recommender, nnx_model
-    from metarec_jax.online.recommend import Recommender
-    from metarec_jax.report import write_report
+    from metarec_jax.models.content import content_model, flax_model, meta_recommender, nnx_model
+    from metarec_jax.report.write import write_report
+    from metarec_jax.serving.recommender import Recommender
+    from metarec_jax.training.devices.sharding import make_mesh
     from metarec_jax.training.loop import fit
-    from metarec_jax.training.sharding import make_mesh
-    from metarec_jax.tuning import fit_baselines
 
 _HOMES = {
     "core": ("Column", "Examples", "Learner", "MetarecError", "MetarecWarning", "Method", "Model", "Table", "Task"),
     "cpu": ("tune_cpu",),
-    "data.datasets": ("load",),
+    "data.io.datasets": ("load",),
     "data.interactions": ("Interactions",),
-    "data.readers": ("from_pandas", "read"),
-    "data.splits": ("Split", "read_partition", "split"),
+    "data.io.readers": ("from_pandas", "read"),
+    "data.io.published": ("read_partition",),
+    "data.splits": ("Split", "split"),
     "data.synthetic": ("synthetic",),
     "data.tasks": ("catalogue", "make_tasks", "task_source"),
-    "evaluation": ("evaluate",),
+    "evaluation.evaluate": ("evaluate",),
     "learners": (
         "cavia",
         "gaussian_process",
@@ -75,12 +77,12 @@ _HOMES = {
         "ridge",
         "warm_start",
     ),
-    "models": ("content_model", "flax_model", "meta_recommender", "nnx_model"),
-    "online.recommend": ("Recommender",),
-    "report": ("write_report",),
+    "models.content": ("content_model", "flax_model", "meta_recommender", "nnx_model"),
+    "serving.recommender": ("Recommender",),
+    "report.write": ("write_report",),
     "training.loop": ("fit",),
-    "training.sharding": ("make_mesh",),
-    "tuning": ("fit_baselines",),
+    "training.devices.sharding": ("make_mesh",),
+    "baselines.tuning": ("fit_baselines",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

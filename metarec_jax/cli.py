@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from metarec_jax import config, files, signals
+from metarec_jax import files, signals
 from metarec_jax.cpu import missing_platform, tune_cpu
+from metarec_jax.experiment import config
 from metarec_jax.learners import registry
 
 _SECTIONS: dict[str, Any] = {**typing.get_type_hints(config.Config), "learner": config.LearnerFlags}
@@ -318,7 +319,7 @@ def compare(
       metarec compare ratings.csv --user-col uid --recommend --max-ms 1
       metarec compare ml-100k --learners maml maml:first_order=true --baselines als deepfm
     """
-    from metarec_jax.commands import compare
+    from metarec_jax.experiment.compare import run as compare
 
     return compare.compare(
         configured(options, learner=False),
@@ -521,7 +522,7 @@ def run() -> None:
         sys.stdout.flush()
         os._exit(status)
     if status and "jax" in sys.modules:
-        from metarec_jax.training import processes
+        from metarec_jax.training.devices import processes
 
         processes.leave(status)
     sys.exit(status)

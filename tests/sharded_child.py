@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import processes
-from metarec_jax.training.checkpoint import Checkpoints, load_params
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params
+from metarec_jax.training.devices import processes
 
 IDENTITY = {"data": "abc", "version": 1}
 ROWS = 96

@@ -6,7 +6,7 @@ import pytest
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.readers import read
+from metarec_jax.data.io.readers import read
 
 ROWS = [("u1", 10, 5.0, 100), ("u2", 10, 3.0, 200), ("u1", 7, 1.5, 300)]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax.baselines import (
+from metarec_jax.baselines.closed_form import (
     BASELINES,
     als,
     bias,
@@ -18,6 +18,7 @@ from metarec_jax.baselines import (
     random,
     user_mean,
 )
+from metarec_jax.baselines.tuning import fit_baselines, suitable
 from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, make_tasks
@@ -29,7 +30,6 @@ from metarec_jax.factorization import (
     neighbours,
     similarities,
 )
-from metarec_jax.tuning import fit_baselines, suitable
 
 KEY = jax.random.key(0)
 

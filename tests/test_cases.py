@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.histories import read_histories
-from metarec_jax.data.readers import read
+from metarec_jax.data.io.histories import read_histories
+from metarec_jax.data.io.readers import read
 
 CASES = Path(os.environ.get("METAREC_TEST_CASES", "no/such/folder"))
 pytestmark = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from metarec_jax import learners, models
-from metarec_jax.baselines import als, item_knn
+from metarec_jax.baselines.closed_form import als, item_knn
 from metarec_jax.core import Examples, Method
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, inputs
-from metarec_jax.online import linear
-from metarec_jax.online.catalogue_scores import Plan, Users, best, block_size
-from metarec_jax.online.recommend import Recommender
+from metarec_jax.serving import linear
+from metarec_jax.serving.catalogue_scores import Plan, Users, best, block_size
+from metarec_jax.serving.recommender import Recommender
 
 ITEMS = 700
 """Enough for the screen of blocks to leave most of them out."""

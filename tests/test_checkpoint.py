@@ -19,9 +19,9 @@ import optax
 import pytest
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import folders, quiet
-from metarec_jax.training.checkpoint import Checkpoints, load_params, saved_metrics
-from metarec_jax.training.run_directory import different
+from metarec_jax.training.checkpoints import folders, quiet
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params, saved_metrics
+from metarec_jax.training.checkpoints.lock import different
 
 IDENTITY = {"config": {"lr": 0.1, "steps": 10}, "data": "abc"}
 
@@ -353,7 +353,7 @@ def test_killed_in_the_middle_of_saving(tmp_path):
     program = textwrap.dedent(
         f"""
         import jax.numpy as jnp
-        from metarec_jax.training.checkpoint import Checkpoints
+        from metarec_jax.training.checkpoints.checkpoint import Checkpoints
         with Checkpoints({str(tmp_path)!r}, identity={{}}) as checkpoints:
             found = checkpoints.restore({{"params": jnp.zeros(30_000)}})
             first = 0 if found is None else found[0]

@@ -15,14 +15,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax import cli, runs
+from metarec_jax import cli
 from metarec_jax.commands import doctor, fit, recommend
 from metarec_jax.commands.recommend import parse_rates
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.online.history import Names, parse_history
-from metarec_jax.online.recommend import Influence, Recommendation, Recommendations
-from metarec_jax.training.checkpoint import Checkpoints, load_params
+from metarec_jax.experiment import runs
+from metarec_jax.serving.history import Names, parse_history
+from metarec_jax.serving.recommender import Influence, Recommendation, Recommendations
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params
 from metarec_jax.training.progress import read_history
 
 SMALL = ["--steps", "40", "--tasks", "8", "--support", "2", "8", "--query", "4", "--size", "2"]

@@ -11,18 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax import cells, cli, results
-from metarec_jax import config as configs
-from metarec_jax.baselines import item_mean
-from metarec_jax.commands import compare as command
-from metarec_jax.commands.compare_entries import all_entries, baseline_of, default_learners, learners_of
-from metarec_jax.commands.protocol import fixed_tasks, liked, rating_range, relevant_from
+from metarec_jax import cli
+from metarec_jax.baselines.closed_form import item_mean
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
-from metarec_jax.evaluation import evaluate
-from metarec_jax.training import run_directory
+from metarec_jax.evaluation import results
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment.build import build_data, build_split
+from metarec_jax.experiment.compare import cells
+from metarec_jax.experiment.compare import run as command
+from metarec_jax.experiment.compare.entries import all_entries, baseline_of, default_learners, learners_of
+from metarec_jax.experiment.protocol import fixed_tasks, liked, rating_range, relevant_from
+from metarec_jax.training.checkpoints import lock as run_directory
 
 SMALL = [
     "--steps",
@@ -126,8 +129,8 @@ def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation
         split=configs.SplitConfig(scenarios=("user_cold",), seed=1),
         tasks=configs.TaskConfig(query=4),
     )
-    data = configs.build_data(config.data)
-    parts = configs.build_split(config.split, data)
+    data = build_data(config.data)
+    parts = build_split(config.split, data)
     known = catalogue(data, parts.train)
     tasks = fixed_tasks(config, parts, parts.test, seed=1, max_users=1000)
     fitted = {"item_mean": item_mean(parts.train, known)}

@@ -4,18 +4,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax import cells, results
-from metarec_jax.baselines import item_mean, random
-from metarec_jax.cells import Cell
-from metarec_jax.commands.compare_report import advice
-from metarec_jax.commands.protocol import rating_range
-from metarec_jax.comparison import Cost, by_support, choose, gap, join, over_seeds, overall
+from metarec_jax.baselines.closed_form import item_mean, random
 from metarec_jax.core import MetarecError
 from metarec_jax.data.splits import split
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue, make_tasks
-from metarec_jax.evaluation import evaluate
-from metarec_jax.results import ALL, Report
+from metarec_jax.evaluation import results
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.evaluation.results import ALL, Report
+from metarec_jax.experiment.compare import cells
+from metarec_jax.experiment.compare.cells import Cell
+from metarec_jax.experiment.compare.choice import Cost, by_support, choose, gap, join, over_seeds, overall
+from metarec_jax.experiment.compare.report import advice
+from metarec_jax.experiment.protocol import rating_range
 
 
 def test_reports_joined_are_as_if_from_one_call():

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from metarec_jax.commands import compiled
+from metarec_jax.experiment import compiled
 
 OPTIONS = (
     "jax_compilation_cache_dir",
@@ -100,7 +100,7 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch, tmp_path):
 
 
 def test_the_library_alone_keeps_nothing():
-    program = "import metarec_jax, metarec_jax.runs, jax; print(jax.config.jax_compilation_cache_dir)"
+    program = "import metarec_jax, metarec_jax.experiment.runs, jax; print(jax.config.jax_compilation_cache_dir)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
 
@@ -111,7 +111,7 @@ PROGRAM = """
     hits = []
     jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
     from metarec_jax import learners, models
-    from metarec_jax.commands.compiled import compile_cache
+    from metarec_jax.experiment.compiled import compile_cache
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.training.loop import fit
     compile_cache()

@@ -8,11 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import config, learners
-from metarec_jax.config import Config, DataConfig, LearnerConfig, ModelConfig, SplitConfig, TaskConfig, TrainConfig
+from metarec_jax import learners
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
+from metarec_jax.experiment import config
+from metarec_jax.experiment.build import (
+    build_data,
+    build_learner,
+    build_loss,
+    build_model,
+    build_params,
+    build_source,
+    build_split,
+    negatives,
+    settled,
+)
+from metarec_jax.experiment.config import (
+    Config,
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    SplitConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from metarec_jax.training.loop import run_keys
 
 
@@ -77,8 +97,8 @@ def ratings():
 )
 def test_every_learner_has_a_finite_loss(ratings, learner):
     given = Config(model=ModelConfig(size=2), learner=learner, tasks=TaskConfig(tasks=2, support=(2, 4), query=3))
-    built = config.build_learner(given, ratings)
-    source = config.build_source(given, ratings)
+    built = build_learner(given, ratings)
+    source = build_source(given, ratings)
     task = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0)))
     params = built.init(jax.random.key(1))
     loss, _ = jax.jit(built.loss)(params, task, jax.random.key(2))
@@ -87,14 +107,14 @@ def test_every_learner_has_a_finite_loss(ratings, learner):
 
 def test_a_warm_start_keeps_the_form_of_the_parameters(ratings):
     given = Config(model=ModelConfig(size=2))
-    learner = config.build_learner(given, ratings)
-    params = config.build_params(given, learner, ratings)
+    learner = build_learner(given, ratings)
+    params = build_params(given, learner, ratings)
     assert jax.tree.structure(params) == jax.tree.structure(learner.init(jax.random.key(0)))
 
 
 def test_no_warm_rows_where_the_model_has_no_place_for_them(ratings):
     for given in (Config(train=TrainConfig(warm_start=False)), Config(model=ModelConfig(head="mlp"))):
-        assert config.build_params(given, config.build_learner(given, ratings), ratings) is None
+        assert build_params(given, build_learner(given, ratings), ratings) is None
 
 
 def test_ridge_wants_vectors():
@@ -103,28 +123,28 @@ def test_ridge_wants_vectors():
 
 
 def test_clicks_get_negatives_and_a_click_loss(ratings):
-    clicks = config.build_data(DataConfig(name="synthetic:30x20", implicit=True))
+    clicks = build_data(DataConfig(name="synthetic:30x20", implicit=True))
     assert clicks.rating is None
-    assert config.negatives(TaskConfig(), clicks) == 4
-    assert config.negatives(TaskConfig(), ratings) == 0
-    assert config.negatives(TaskConfig(negatives=1), ratings) == 1
-    assert config.build_loss(LearnerConfig("maml"), clicks).__name__ == "bce"
-    assert config.build_loss(LearnerConfig("maml", {"loss": "bpr"}), clicks).__name__ == "bpr"
-    assert config.build_loss(LearnerConfig("maml"), ratings).__name__ == "mse"
-    assert config.build_loss(LearnerConfig(), ratings).__name__ == "mae"
+    assert negatives(TaskConfig(), clicks) == 4
+    assert negatives(TaskConfig(), ratings) == 0
+    assert negatives(TaskConfig(negatives=1), ratings) == 1
+    assert build_loss(LearnerConfig("maml"), clicks).__name__ == "bce"
+    assert build_loss(LearnerConfig("maml", {"loss": "bpr"}), clicks).__name__ == "bpr"
+    assert build_loss(LearnerConfig("maml"), ratings).__name__ == "mse"
+    assert build_loss(LearnerConfig(), ratings).__name__ == "mae"
 
 
 def test_columns_are_for_files(tmp_path):
     with pytest.raises(MetarecError, match="user_col is for files"):
-        config.build_data(DataConfig(name="synthetic:30x20", user_col="uid"))
+        build_data(DataConfig(name="synthetic:30x20", user_col="uid"))
     file = tmp_path / "stars.csv"
     file.write_text("uid,movie,stars\n1,a,5\n1,b,3\n2,a,1\n2,b,2\n")
-    data = config.build_data(DataConfig(name=str(file), user_col="uid", item_col="movie", rating_col="stars"))
+    data = build_data(DataConfig(name=str(file), user_col="uid", item_col="movie", rating_col="stars"))
     assert data.rating.tolist() == [5, 3, 1, 2]
 
 
 def test_splits_as_configured(ratings):
-    parts = config.build_split(SplitConfig(scenarios=("user_cold",), test=0.2), ratings)
+    parts = build_split(SplitConfig(scenarios=("user_cold",), test=0.2), ratings)
     assert set(parts.test) == {"user_cold"}
     assert len(np.unique(parts.test["user_cold"].user)) == 6  # 0.2 x 30 users
 
@@ -139,16 +159,16 @@ def short_clicks(longest):
 @pytest.mark.parametrize(("longest", "sizes"), [(3, {1}), (2, {1}), (1, {0})])
 def test_supports_are_as_short_as_the_histories_and_noted(longest, sizes):
     data = short_clicks(longest)
-    source = config.build_source(Config(), data)
+    source = build_source(Config(), data)
     drawn = source.draw(source.data, jax.random.key(0)).support
     positives = np.asarray((drawn.mask * drawn.target).sum(1))
     assert set(positives.astype(int).tolist()) == sizes
-    (note,) = config.settled(Config(), data)
+    (note,) = settled(Config(), data)
     assert f"has {longest} interactions" in note
     given = Config(tasks=TaskConfig(support=(3, 8)))
-    assert config.settled(given, data) == ()
+    assert settled(given, data) == ()
     with pytest.raises(MetarecError, match=r"4 interactions .*the most is \d\), and --support 3 8"):
-        config.build_source(given, data)
+        build_source(given, data)
 
 
 @pytest.mark.parametrize("longest", [1, 2, 3])
@@ -156,24 +176,24 @@ def test_an_item_map_of_a_few_items_and_short_histories(longest):
     """Three items hold vectors of three; its start solves for supports that there are."""
     data = short_clicks(longest)
     given = Config(learner=LearnerConfig("item_map", {"size": 16}))
-    learner = config.build_learner(given, data)
+    learner = build_learner(given, data)
     assert learner.tables["item_id"].size == 2 * 3 + 1
-    params = config.build_params(given, learner, data)
+    params = build_params(given, learner, data)
     assert (params is None) == (longest == 1)  # nobody has a support and a query: no closed form
     assert params is None or np.isfinite(params["tables"]["item_id"]).all()
-    assert any("item_map has vectors of 3, not of size=16" in note for note in config.settled(given, data))
+    assert any("item_map has vectors of 3, not of size=16" in note for note in settled(given, data))
 
 
 def test_a_gaussian_process_knows_whom_it_counted(ratings):
     """Whatever the tasks say of user rows: with none, a user's own answers would stand in the kernels that predict them."""
     given = Config(learner=LearnerConfig("gaussian_process"), tasks=TaskConfig(tasks=8, user_drop=1.0))
-    source = config.build_source(given, ratings)
+    source = build_source(given, ratings)
     assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
-    learner = config.build_learner(given, ratings)
-    fixed = config.build_params(given, learner, ratings)["fixed"]
+    learner = build_learner(given, ratings)
+    fixed = build_params(given, learner, ratings)["fixed"]
     assert float(np.trace(fixed["pairs"])) == len(ratings)
     with pytest.raises(MetarecError, match="is for ratings, and the data has clicks; give --learner item_map"):
-        config.build_learner(given, replace(ratings, rating=None))
+        build_learner(given, replace(ratings, rating=None))
 
 
 def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
@@ -181,13 +201,11 @@ def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
     moved = {}
     for prior in (None, 30.0, 0.0):
         given = Config(model=ModelConfig(size=2), learner=LearnerConfig("maml", {"inner_steps": 1}))
-        learner = config.build_learner(given, ratings)
+        learner = build_learner(given, ratings)
         if prior is not None:
             row, rule = ("tables/user_id",), learners.meta_sgd(0.3)
-            learner = learners.maml(
-                config.build_model(given.model, ratings), inner_steps=1, only=row, rule=rule, prior=prior
-            )
-        source = config.build_source(given, ratings)
+            learner = learners.maml(build_model(given.model, ratings), inner_steps=1, only=row, rule=rule, prior=prior)
+        source = build_source(given, ratings)
         support = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0))).support
         params, one = learner.init(jax.random.key(1)), support._replace(mask=(np.arange(len(support.mask)) == 0) * 1.0)
         rows = learner.adapt(params, one, jax.random.key(0))["rows"]["user_id"]
@@ -200,13 +218,13 @@ def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
 def test_a_warm_start_and_training_draw_from_keys_of_their_own(ratings):
     """Parameters are drawn from one half of the seed's key, training from the other; neither from the key that was split."""
     given = Config(model=ModelConfig(size=2), train=TrainConfig(seed=3))
-    learner, used = config.build_learner(given, ratings), []
+    learner, used = build_learner(given, ratings), []
 
     def init(key):
         used.append(key)
         return learner.init(key)
 
-    config.build_params(given, learner._replace(init=init), ratings)
+    build_params(given, learner._replace(init=init), ratings)
     of_training, root = run_keys(3)[1], jax.random.key(3)
     assert len(used) == 1
     assert not any(jnp.array_equal(jax.random.key_data(used[0]), jax.random.key_data(k)) for k in (of_training, root))

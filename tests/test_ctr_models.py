@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import Column, MetarecError
-from metarec_jax.ctr_models import deepfm, factorization_machine, two_tower
-from metarec_jax.models import content_model
+from metarec_jax.models.content import content_model
+from metarec_jax.models.ctr import deepfm, factorization_machine, two_tower
 
 COLUMNS = {
     "user_id": Column("id", 5),

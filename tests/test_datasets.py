@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data import datasets, movielens
-from metarec_jax.data.cache import read_cache, write_cache
-from metarec_jax.data.datasets import Dataset, Files, cache_directory, describe, load
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
+from metarec_jax.data.io import datasets, movielens
+from metarec_jax.data.io.cache import read_cache, write_cache
+from metarec_jax.data.io.datasets import Dataset, Files, cache_directory, describe, load
 from metarec_jax.data.synthetic import checkerboard, synthetic
 
 GENRES = dict(zip(movielens.GENRES_100K, range(19), strict=True))

@@ -16,44 +16,32 @@ from metarec_jax.core import MetarecError
 
 ROOT = Path(metarec_jax.__file__).parent
 FLOORS = [
-    {"core", "tree", "rows", "cpu", "files", "signals", "options", "jax_private"},
-    {"losses", "metrics", "models", "ctr_models", "networks", "factorization", "intervals", "data"},
-    {
-        "learners",
-        "baselines",
-        "tuning",
-        "training",
-        "evaluation",
-        "results",
-        "online",
-        "diagnostics",
-        "comparison",
-        "cells",
-    },
-    {"report", "plots", "pages", "plain"},
-    {"config", "config_gradients", "config_readers", "options", "runs"},
-    {"commands", "doctor"},
+    {"core", "tree", "rows", "cpu", "files", "signals", "options", "messages", "jax_private"},
+    {"losses", "factorization", "models", "data", "data/io", "data/store"},
+    {"learners", "training", "training/checkpoints", "training/devices", "evaluation", "serving"},
+    {"baselines", "report"},
+    {"experiment", "experiment/compare"},
+    {"commands"},
     {"cli"},
 ]
-LEFT, RIGHT = (
-    {"learners", "baselines", "tuning"},
-    {"training", "evaluation", "results", "online", "diagnostics", "comparison", "cells"},
-)
+"""Rooms, folders or single files of the package, by floor; imports go down, or across without a circle."""
+LEFT, RIGHT = {"learners"}, {"training", "training/checkpoints", "training/devices", "evaluation", "serving"}
 DOORS = {
-    "flax": {"models", "ctr_models", "networks"},
-    "orbax": {"training/arrays"},
-    "matplotlib": {"report", "plots"},
-    "rax": {"metrics"},
+    "flax": {"models"},
+    "orbax": {"training/checkpoints/arrays"},
+    "matplotlib": {"report/write", "report/plots"},
+    "rax": {"evaluation/metrics"},
     "tyro": {"cli"},
-    "pandas": {"data", "evaluation", "results", "report", "comparison"},
+    "pandas": {"data", "evaluation", "report", "experiment/compare/choice"},
     "pyarrow": {"data"},
     "tensorboardX": {"training/progress"},
-    "urllib": {"data/datasets"},
-    "duckdb": {"data/prepare"},
-    "grain": {"data/stream"},
+    "urllib": {"data/io/datasets"},
+    "duckdb": {"data/store/prepare"},
+    "grain": {"data/store/stream"},
     "pickle": set(),
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+MODULES = {".".join(["metarec_jax", *p.relative_to(ROOT).with_suffix("").parts]): p for p in FILES}
 
 
 def name(path: Path) -> str:
@@ -71,25 +59,52 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(dotted: str) -> str:
-    return dotted.split(".")[1]
+def own_imports(path: Path) -> set[Path]:
+    """The files of the package that a file imports."""
+    return {
+        MODULES[part]
+        for dotted in imports(path)
+        for part in (dotted, dotted.rpartition(".")[0])
+        if part in MODULES and MODULES[part] != path
+    }
 
 
-def floor(where: str) -> int:
-    return next(k for k, rooms in enumerate(FLOORS) if where.split("/")[0] in rooms)
+def room(path: Path) -> str:
+    folder = str(path.parent.relative_to(ROOT))
+    return path.stem if folder == "." else folder
+
+
+def floor(of: str) -> int:
+    return next(k for k, rooms in enumerate(FLOORS) if of in rooms)
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The nodes of a graph that are left when those without arrows to nodes that are left are taken away, again and again."""
+    left = dict(arrows)
+    while free := [node for node, targets in left.items() if not targets & left.keys() - {node}]:
+        for node in free:
+            del left[node]
+    return sorted(left)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_go_down(path):
-    here = name(path).split("/")[0]
-    for dotted in imports(path):
-        if not dotted.startswith("metarec_jax."):
-            continue
-        there = room(dotted)
-        same_room = there == here
-        assert same_room or floor(there) <= floor(here), f"{name(path)} imports upwards: {dotted}"
-        assert not (here in LEFT and there in RIGHT), f"{name(path)}: {dotted}"
-        assert not (here in RIGHT and there in LEFT), f"{name(path)}: {dotted}"
+    here = room(path)
+    for other in own_imports(path):
+        there = room(other)
+        assert floor(there) <= floor(here), f"{name(path)} imports upwards: {name(other)}"
+        assert not (here in LEFT and there in RIGHT), f"{name(path)}: {name(other)}"
+        assert not (here in RIGHT and there in LEFT), f"{name(path)}: {name(other)}"
+
+
+def test_there_is_no_circle_of_files_nor_of_rooms():
+    files = {name(path): {name(other) for other in own_imports(path)} for path in FILES}
+    assert circle(files) == []
+    rooms: dict[str, set[str]] = {room(path): set() for path in FILES}
+    for path in FILES:
+        rooms[room(path)] |= {room(other) for other in own_imports(path)}
+    assert circle(rooms) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]  # a circle is found
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -97,7 +112,7 @@ def test_each_heavy_dependency_has_one_door(path):
     for dotted in imports(path):
         allowed = DOORS.get(dotted.split(".")[0])
         here = name(path)
-        assert allowed is None or here in allowed or here.split("/")[0] in allowed, f"{here} imports {dotted}"
+        assert allowed is None or {here, room(path), here.split("/")[0]} & allowed, f"{here} imports {dotted}"
 
 
 def test_private_names_of_jax_have_one_door():
@@ -135,7 +150,7 @@ def test_help_and_import_are_quick(statement):
 def test_the_ground_floor_imports_jax_only():
     """Beside the standard library."""
     for path in FILES:
-        if floor(name(path)) == 0:
+        if floor(room(path)) == 0:
             outside = {d.split(".")[0] for d in imports(path)} - {*sys.stdlib_module_names, "metarec_jax"}
             assert outside <= {"jax"}, f"{name(path)} imports {outside}"
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from worlds import tasks, wide_and_deep
 
-from metarec_jax import diagnostics, learners, losses
+from metarec_jax import learners, losses
 from metarec_jax.core import Examples, MetarecError, Model, Table, Task
-from metarec_jax.diagnostics import converge, findings, from_json, points, remedy, to_json
+from metarec_jax.evaluation import diagnostics
+from metarec_jax.evaluation.diagnostics import converge, findings, from_json, points, remedy, to_json
 
 
 def half(scores, target, where):
@@ -166,7 +167,7 @@ def test_other_learners_of_gradient_steps(make):
     """What adapts is the learner's own affair: with one step the first gradient norm is that of no step taken."""
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import batches, catalogue, make_tasks
-    from metarec_jax.models import content_model
+    from metarec_jax.models.content import content_model
 
     data = synthetic(20, 12, ratings_per_user=(8, 10), size=2).data
     model = content_model(data.columns, size=2)
@@ -206,24 +207,25 @@ def test_what_is_not_finite_diverges_and_survives_json():
 )
 def test_from_a_configuration(name):
     """Each learner of gradient steps, as `metarec fit` builds it; a reader of the support has no inner loop."""
-    from metarec_jax import config as configs
-    from metarec_jax.commands.diagnose import diagnose
     from metarec_jax.data.synthetic import synthetic
     from metarec_jax.data.tasks import catalogue, make_tasks
+    from metarec_jax.experiment import config as configs
+    from metarec_jax.experiment.build import build_learner, inner_rate
+    from metarec_jax.experiment.diagnose import diagnose
 
     data = synthetic(20, 12, ratings_per_user=(8, 10), size=2).data
     given = configs.LearnerConfig(name, {"inner_steps": 2, "inner_lr": 0.05})
     config = configs.Config(model=configs.ModelConfig(size=2), learner=given)
-    params = configs.build_learner(config, data).init(jax.random.key(0))
+    params = build_learner(config, data).init(jax.random.key(0))
     found = diagnose(config, data, params, catalogue(data), {"user_cold": make_tasks(data, query=4)})
     assert found.trained == 2
     assert found.tasks == 20
     assert found.support_loss[2] < found.support_loss[0]
     assert (found.cosine is None) == (name == "imaml")
-    assert configs.inner_rate(config, data) == 0.05
+    assert inner_rate(config, data) == 0.05
     ridge = configs.Config()
     assert diagnose(ridge, data, {}, catalogue(data), {"user_cold": make_tasks(data, query=4)}) is None
-    assert configs.inner_rate(ridge, data) is None
+    assert inner_rate(ridge, data) is None
 
 
 def test_cut_tables_that_share_a_column_show_the_same_rows():

@@ -9,13 +9,13 @@ import pytest
 from tables import refused, rows_of, write
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.datasets import load as load_data
-from metarec_jax.data.histories import read_histories
 from metarec_jax.data.interactions import NO_TIME
-from metarec_jax.data.prepare import prepare
-from metarec_jax.data.readers import from_pandas, read
-from metarec_jax.data.store import load
-from metarec_jax.data.stream import stream_source
+from metarec_jax.data.io.datasets import load as load_data
+from metarec_jax.data.io.histories import read_histories
+from metarec_jax.data.io.readers import from_pandas, read
+from metarec_jax.data.store.opened import load
+from metarec_jax.data.store.prepare import prepare
+from metarec_jax.data.store.stream import stream_source
 
 
 def test_decimal_commas_are_read_and_said(tmp_path):
@@ -288,8 +288,9 @@ def test_a_data_set_is_shown_in_a_line():
 
 
 def test_dropped_rows_are_a_warning_in_python(tmp_path, recwarn):
-    from metarec_jax.config import DataConfig, build_data
     from metarec_jax.core import MetarecWarning
+    from metarec_jax.experiment.build import build_data
+    from metarec_jax.experiment.config import DataConfig
 
     frame = pd.DataFrame({"user": [1, None, 2], "item": [1, 2, 3], "rating": [1, 2, 3]})
     with pytest.warns(MetarecWarning, match="1 rows with missing values dropped"):

@@ -21,7 +21,7 @@ from metarec_jax.core import Column, MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, catalogue, make_tasks, task_source
 from metarec_jax.training import loop
-from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 from metarec_jax.training.validation import validator
 
@@ -76,7 +76,7 @@ KILLED = """
     import sys, time
     sys.path.insert(0, {tests!r})
     import conftest, test_engine
-    from metarec_jax.training.checkpoint import Checkpoints
+    from metarec_jax.training.checkpoints.checkpoint import Checkpoints
     from metarec_jax.training.loop import fit
     def progress(step, row):
         print(step, flush=True)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue, inputs
 from metarec_jax.learners import ensemble
-from metarec_jax.tuning import fit_baselines
 
 
 def test_scores_are_the_weighted_mean():

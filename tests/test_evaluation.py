@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import evaluation, metrics, results
 from metarec_jax.core import MetarecError, Method, Table
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet
-from metarec_jax.evaluation import evaluate
-from metarec_jax.intervals import estimate
-from metarec_jax.metrics import at_least, top_rated
-from metarec_jax.online.recommend import Recommender
-from metarec_jax.report import terminal_table
-from metarec_jax.results import ALL, Difference
+from metarec_jax.evaluation import evaluate as evaluation
+from metarec_jax.evaluation import metrics, results
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.evaluation.intervals import estimate
+from metarec_jax.evaluation.metrics import at_least, top_rated
+from metarec_jax.evaluation.results import ALL, Difference
+from metarec_jax.report.write import terminal_table
+from metarec_jax.serving.recommender import Recommender
 
 ITEMS = 8
 KNOWN = Catalogue(jnp.zeros(40, jnp.int32), jnp.arange(ITEMS + 1, dtype=jnp.int32), {}, {})
@@ -115,8 +116,8 @@ def test_catalogue_metrics_by_hand(report):
 
 
 def test_catalogue_in_small_chunks_of_users_and_items_is_the_same(report, monkeypatch):
-    monkeypatch.setattr("metarec_jax.evaluation._SCORES_AT_ONCE", 3 * (ITEMS + 1))
-    monkeypatch.setattr("metarec_jax.evaluation._ITEMS_AT_ONCE", 4)
+    monkeypatch.setattr("metarec_jax.evaluation.evaluate._SCORES_AT_ONCE", 3 * (ITEMS + 1))
+    monkeypatch.setattr("metarec_jax.evaluation.evaluate._ITEMS_AT_ONCE", 4)
     fresh = {"by_item": constant(BY_ITEM.params["score"]), "mean": support_mean()}
     again = small(fresh, catalogue_ranking=True, catalogue_topn=(2,), curve=(1, 2), rating_range=(1.0, 5.0))
     assert again.per_task.equals(report.per_task)

@@ -17,8 +17,9 @@ import pytest
 from test_checkpoint import IDENTITY, equal, kept, state
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import arrays, folders, run_directory
-from metarec_jax.training.checkpoint import Checkpoints, load_params
+from metarec_jax.training.checkpoints import arrays, folders
+from metarec_jax.training.checkpoints import lock as run_directory
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ MAIN = """
 """
 FULL = """
     import resource, sys
-    from metarec_jax.training.checkpoint import Checkpoints
+    from metarec_jax.training.checkpoints.checkpoint import Checkpoints
     save = Checkpoints.save
 
     def save_on_a_full_disk(self, step, *arguments, **options):
@@ -246,7 +247,7 @@ def test_sigterm_saves_at_the_step(tmp_path):
 
 def test_a_killed_holder_lets_go_of_the_directory(tmp_path):
     program = f"""
-        from metarec_jax.training.checkpoint import Checkpoints
+        from metarec_jax.training.checkpoints.checkpoint import Checkpoints
         checkpoints = Checkpoints({str(tmp_path)!r}, identity={{}})
         print("held", flush=True)
         input()

@@ -8,10 +8,10 @@ import pytest
 
 from metarec_jax import cli
 from metarec_jax.core import MetarecError
-from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.readers import from_pandas, read
-from metarec_jax.online.history import feature_columns
+from metarec_jax.data.io.cache import read_cache, write_cache
+from metarec_jax.data.io.readers import from_pandas, read
+from metarec_jax.serving.history import feature_columns
 
 
 def items(**columns) -> Interactions:

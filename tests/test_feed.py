@@ -13,7 +13,7 @@ from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, task_source
-from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 
 DATA = synthetic(60, 40, ratings_per_user=(8, 20), seed=0).data

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from worlds import content, largest_difference, one, tasks
 
-from metarec_jax import learners, plain
+from metarec_jax import learners
+from metarec_jax.baselines import trained as plain
+from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Column, MetarecError, Task
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue, make_tasks
-from metarec_jax.models import meta_recommender
-from metarec_jax.tuning import fit_baselines
+from metarec_jax.models.content import meta_recommender
 
 KEY = jax.random.key(0)
 

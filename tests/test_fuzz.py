@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.hostile import FAMILIES, Files, entered, lay, spoilt, stored  # noqa: E402
 from benchmarks.hostile.checks import check_message, taken  # noqa: E402
 from metarec_jax.core import MetarecError  # noqa: E402
-from metarec_jax.data.cache import write_cache  # noqa: E402
 from metarec_jax.data.interactions import Vocabulary  # noqa: E402
-from metarec_jax.online.history import Names, parse_history  # noqa: E402
+from metarec_jax.data.io.cache import write_cache  # noqa: E402
+from metarec_jax.serving.history import Names, parse_history  # noqa: E402
 
 FUZZED = ("text", "parquet", "folder", "features", "histories", "partition", "cache", "datasets", "config")
 """Families that this file fuzzes."""

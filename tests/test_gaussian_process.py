@@ -13,15 +13,15 @@ import optax
 import pytest
 
 from metarec_jax import losses
+from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Examples, MetarecError, Task
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue, inputs, make_tasks, task_source
-from metarec_jax.evaluation import evaluate
+from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.learners import gaussian_process, gaussian_process_start
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, init_state
-from metarec_jax.tuning import fit_baselines
 
 KEY = jax.random.key(0)
 gp = sys.modules["metarec_jax.learners.gaussian_process"]

@@ -12,19 +12,11 @@ from test_closed_forms import KEY, H, quadratic, query_gradient, seed_world, sup
 from worlds import content, double, largest_difference, one, seed_model, tasks
 
 from metarec_jax import learners, losses
-from metarec_jax.config import (
-    Config,
-    LearnerConfig,
-    ModelConfig,
-    TaskConfig,
-    TrainConfig,
-    build_learner,
-    build_optimizers,
-    build_source,
-)
 from metarec_jax.core import Column, MetarecError, Model
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource
+from metarec_jax.experiment.build import build_learner, build_optimizers, build_source
+from metarec_jax.experiment.config import Config, LearnerConfig, ModelConfig, TaskConfig, TrainConfig
 from metarec_jax.learners.cavia import with_context
 from metarec_jax.learners.maml_plus_plus import step_weights
 from metarec_jax.learners.protomaml import prototypes

@@ -16,15 +16,16 @@ import numpy as np
 import optax
 import pytest
 
-from metarec_jax import evaluation, learners, models
+from metarec_jax import learners, models
 from metarec_jax.core import Learner, Method
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, batches, catalogue, make_tasks, task_source
-from metarec_jax.online import catalogue_scores
-from metarec_jax.online.linear import item_tables
-from metarec_jax.online.recommend import Recommender
+from metarec_jax.evaluation import evaluate as evaluation
 from metarec_jax.rows import rounded
+from metarec_jax.serving import catalogue_scores
+from metarec_jax.serving.linear import item_tables
+from metarec_jax.serving.recommender import Recommender
 from metarec_jax.training import loop
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam

@@ -25,14 +25,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.hostile import lay, mutate, stored  # noqa: E402
-from metarec_jax import runs  # noqa: E402
 from metarec_jax.commands.recommend import _click, _tell_unknown  # noqa: E402
 from metarec_jax.core import MetarecError  # noqa: E402
-from metarec_jax.data import bounds, datasets  # noqa: E402
-from metarec_jax.data.histories import read_histories  # noqa: E402
 from metarec_jax.data.interactions import Interactions, Vocabulary  # noqa: E402
-from metarec_jax.data.readers import read  # noqa: E402
-from metarec_jax.online.history import Names, Unknown, parse_history, parse_table, rated  # noqa: E402
+from metarec_jax.data.io import bounds, datasets  # noqa: E402
+from metarec_jax.data.io.histories import read_histories  # noqa: E402
+from metarec_jax.data.io.readers import read  # noqa: E402
+from metarec_jax.experiment import runs  # noqa: E402
+from metarec_jax.serving.history import Names, Unknown, parse_history, parse_table, rated  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

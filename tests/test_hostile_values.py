@@ -9,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from tables import ROWS, refused, rows_of, text, write
 
-from metarec_jax import config, options
+from metarec_jax import options
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import find_roles, listed, numbers, shown
 from metarec_jax.data.describe import describe
-from metarec_jax.data.histories import read_histories
-from metarec_jax.data.ids import code_ids
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
-from metarec_jax.data.readers import from_pandas, read
+from metarec_jax.data.io.columns import find_roles, numbers
+from metarec_jax.data.io.histories import read_histories
+from metarec_jax.data.io.ids import code_ids
+from metarec_jax.data.io.readers import from_pandas, read
+from metarec_jax.experiment import config
+from metarec_jax.messages import listed, shown
 
 # Ids, shapes, types
 

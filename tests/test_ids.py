@@ -8,14 +8,14 @@ import pytest
 from tables import refused, rows_of, write
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import shown
-from metarec_jax.data.histories import read_histories
-from metarec_jax.data.ids import code_ids
 from metarec_jax.data.interactions import Vocabulary
-from metarec_jax.data.prepare import prepare
-from metarec_jax.data.readers import from_pandas, read
-from metarec_jax.data.store import load
-from metarec_jax.online.history import Names, parse_table
+from metarec_jax.data.io.histories import read_histories
+from metarec_jax.data.io.ids import code_ids
+from metarec_jax.data.io.readers import from_pandas, read
+from metarec_jax.data.store.opened import load
+from metarec_jax.data.store.prepare import prepare
+from metarec_jax.messages import shown
+from metarec_jax.serving.history import Names, parse_table
 
 FIRST = 1234567890123456768
 """Neighbours of it are one float64: 0 to 127 more all round to it."""

@@ -15,7 +15,7 @@ from worlds import double, largest_difference, one
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, MetarecError, Model, Table, Task
-from metarec_jax.learners import made_rows
+from metarec_jax.learners import _cold_rows as made_rows
 from metarec_jax.learners.cvar import kl, wasserstein
 from metarec_jax.learners.mwuf import common_row
 

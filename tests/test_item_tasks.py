@@ -187,7 +187,7 @@ def test_a_batch_that_cannot_be_is_told(batch, message):
 
 def test_the_cut_of_movielens(real_data):
     """1,420 base items with 854,530 ratings; 972 cold ones: 19,440 = 972 x 20 a stage, 116,729 - 58,320 = 58,409 for test."""
-    from metarec_jax.data.readers import read
+    from metarec_jax.data.io.readers import read
 
     cut = warm_up(read(real_data / "ml-1m"))
     assert len(np.unique(cut.base.item)) == 1420

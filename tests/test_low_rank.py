@@ -11,7 +11,7 @@ from worlds import COLUMNS, double, largest_difference, tasks
 
 from metarec_jax import learners, models
 from metarec_jax.core import Column, Examples, Model, Table, Task
-from metarec_jax.learners import low_rank
+from metarec_jax.learners import _low_rank as low_rank
 from metarec_jax.training.step import loss_and_grads
 
 

@@ -16,11 +16,12 @@ import optax
 import pytest
 from jax import export
 
-from metarec_jax import evaluation, learners, models
+from metarec_jax import learners, models
 from metarec_jax.core import Learner
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import batches, catalogue, make_tasks, task_source
-from metarec_jax.online import catalogue_scores
+from metarec_jax.evaluation import evaluate as evaluation
+from metarec_jax.serving import catalogue_scores
 from metarec_jax.training import loop
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, init_state, make_step

@@ -13,7 +13,7 @@ from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import task_source
-from metarec_jax.training import memory
+from metarec_jax.training.devices import budget as memory
 from metarec_jax.training.loop import fit
 
 DATA = synthetic(60, 40, ratings_per_user=(8, 12), seed=0).data

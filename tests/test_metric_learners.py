@@ -11,7 +11,7 @@ from worlds import double, largest_difference
 from metarec_jax import learners, losses
 from metarec_jax.core import Examples, MetarecError, Model, Table, Task
 from metarec_jax.learners.neural_process import gaussian_kl, gaussian_nll
-from metarec_jax.networks import attend
+from metarec_jax.models.networks import attend
 
 KEY = jax.random.key(0)
 PRIOR = np.array([0.5, -0.25, 1.0])

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import config, learners, losses, models
-from metarec_jax.config import Config, LearnerConfig, ModelConfig, TaskConfig
+from metarec_jax import learners, losses, models
 from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import batches, catalogue, make_tasks, task_source
+from metarec_jax.experiment.build import build_learner, build_loss, build_source
+from metarec_jax.experiment.config import Config, LearnerConfig, ModelConfig, TaskConfig
 from metarec_jax.training.loop import fit
 
 KEY = jax.random.key(0)
@@ -115,16 +116,15 @@ def test_by_name(implicit):
     """As the command line names them: built for ratings and for clicks, each loss is finite."""
     data = synthetic(30, 20, ratings_per_user=(8, 12), size=2, implicit=implicit, seed=2).data
     tasks = TaskConfig(tasks=2, support=(2, 4), query=3)
-    source = config.build_source(Config(tasks=tasks), data)
+    source = build_source(Config(tasks=tasks), data)
     batch = source.draw(source.data, KEY)
     chosen = [LearnerConfig(name=name) for name in ("protonet", "in_context", "hypernetwork", "leo", "memory")]
     chosen += [LearnerConfig("matching", {"similarity": "relation"}), LearnerConfig("neural_process", {"clusters": 2})]
     for given in chosen:
         assert (
-            config.build_loss(given, data)
-            is losses.LOSSES["bce" if implicit else "mse" if given.name == "memory" else "mae"]
+            build_loss(given, data) is losses.LOSSES["bce" if implicit else "mse" if given.name == "memory" else "mae"]
         )
-        learner = config.build_learner(Config(model=ModelConfig(size=2), learner=given, tasks=tasks), data)
+        learner = build_learner(Config(model=ModelConfig(size=2), learner=given, tasks=tasks), data)
         params = learner.init(KEY)
         found = jax.jit(jax.vmap(learner.loss, (None, 0, None)))(params, batch, KEY)[0]
         assert np.isfinite(found).all()

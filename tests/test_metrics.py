@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ir_measures import AP, RR, P, R, Success, nDCG
 
-from metarec_jax import metrics
 from metarec_jax.core import MetarecError
+from metarec_jax.evaluation import metrics
 
 RANKING = (metrics.precision, metrics.recall, metrics.hit_rate, metrics.mrr, metrics.average_precision)
 SCORES = jnp.array([0.9, 0.1, 0.5, 0.7])  # ranks 1, 4, 3, 2

@@ -10,9 +10,9 @@ import pytest
 from test_prepare import made, rows
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.pack import pack
-from metarec_jax.data.prepare import prepare
-from metarec_jax.data.store import load
+from metarec_jax.data.store.opened import load
+from metarec_jax.data.store.pack import pack
+from metarec_jax.data.store.prepare import prepare
 
 
 def half(folder: Path, histories: list[dict], users=("a", "b"), items=(5, 6, 7)) -> Path:

@@ -19,11 +19,11 @@ import pytest
 
 from metarec_jax import cli
 from metarec_jax.core import MetarecError
-from metarec_jax.data import partition
-from metarec_jax.data import prepare as preparing
-from metarec_jax.data.prepare import prepare
-from metarec_jax.data.readers import read
-from metarec_jax.data.store import Store, ids, load, open_store
+from metarec_jax.data.io.readers import read
+from metarec_jax.data.store import partition
+from metarec_jax.data.store import prepare as preparing
+from metarec_jax.data.store.opened import Store, ids, load, open_store
+from metarec_jax.data.store.prepare import prepare
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 
@@ -125,7 +125,7 @@ def test_text_of_every_layout(tmp_path, delimiter, packed):
 
 def test_text_is_read_in_blocks(tmp_path, monkeypatch):
     """Blocks of 4096 bytes, so that the delimiter of two bytes, and quoted line ends, lie across their borders."""
-    monkeypatch.setattr("metarec_jax.data.ingest._BLOCK", 4096)
+    monkeypatch.setattr("metarec_jax.data.store.ingest._BLOCK", 4096)
     frame = table(rows=2000)
     path = tmp_path / "ratings.dat"
     path.write_text(frame.to_csv(index=False, header=False).replace(",", "::"))

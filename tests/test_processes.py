@@ -18,8 +18,8 @@ import pytest
 from metarec_jax.core import MetarecError
 from metarec_jax.cpu import cores
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.training import launch, watch
-from metarec_jax.training.checkpoint import load_params
+from metarec_jax.training.checkpoints.checkpoint import load_params
+from metarec_jax.training.devices import launch, watch
 
 COMMAND = [sys.executable, "-m", "metarec_jax.cli", "fit"]
 SETTINGS = ["--tasks", "16", "--size", "4", "--save-every", "10", "--validate-every", "1000000", "--no-evaluate"]

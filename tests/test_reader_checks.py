@@ -10,7 +10,7 @@ from tables import ROWS, refused, rows_of, text, write
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import NO_TIME
-from metarec_jax.data.readers import from_pandas, read
+from metarec_jax.data.io.readers import from_pandas, read
 
 
 def test_duplicates():

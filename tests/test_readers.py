@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from tables import ROWS, refused, rows_of, text, write
 
-from metarec_jax.data.readers import from_pandas, read
+from metarec_jax.data.io.readers import from_pandas, read
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|", "::"])

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax.baselines import als, bias, item_knn, popularity, user_mean
+from metarec_jax.baselines.closed_form import als, bias, item_knn, popularity, user_mean
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue
-from metarec_jax.online.history import Names, parse_history, spoken
-from metarec_jax.online.recommend import Recommender
+from metarec_jax.serving.history import Names, parse_history, spoken
+from metarec_jax.serving.recommender import Recommender
 
 TITLES = np.array(
     ["Toy Story (1995)", "Heat (1995)", "Alien (1979)", "ALIEN (1979)", *[f"Film {k}" for k in range(5, 51)]]

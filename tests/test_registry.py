@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from metarec_jax import cli, config, learners
+from metarec_jax import cli, learners
 from metarec_jax.core import MetarecError
+from metarec_jax.experiment import config
 from metarec_jax.learners import registry
 from metarec_jax.options import parsed, spelled
 
@@ -30,7 +31,7 @@ def test_each_learner_explains_its_options(name):
 
 
 def test_the_registry_is_read_without_jax():
-    code = "import sys, metarec_jax.learners, metarec_jax.config; sys.exit('jax' in sys.modules)"
+    code = "import sys, metarec_jax.learners, metarec_jax.experiment.config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
@@ -83,7 +84,7 @@ def test_three_hunks_add_a_learner(tmp_path):
     subprocess.run(["git", "apply", "--unsafe-paths", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     code = """
 from metarec_jax import cli
-from metarec_jax.config import Config, LearnerConfig, build_learner
+from metarec_jax.experiment.config import Config, LearnerConfig, build_learner
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.training.loop import fit
 data = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data

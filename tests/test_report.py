@@ -7,9 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metarec_jax.pages import Section, Table, write_page
-from metarec_jax.report import adaptation_findings, findings, main_metrics, metric_table, terminal_table, write_report
-from metarec_jax.results import ALL, Report
+from metarec_jax.evaluation.results import ALL, Report
+from metarec_jax.report.pages import Section, Table, write_page
+from metarec_jax.report.write import (
+    adaptation_findings,
+    findings,
+    main_metrics,
+    metric_table,
+    terminal_table,
+    write_report,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

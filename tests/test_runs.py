@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax import config, runs
 from metarec_jax.core import Examples
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
-from metarec_jax.online.recommend import Recommender
-from metarec_jax.training.checkpoint import Checkpoints
+from metarec_jax.experiment import config, runs
+from metarec_jax.experiment.build import build_learner, build_model
+from metarec_jax.serving.recommender import Recommender
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 
 DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
@@ -19,7 +20,7 @@ DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
     learned = config.learner_of(given, {})
     whole = config.Config(model=config.ModelConfig(size=2), learner=learned)
-    learner = config.build_learner(whole, DATA)
+    learner = build_learner(whole, DATA)
     params = learner.init(jax.random.key(0))
     with Checkpoints(tmp_path, identity={}) as checkpoints:
         checkpoints.save(1, {"params": params}, wait=True)
@@ -46,7 +47,7 @@ def test_other_numbers_of_inner_steps(tmp_path):
     whole = config.Config(
         model=config.ModelConfig(size=2), learner=config.LearnerConfig("maml", {"inner_steps": 2, "only": None})
     )
-    learner = config.build_learner(whole, DATA)
+    learner = build_learner(whole, DATA)
     with Checkpoints(tmp_path, identity={}) as checkpoints:
         checkpoints.save(1, {"params": learner.init(jax.random.key(0))}, wait=True)
     run = runs.Run(tmp_path, whole, DATA, catalogue(DATA), learner)
@@ -61,7 +62,7 @@ def test_other_numbers_of_inner_steps(tmp_path):
     np.testing.assert_allclose(
         scores[2], own.predict(own.params, own.adapt(own.params, support, None), rows), rtol=1e-6
     )
-    prior = config.build_model(whole.model, DATA).apply({k: v for k, v in own.params.items() if k != "rule"}, rows)
+    prior = build_model(whole.model, DATA).apply({k: v for k, v in own.params.items() if k != "rule"}, rows)
     np.testing.assert_allclose(scores[0], prior, rtol=1e-6)
     assert float(np.abs(scores[4] - scores[2]).max()) > 1e-3
     ridge = run._replace(config=config.Config())

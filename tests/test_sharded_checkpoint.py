@@ -20,8 +20,9 @@ import sharded_child as child
 from test_checkpoint import damage, kept
 
 from metarec_jax.core import MetarecError
-from metarec_jax.training import folders, run_directory
-from metarec_jax.training.checkpoint import Checkpoints, load_params, saved_metrics
+from metarec_jax.training.checkpoints import folders
+from metarec_jax.training.checkpoints import lock as run_directory
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params, saved_metrics
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 MESHES = [(1, 8), (8, 1), (2, 4), (1, 3), (1, 1)]

@@ -16,7 +16,7 @@ from metarec_jax.core import MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.rows import rounded
-from metarec_jax.training import exchange, sharding
+from metarec_jax.training.devices import exchange, sharding
 from metarec_jax.training.loop import _chunk_runner, _start, fit
 from metarec_jax.training.row_optimizers import lazy_adam, row_adagrad, update_rows
 from metarec_jax.training.step import Optimizers, make_step

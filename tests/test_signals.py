@@ -13,7 +13,7 @@ import pytest
 
 from metarec_jax import signals
 from metarec_jax.signals import StopSignal
-from metarec_jax.training.checkpoint import saved_metrics
+from metarec_jax.training.checkpoints.checkpoint import saved_metrics
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 # A shell's background job ignores SIGINT, and so would its children.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_sharding import compiled_chunk
 
+from benchmarks.device_sizes import sizes
 from metarec_jax.core import Table
 from metarec_jax.rows import rounded
-from metarec_jax.training import exchange, sharding
-from metarec_jax.training.sizing import sizes
+from metarec_jax.training.devices import exchange, sharding
 
 SIZE, ITEMS, USERS, TASKS = 8, 1_000_000, 2000, 16
 TABLES = {"user_id": Table(USERS, SIZE, ("user_id",)), "item_id": Table(ITEMS, SIZE, ("item_id",))}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.splits import SCENARIOS, Split, read_partition, split
+from metarec_jax.data.io.published import read_partition
+from metarec_jax.data.splits import SCENARIOS, Split, split
 from metarec_jax.data.synthetic import checkerboard, synthetic
 
 

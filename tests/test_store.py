@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from metarec_jax.core import Column, MetarecError
-from metarec_jax.data.held_out import hold_out, split_of
-from metarec_jax.data.prepare import prepare
-from metarec_jax.data.store import File, Store, ids, is_store, lengths, load, open_store, read_events
+from metarec_jax.data.store.held_out import hold_out, split_of
+from metarec_jax.data.store.opened import File, Store, ids, is_store, lengths, load, open_store, read_events
+from metarec_jax.data.store.prepare import prepare
 
 
 def frame_of(users: int = 200, items: int = 30, seed: int = 0) -> pd.DataFrame:

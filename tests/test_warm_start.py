@@ -42,7 +42,7 @@ def test_the_regression_is_the_weighted_ridge():
     x = np.hstack([block.toarray(), np.ones((30, 1))])
     penalty = np.diag([reg] * 6 + [1e-3 * reg])
     want = np.linalg.solve(x.T @ (weight[:, None] * x) + penalty, x.T @ (weight[:, None] * target))
-    fit, base, parts = sys.modules["metarec_jax.learners.warm_start"].regress([block], target, weight, reg)
+    fit, base, parts = sys.modules["metarec_jax.learners._starts"].regress([block], target, weight, reg)
     np.testing.assert_allclose(np.vstack([*parts, base]), want, atol=1e-8)
     np.testing.assert_allclose(fit, x @ want, atol=1e-8)
 

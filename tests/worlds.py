@@ -10,7 +10,7 @@ import optax
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, Model, Table, Task
 from metarec_jax.learners import registry
-from metarec_jax.learners.made_rows import made, with_cold_loss
+from metarec_jax.learners._cold_rows import made, with_cold_loss
 
 COLUMNS = {
     "user_id": Column("id", 400),

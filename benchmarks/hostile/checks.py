@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.hostile import mutate
-from metarec_jax import runs
 from metarec_jax.core import MetarecError, MetarecWarning
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions, Vocabulary
+from metarec_jax.experiment import runs
 
 Files = dict[str, bytes]
 """A folder: contents by relative path."""

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 from benchmarks.hostile import mutate
 from benchmarks.hostile.checks import Family, Files, check_interactions, check_message, hold, taken
 from benchmarks.hostile.tables import ROWS, lines, world
-from metarec_jax import config, runs
 from metarec_jax.core import MetarecError
-from metarec_jax.data import datasets, movielens
-from metarec_jax.data.cache import read_cache, write_cache
 from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.online.history import Names, feature_columns
-from metarec_jax.training import checkpoint, folders
+from metarec_jax.data.io import datasets, movielens
+from metarec_jax.data.io.cache import read_cache, write_cache
+from metarec_jax.experiment import config, runs
+from metarec_jax.experiment.build import build_learner
+from metarec_jax.serving.history import Names, feature_columns
+from metarec_jax.training.checkpoints import checkpoint, folders
 from metarec_jax.training.progress import read_history
 
 # A cached data set; archives and folders of a named one
@@ -152,9 +153,9 @@ RUN = config.Config(
 @cache
 def run_files() -> Files:
     """A finished run, as `metarec fit` leaves it, without its report."""
-    from metarec_jax.training.checkpoint import Checkpoints
+    from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 
-    learner = config.build_learner(RUN, world())
+    learner = build_learner(RUN, world())
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         with Checkpoints(folder, identity=runs.identity(RUN, world())) as checkpoints:
@@ -240,7 +241,7 @@ def _spoil_checkpoints(rng: Random, good: Files) -> Files:
 
 @cache
 def _like() -> Any:
-    return jax.eval_shape(config.build_learner(RUN, world()).init, jax.random.key(0))
+    return jax.eval_shape(build_learner(RUN, world()).init, jax.random.key(0))
 
 
 def _enter_checkpoints(folder: Path) -> None:

@@ -17,9 +17,9 @@ import pandas as pd
 from benchmarks.hostile import mutate
 from benchmarks.hostile.checks import Family, Files, check_interactions, check_message, hold
 from metarec_jax.core import MetarecError
-from metarec_jax.data import columns, formats, histories, readers, splits
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.online.history import Names, parse_table
+from metarec_jax.data.io import columns, formats, histories, published, readers
+from metarec_jax.serving.history import Names, parse_table
 
 # Delimited text
 
@@ -293,7 +293,7 @@ def _enter_partitions(folder: Path) -> None:
     refused: Exception | None = None
     for data in (None, world()):
         try:
-            parts = splits.read_partition(path, data, validation=0.0)
+            parts = published.read_partition(path, data, validation=0.0)
         except MetarecError as error:
             refused = error
             continue

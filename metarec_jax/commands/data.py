@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from metarec_jax import config as configs
-from metarec_jax import runs
 from metarec_jax.commands.doctor import line
-from metarec_jax.data.columns import printable
-from metarec_jax.data.datasets import describe
+from metarec_jax.data.io.datasets import describe
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment import runs
+from metarec_jax.experiment.build import build_data
+from metarec_jax.messages import printable
 
 
 def data(config: configs.DataConfig, *, data_dir: Path | None, as_json: bool) -> int:
     """``metarec data``: what is in a data set."""
-    found = describe(configs.build_data(config, data_dir=data_dir))
+    found = describe(build_data(config, data_dir=data_dir))
     print(runs.summary(found))
     line("density", f"{found['density']:.3%}")
     for name in ("per_user", "per_item"):

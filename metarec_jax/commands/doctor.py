@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from metarec_jax.commands.compiled import compile_cache
+from metarec_jax.experiment.compiled import compile_cache
 
 _PARTS = (
     "metarec_jax",
@@ -35,7 +35,7 @@ def doctor(data_dir: Path | None = None) -> int:
     """Print the facts, one a line. Returns 0."""
     import jax
 
-    from metarec_jax.data.datasets import DATASETS, cache_directory
+    from metarec_jax.data.io.datasets import DATASETS, cache_directory
 
     line("python", f"{sys.version.split()[0]}, {platform.system()} {platform.machine()}")
     for name in _PARTS:

@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from metarec_jax import config as configs
-from metarec_jax import runs, signals
-from metarec_jax.commands.compiled import compile_cache
-from metarec_jax.commands.diagnose import diagnose
-from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, liked, measuring_options
+from metarec_jax import signals
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.describe import describe
 from metarec_jax.data.splits import Split
-from metarec_jax.results import Report
+from metarec_jax.evaluation.results import Report
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment import runs
+from metarec_jax.experiment.build import inner_rate
+from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.experiment.diagnose import diagnose
+from metarec_jax.experiment.protocol import VALIDATION_USERS, fixed_tasks, liked, measuring_options
 from metarec_jax.training.progress import read_history
 
 _CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
@@ -96,13 +98,13 @@ def measure(
     run: runs.Run, seeds: int, max_users: int, phases: Phases, liked_from: float | None = None
 ) -> dict[str, Any]:
     """Evaluate a run on its test part, beside the baselines; write the report, print the table."""
-    from metarec_jax import diagnostics, results
-    from metarec_jax.evaluation import evaluate
-    from metarec_jax.report import terminal_table, write_report
-    from metarec_jax.tuning import fit_baselines
+    from metarec_jax.baselines.tuning import fit_baselines
+    from metarec_jax.evaluation import diagnostics, results
+    from metarec_jax.evaluation.evaluate import evaluate
+    from metarec_jax.report.write import terminal_table, write_report
 
     config, liking = run.config, liked(run.data, liked_from)
-    own, rate = runs.method(run), configs.inner_rate(config, run.data)
+    own, rate = runs.method(run), inner_rate(config, run.data)
     with phases("baselines"):
         parts = runs.split_of(run)
         if run.trained not in (None, runs.rows_digest(parts.train)):
@@ -182,7 +184,7 @@ class _Tuned(dict[str, dict[str, Any]]):
 
 def _by_inner_steps(run: runs.Run, parts: Split, max_users: int, liked_from: float | None) -> Report | None:
     """The trained parameters after fewer and more inner steps, on the first of the test scenarios; None for ridge."""
-    from metarec_jax.evaluation import evaluate
+    from metarec_jax.evaluation.evaluate import evaluate
 
     methods = {str(k): adapted for k, adapted in runs.by_inner_steps(run).items()}
     if not methods:

@@ -15,27 +15,38 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metarec_jax import config as configs
-from metarec_jax import options, runs, signals
-from metarec_jax.commands.compiled import compile_cache
+from metarec_jax import options, signals
 from metarec_jax.commands.evaluate import Phases, measure, measured
-from metarec_jax.commands.protocol import VALIDATION_USERS, fixed_tasks, relevant_from, training_options
 from metarec_jax.core import Learner, MetarecError
 from metarec_jax.data.describe import remarks
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
-from metarec_jax.online.history import spoken
-from metarec_jax.training import launch, processes
-from metarec_jax.training.checkpoint import Checkpoints, saved_metrics
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment import runs
+from metarec_jax.experiment.build import (
+    build_data,
+    build_learner,
+    build_mesh,
+    build_source,
+    build_split,
+    build_stream,
+    open_store,
+    settled,
+)
+from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.experiment.protocol import VALIDATION_USERS, fixed_tasks, relevant_from, training_options
+from metarec_jax.serving.history import spoken
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, saved_metrics
+from metarec_jax.training.checkpoints.lock import AnotherRun
+from metarec_jax.training.devices import launch, processes
 from metarec_jax.training.progress import Progress
-from metarec_jax.training.run_directory import AnotherRun
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from metarec_jax.data.held_out import Held
-    from metarec_jax.data.store import Store
+    from metarec_jax.data.store.held_out import Held
+    from metarec_jax.data.store.opened import Store
 
 
 class Devices(NamedTuple):
@@ -66,7 +77,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if not processes.is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _fit(config, out, fresh, evaluate, data_dir, as_json, configs.build_mesh(sizes), liked_from)
+        return _fit(config, out, fresh, evaluate, data_dir, as_json, build_mesh(sizes), liked_from)
 
 
 def _fit(
@@ -151,14 +162,14 @@ class _World(NamedTuple):
 
 def _load(config: configs.Config, data_dir: Path | None) -> _World:
     """The data in memory; of a store that does not fit there, the users held out and a sample of the others."""
-    store = configs.open_store(config.data)
+    store = open_store(config.data)
     if store is None:
-        return _World(configs.build_data(config.data, data_dir=data_dir))
+        return _World(build_data(config.data, data_dir=data_dir))
     import jax
 
-    from metarec_jax.data import store as stores
-    from metarec_jax.data.held_out import hold_out
-    from metarec_jax.training import memory
+    from metarec_jax.data.store import opened as stores
+    from metarec_jax.data.store.held_out import hold_out
+    from metarec_jax.training.devices import budget as memory
 
     free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
     told = f"{store.path}: {store.interactions:,} interactions would take about {memory.spoken(needed)} of memory"
@@ -191,17 +202,17 @@ def _prepare(config: configs.Config, world: _World) -> _Prepared:
     import jax
 
     data, held = world.data, world.held
-    parts = configs.build_split(config.split, data) if held is None else held.split
+    parts = build_split(config.split, data) if held is None else held.split
     _tell_split(parts)
-    learner = configs.build_learner(config, data)
+    learner = build_learner(config, data)
     jax.eval_shape(learner.init, jax.random.key(0))
     if world.store is not None and held is not None:
-        source = configs.build_stream(config, world.store, held)
+        source = build_stream(config, world.store, held)
         print(f"  streaming the histories of {len(held.users):,} users")
         return _Prepared(parts, learner, source, held.known, held.part)
     known = catalogue(data, parts.train, config.tasks.user_rows)
-    source = configs.build_source(config, parts.train)
-    for note in configs.settled(config, parts.train):
+    source = build_source(config, parts.train)
+    for note in settled(config, parts.train):
         print(f"  note: {note}")
     return _Prepared(parts, learner, source, known, None)
 

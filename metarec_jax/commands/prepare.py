@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metarec_jax import signals
 from metarec_jax.core import MetarecError
-from metarec_jax.data import prepare as preparing
+from metarec_jax.data.store import prepare as preparing
 
 
 def prepare(
@@ -30,7 +30,7 @@ def prepare(
     Args:
       out: default ``stores/NAME``, the name of the first path; of a Parquet half that is to be finished, that folder.
       user_col, item_col, rating_col, timestamp_col, implicit, partitions, memory, fresh: as in
-        `metarec_jax.data.prepare.prepare`.
+        `metarec_jax.data.store.prepare.prepare`.
     """
     if not paths:
         raise MetarecError("no file of interactions was named; give a CSV or Parquet file, a folder, or a pattern")

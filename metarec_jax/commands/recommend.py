@@ -8,16 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarec_jax import config as configs
-from metarec_jax import runs
-from metarec_jax.commands.compiled import compile_cache
 from metarec_jax.core import MetarecError
-from metarec_jax.data.columns import listed, printable, shown
-from metarec_jax.data.export import check_suffix, write_rows
-from metarec_jax.data.histories import Histories, read_features, read_histories
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.online.history import Unknown, feature_name, rated, spoken
-from metarec_jax.online.recommend import Influence, Recommendations, Recommender
+from metarec_jax.data.io.export import check_suffix, write_rows
+from metarec_jax.data.io.histories import Histories, read_features, read_histories
+from metarec_jax.experiment import runs
+from metarec_jax.experiment.build import build_loss, negatives
+from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.messages import listed, printable, shown
+from metarec_jax.serving.history import Unknown, feature_name, rated, spoken
+from metarec_jax.serving.recommender import Influence, Recommendations, Recommender
 
 _TOLD_UNKNOWN = 5
 _SHOWN_USERS = 3
@@ -57,8 +57,8 @@ def recommend(
         runs.method(run),
         run.data,
         run.known,
-        negatives=configs.negatives(run.config.tasks, run.data),
-        predicts_ratings=configs.build_loss(run.config.learner, run.data).__name__ in ("mse", "mae"),
+        negatives=negatives(run.config.tasks, run.data),
+        predicts_ratings=build_loss(run.config.learner, run.data).__name__ in ("mse", "mae"),
     )
     if many:
         rows, extra = _many(serve, run, history, user_features, columns, top, why, out is None)

@@ -1,6 +1,6 @@
 """Interactions in memory: integer rows beside the ids that the user gave.
 
-Row 0 is everywhere the unknown id. Nothing here reads a file; `metarec_jax.data.readers` does.
+Row 0 is everywhere the unknown id. Nothing here reads a file; `metarec_jax.data.io.readers` does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import Column, MetarecError
-from metarec_jax.data.columns import shown
-from metarec_jax.data.spelling import EXACT
+from metarec_jax.messages import shown
 
+EXACT = 53
+"""Bits of the integers that float64 counts one by one; 2**53 and 2**53 + 1 are one float."""
 NO_TIME = np.iinfo(np.int64).min
 """The timestamp of an interaction whose time is not known; it sorts before all others."""
 _SPELLED = re.compile(r"\s*([-+]?[0-9]{1,100})(?:\.0*)?\s*")

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -29,7 +28,6 @@ import numpy as np
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions, require_times
-from metarec_jax.data.published import read_states
 
 SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
 _FIRST = ("user_cold", "warm", "item_cold", "both_cold")
@@ -140,53 +138,40 @@ def split(
     return _validated(parts._replace(notes=notes))
 
 
-def read_partition(
-    path: str | Path,
-    data: Interactions | None = None,
+def by_state(
+    table: Interactions,
+    state: np.ndarray,
     *,
-    state_col: str | None = None,
-    validation: float = 0.1,
-    seed: int = 0,
+    validation: float,
+    seed: int,
+    source: str,
+    dropped: Mapping[str, int] = MappingProxyType({}),
 ) -> Split:
-    """A published partition: a table of user, item, rating and the state each row belongs to, such as MeLU's of ML-1M.
-
-    States are named warm, user_cold, item_cold and both_cold, or user_and_item_cold, with or without ``_state``. Train
-    is the warm state. With ``validation``, that share of its users, and of its items, is cut out of train, and their
-    rows make the validation scenarios that the file has tests for; 0 leaves all warm rows in train. Test parts stay as
-    published, items that training never saw included.
+    """A split of rows whose states are published; see `metarec_jax.data.io.published.read_partition`.
 
     Args:
-      path: a Parquet file, or delimited text with a header.
-      data: where given, its vocabularies and features are used, and its ids must be those of the file; rows with ids
-        that it lacks are dropped and counted. Else the file's own ids, sorted.
-      state_col: the column of states; default: the first named state, scenario, split, ..., or ending in ``_state``.
-
-    Raises:
-      MetarecError: no such file or column, an unknown state, no warm rows, or ids that do not match those of ``data``.
-
-    Source: Lee et al., "MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation", KDD 2019.
+      state: of each row, "train" or a scenario.
+      source: where the states come from, for messages.
+      dropped: rows that were left out before, by reason.
     """
-    if not 0 <= validation < 1:
-        raise MetarecError(f"validation is {validation}; it is a share of the warm users, 0 or more and below 1")
-    table, state, unknown = read_states(Path(path), data, state_col)
     warm = state == "train"
     scenarios = tuple(s for s in SCENARIOS if (state == s).any())
     if not warm.any() or not scenarios:
         raise MetarecError(
-            f"{path}: the states give {int(warm.sum())} warm rows and the test scenarios {scenarios}; both are wanted; "
-            "check state_col"
+            f"{source}: the states give {int(warm.sum())} warm rows and the test scenarios {scenarios}; both are "
+            "required; check state_col"
         )
-    dropped = {"rows with ids that the data lacks": unknown} if unknown else {}
-    train, chosen = table.take(warm), {}
+    train, chosen, left = table.take(warm), {}, dict(dropped)
     if validation:
-        rows, held_out, left = _masks(train, scenarios, "random", 0.0, validation, np.random.default_rng(seed))
+        rows, held_out, more = _masks(train, scenarios, "random", 0.0, validation, np.random.default_rng(seed))
+        left |= more
         chosen = {s: train.take(held[0]) for s, held in held_out.items()}
-        train, dropped = train.take(rows), dropped | left
+        train = train.take(rows)
     tests = {s: table.take(state == s) for s in scenarios}
-    parts = Split(_trained(train, dropped), chosen, tests, {}, dropped)
+    parts = Split(_trained(train, left), chosen, tests, {}, left)
     if lacking := _lacking(parts):
         why = "; ".join(f"{name}: {reason}" for name, reason in lacking.items())
-        raise MetarecError(f"{path} is too small to test {', '.join(lacking)} ({why}); remove their rows from it")
+        raise MetarecError(f"{source} is too small to test {', '.join(lacking)} ({why}); remove their rows from it")
     return _validated(parts)
 
 

@@ -18,7 +18,7 @@ _HOMES = {
     "gaussian_process": ("gaussian_process_start",),
     "item_map": ("item_map_start",),
     "rules": ("Rule", "from_optax", "lslr", "lstm", "meta_curvature", "meta_sgd", "sgd"),
-    "warm_start": ("warm_start",),
+    "_starts": ("warm_start",),
 }
 _HOME = {name: name for name in ROWS} | {name: home for home, names in _HOMES.items() for name in names}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
-from metarec_jax.learners import made_rows as made
+from metarec_jax.learners import _cold_rows as made
 from metarec_jax.options import Bounds, bounded
 
 

@@ -48,7 +48,7 @@ def fine_tune(
     Raises:
       MetarecError: as `maml`.
 
-    >>> from metarec_jax.models import meta_recommender
+    >>> from metarec_jax.models.content import meta_recommender
     >>> learner = fine_tune(meta_recommender(4, 6, size=2), inner_steps=0)
     >>> params = learner.init(jax.random.key(0))
     >>> part = Examples({"user_id": jnp.array([1]), "item_id": jnp.array([2])}, jnp.array([3.0]), jnp.ones(1))

@@ -23,7 +23,7 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Column, Examples, Inputs, Learner, MetarecError, Params, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import bias_terms
-from metarec_jax.learners.warm_start import content_blocks, regress
+from metarec_jax.learners._starts import content_blocks, regress
 from metarec_jax.options import Bounds, bounded
 
 DENSE_LIMIT = 10_000

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
-from metarec_jax.learners import evidence as shows
-from metarec_jax.networks import encoder
+from metarec_jax.learners import _support as shows
+from metarec_jax.models.networks import encoder
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
 

@@ -17,7 +17,7 @@ from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Params, Table, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.factorization import support_map
-from metarec_jax.models import normal_rows
+from metarec_jax.models.content import normal_rows
 from metarec_jax.options import Bounds, bounded
 
 

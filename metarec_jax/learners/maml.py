@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from metarec_jax import losses, rows, tree
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
-from metarec_jax.learners import low_rank as thin
+from metarec_jax.learners import _low_rank as thin
 from metarec_jax.learners._inner import inner as choose
 from metarec_jax.learners.rules import MakeRule, Rule
 from metarec_jax.options import Bounds, bounded
@@ -57,7 +57,7 @@ def maml(
       first_order: take the inner gradients for constants (FOMAML).
       per_step_losses: mean of the query loss after every step, in place of the last alone; or their weights ``[k]``.
       low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
-        (`learners.low_rank`); the result is the same to rounding.
+        (`learners._low_rank`); the result is the same to rounding.
       remat: keep what the derivative needs at every sqrt(k)-th step alone and go through the steps between a second
         time (Chen et al. 2016): memory grows with sqrt(k), time by up to a third. Dense layers are then not kept
         low-rank.

@@ -19,7 +19,8 @@ from metarec_jax.cpu import huge_pages
 from metarec_jax.data.draw import TaskData, TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.rows import check_ids, outside
-from metarec_jax.training import memory, processes, sharding
+from metarec_jax.training.devices import budget as memory
+from metarec_jax.training.devices import processes, sharding
 from metarec_jax.training.feed import Feed
 from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
 from metarec_jax.training.step import BAD_TASK, HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
@@ -54,7 +55,7 @@ class FitResult(NamedTuple):
 
 
 class Saver(Protocol):
-    """Where states go: `training.checkpoint.Checkpoints`."""
+    """Where states go: `training.checkpoints.checkpoint.Checkpoints`."""
 
     def save(self, step: int, state: Any, *, metrics: Any = None, best: bool = False, wait: bool = False) -> None: ...
     def restore(self, like: Any, *, which: str = "latest") -> tuple[int, Any] | None: ...
@@ -136,7 +137,7 @@ def fit(
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> from metarec_jax.learners.ridge import ridge
-    >>> from metarec_jax.models import content_model
+    >>> from metarec_jax.models.content import content_model
     >>> data = synthetic(30, 20, ratings_per_user=(5, 10), seed=0).data
     >>> found = fit(ridge(content_model(data.columns, size=2)), data, steps=4, chunk=3)
     >>> found.step, found.stopped, [row["step"] for row in found.history]

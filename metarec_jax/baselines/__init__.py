@@ -1,0 +1,15 @@
+"""Plain methods, tuned as hard as the learners: closed forms, models trained by gradients, and their tuning."""
+
+from metarec_jax.baselines.closed_form import (
+    BASELINES,
+    als,
+    bias,
+    ease,
+    item_knn,
+    item_mean,
+    popularity,
+    random,
+    user_mean,
+)
+
+__all__ = ["BASELINES", "als", "bias", "ease", "item_knn", "item_mean", "popularity", "random", "user_mean"]

@@ -1,0 +1,246 @@
+"""Fit the plain baselines, each tuned on validation tasks over a small grid.
+
+A grid is searched one argument at a time. Arguments that live in a method's ``params`` compile nothing anew, and the
+tasks are put on the device once for all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.baselines.closed_form import BASELINES, Factory, ease
+from metarec_jax.core import Array, Examples, MetarecError, Method, Task
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
+
+_Grid = Mapping[str, Sequence[float]]
+_GRIDS: Mapping[str, _Grid] = {
+    "bias": {"reg_user": (0.5, 1.0, 2.0, 5.0), "reg_item": (2.0, 5.0, 10.0)},
+    "item_knn": {"shrinkage_predict": (0.03, 0.1, 0.3), "shrinkage": (5.0, 20.0, 100.0)},
+    "ease": {"reg": (30.0, 100.0, 300.0)},
+    "als": {"reg": (2.0, 5.0, 10.0), "size": (8, 16, 32)},
+}
+_CLICK_GRIDS: Mapping[str, _Grid] = {
+    "item_knn": {"shrinkage": (1.0, 20.0, 100.0)},
+    "ease": {"reg": (1000.0, 3000.0, 10_000.0, 30_000.0)},
+    "als": {"size": (16, 32, 64), "alpha": (2.0, 10.0, 40.0), "reg": (5.0, 50.0, 200.0)},
+}
+
+
+def fit_baselines(
+    train: Interactions,
+    known: Catalogue,
+    validation_tasks: Mapping[str, TaskSet] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    say: Callable[[str], None] | None = None,
+    kept: MutableMapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Method]:
+    """Fit baselines, tuned first where there are validation tasks (`tune`).
+
+    Args:
+      validation_tasks: by scenario; None or empty: no tuning.
+      names: of `BASELINES`; None: all that suit the data.
+      settings: arguments by baseline, such as `tune` found on another cut of the data; then nothing is tuned here.
+      say: called with one line for each tuned baseline.
+      kept: as for `tune`.
+
+    Raises:
+      MetarecError: an unknown name, or one that wants ratings where there are none; settings that a baseline does not
+        have.
+    """
+    names = _names(train, names)
+    for name, arguments in (settings or {}).items():
+        _names(train, [name])
+        own = [p for p in inspect.signature(BASELINES[name]).parameters if p not in ("train", "known")]
+        check_settings(name, arguments, own)
+    if settings is None:
+        settings = tune(train, known, validation_tasks, names=names, say=say, kept=kept) if validation_tasks else {}
+    return {name: BASELINES[name](train, known, **settings.get(name, {})) for name in names}
+
+
+def check_settings(name: str, settings: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Refuse settings that are not among a model's ``own``."""
+    if foreign := [key for key in settings if key not in own]:
+        raise MetarecError(
+            f"{name} has no setting {', '.join(map(repr, foreign))}; its settings are {', '.join(own) or 'none'}"
+        )
+
+
+def tune(
+    train: Interactions,
+    known: Catalogue,
+    validation_tasks: Mapping[str, TaskSet],
+    *,
+    names: Sequence[str] | None = None,
+    tuning_rows: int = 500_000,
+    say: Callable[[str], None] | None = None,
+    kept: MutableMapping[str, dict[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Arguments for the baselines, chosen on validation tasks, one argument at a time, over small grids.
+
+    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
+
+    Args:
+      tuning_rows: tuning sees the whole histories of random users, about this many interactions.
+      names, say: as for `fit_baselines`.
+      kept: arguments by baseline, of an earlier call with the same data that did not end: they are taken as they are,
+        and those of each baseline that is tuned are put there.
+    """
+    kept = {} if kept is None else kept
+    grids = _CLICK_GRIDS if train.implicit else _GRIDS
+    tasks = {s: t for s, t in validation_tasks.items() if len(t)}
+    wanted = [name for name in _names(train, names) if tasks and name in grids]
+    part, found = some_users(train, tuning_rows), {}
+    held = [on_device(t, known) for t in tasks.values()] if wanted else []
+    for name in wanted:
+        if name in kept:
+            found[name] = kept[name]
+            if say is not None:
+                say(f"{name}: {_spoken(found[name])} (kept from before)")
+            continue
+        found[name], score = _search(BASELINES[name], grids[name], part, known, held)
+        kept[name] = found[name]
+        if say is not None:
+            say(
+                f"{name}: {_spoken(found[name])} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})"
+            )
+    return found
+
+
+def _spoken(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+
+
+def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in BASELINES:
+            raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
+    return suitable(train) if names is None else list(names)
+
+
+def suitable(train: Interactions) -> list[str]:
+    """The baselines that suit the data. Of ratings `ease` is slow and no good; it wants a square matrix of items."""
+    left_out = {"item_mean", "user_mean", "bias"} if train.implicit else {"ease"}
+    if train.items.num_rows > inspect.signature(ease).parameters["dense_limit"].default:
+        left_out.add("ease")
+    return [name for name in BASELINES if name not in left_out]
+
+
+def some_users(train: Interactions, rows: int) -> Interactions:
+    """The whole histories of random users, about so many interactions."""
+    if len(train) <= rows:
+        return train
+    users = np.random.default_rng(0).permutation(train.users.num_rows)
+    count = np.bincount(train.user, minlength=train.users.num_rows)[users]
+    keep = np.zeros(train.users.num_rows, bool)
+    keep[users[: max(1, int(np.searchsorted(np.cumsum(count), rows)))]] = True
+    part = train.take(keep[train.user])
+    return part if len(part) else train
+
+
+Held = Sequence[tuple[int, Task]]
+"""Device batches of one scenario, each with its number of real tasks."""
+_columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
+
+
+def on_device(
+    tasks: TaskSet, known: Catalogue, size: int = 128, columns: Collection[str] = ("user_id", "item_id")
+) -> Held:
+    """Batches of one shape, so that a method is compiled once.
+
+    Args:
+      columns: the input columns that are wanted; the closed forms know no content.
+    """
+    held = []
+    for start in range(0, len(tasks), size):
+        count = min(size, len(tasks) - start)
+        some = tasks.take(np.minimum(np.arange(start, start + size), len(tasks) - 1))
+        user = jnp.asarray(some.user)
+
+        def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, user: Array = user) -> Examples:
+            width = ((0, 0), (0, (1 << max(3, (item.shape[1] - 1).bit_length())) - item.shape[1]))
+            rows, targets, real = (jnp.asarray(np.pad(a, width)) for a in (item, target, mask))
+            every = _columns(known, user, rows)
+            return Examples({name: every[name] for name in columns}, targets, real)
+
+        support = part(some.support_item, some.support_target, some.support_mask)
+        held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask))))
+    return held
+
+
+def _search(
+    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[Held]
+) -> tuple[dict[str, Any], float]:
+    """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
+    defaults = inspect.signature(factory).parameters
+    chosen: dict[str, Any] = {argument: defaults[argument].default for argument in grid}
+    scores: dict[tuple[Any, ...], float] = {}
+
+    def score(settings: dict[str, Any]) -> float:
+        at = tuple(settings.values())
+        if at not in scores:
+            method = factory(train, known, **settings)
+            scores[at] = float(np.mean([quality(method, of_scenario, known, train) for of_scenario in held]))
+        return scores[at]
+
+    for argument, values in grid.items():
+        chosen = min(({**chosen, argument: value} for value in values), key=score)
+    return chosen, score(chosen)
+
+
+def quality(method: Method, held: Held, known: Catalogue, train: Interactions) -> float:
+    """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks: smaller is better."""
+    params, adapt, predict, _ = method
+    key, each = jax.random.key(0), []
+    pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
+    for count, task in held:
+        if train.rating is None:
+            of_task = -_click_quality(adapt, predict, params, known, pool, task, key)
+        else:
+            low, high = train.rating.min(), train.rating.max()
+            of_task = _rating_quality(adapt, predict, params, task, low, high, key)
+        each.append(np.asarray(of_task)[:count])
+    return float(np.concatenate(each).mean())
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rating_quality(adapt: Any, predict: Any, params: Any, task: Task, low: Array, high: Array, key: Array) -> Array:
+    def one(task: Task) -> Array:
+        scores = jnp.clip(predict(params, adapt(params, task.support, key), task.query.inputs), low, high)
+        mask = task.query.mask
+        return (jnp.abs(scores - task.query.target) * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+    return jax.vmap(one)(task)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _click_quality(
+    adapt: Any, predict: Any, params: Any, known: Catalogue, pool: Array, task: Task, key: Array
+) -> Array:
+    """nDCG@10 of the query's positives among ``pool``; a tie counts half, and the support competes with nothing."""
+    candidates = inputs(known, jnp.int32(0), pool)
+    competes = candidates["item_id"]
+
+    def one(task: Task) -> Array:
+        adapted = adapt(params, task.support, key)
+        user = {name: column for name, column in task.query.inputs.items() if name.startswith("user_")}
+        own = predict(params, adapted, task.query.inputs)[:, None]
+        others = predict(params, adapted, {**candidates, **user})[None, :]
+        support = jnp.where(task.support.mask > 0, task.support.inputs["item_id"], 0)
+        free = (competes[None, :] != task.query.inputs["item_id"][:, None]) & ~jnp.isin(competes, support)[None, :]
+        rank = 1 + (free * ((others > own) + 0.5 * (others == own))).sum(1)
+        liked = task.query.mask * (task.query.target > 0)
+        gain = (liked * (rank <= 10) / jnp.log2(1 + rank)).sum()
+        ideal = jnp.where(jnp.arange(10) < liked.sum(), 1 / jnp.log2(2.0 + jnp.arange(10)), 0.0).sum()
+        return gain / jnp.maximum(ideal, 1e-6)
+
+    return jax.vmap(one)(task)

@@ -1,0 +1,1 @@
+"""Data larger than memory: a table becomes a task store, which training streams."""

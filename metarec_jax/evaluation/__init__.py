@@ -1,0 +1,1 @@
+"""Every method on the same tasks: metrics, intervals, per-task tables, convergence."""

@@ -1,0 +1,480 @@
+"""Evaluation: every method on the same tasks, the same ties, the same resamples.
+
+`evaluate` runs ``adapt`` and ``predict`` of each method on each task, with the whole support, with none of it, and with
+its first k examples where a curve is asked for, and returns a `metarec_jax.evaluation.results.Report`.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
+from metarec_jax.cpu import runs_together
+from metarec_jax.data.catalogue import check_method
+from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks, inputs
+from metarec_jax.evaluation import metrics
+from metarec_jax.evaluation.results import ALL, FACTS, Report
+
+_SCORES_AT_ONCE = 1 << 18
+_ITEMS_AT_ONCE = 4096
+_LISTS_AT_ONCE = 2048
+
+
+def evaluate(
+    methods: Mapping[str, Method],
+    tasks: Mapping[str, TaskSet],
+    known: Catalogue,
+    *,
+    rating_range: tuple[float, float] | None = None,
+    gain: str = "auto",
+    topn: Sequence[int] = (1, 3, 5, 10),
+    relevant: float | metrics.Relevant = 4.0,
+    catalogue_ranking: bool = False,
+    catalogue_topn: Sequence[int] = (10, 20),
+    curve: Sequence[int] | None = None,
+    baselines: Collection[str] = (),
+    ranking_only: Collection[str] = (),
+    seed: int = 0,
+    batch: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Adapt and predict every task with every method, and measure.
+
+    Over the query items of a task: mae, rmse, squared_error (and, in a summary, rmse_pooled), and ndcg, precision,
+    recall, hit_rate, mrr and map at each ``topn``, and auc. Over all candidates, where asked for: ``catalogue_ndcg@n``
+    (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and ``catalogue_mrr``.
+    Candidates are the whole catalogue less the support; in a scenario whose query items are all unknown to training,
+    they are the items unknown to training, since old items, with what is known of them, would fill any list. Candidates
+    that the user never rated count as irrelevant, so that these numbers are lower bounds.
+    A task without a relevant item has no ranking metric: nan, left out of means, and counted.
+
+    Args:
+      methods: by name; learners and baselines alike.
+      tasks: by scenario ("user_cold", ...). A scenario without tasks is left out, and noted.
+      known: the catalogue that the tasks' vocabulary rows refer to; its ``item_row`` 0 are items unknown to training.
+      rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
+      gain: of ndcg over the query: "exp" 2^r - 1, "linear" r, "square" r^2 - 1, "binary" (of relevance), "scaled"
+        2^g - 1, g the rating laid on 0 to 5 from the ends of ``rating_range``; "auto": exp where ratings are within 0
+        to 5 (or within 0 to 100, and no ``rating_range`` tells their scale), else scaled; ``settings["gain"]`` has it.
+      topn: list lengths over the query; catalogue_topn: over all candidates.
+      relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
+      catalogue_ranking: also rank all candidates, with the whole support only (where the query has nothing to
+        rank, at each point of the curve too). It costs users x items.
+      curve: support sizes k: also show only the first k support examples, to the tasks that have as many. 0 is always
+        run.
+      baselines: names of the methods that others are compared with; names that are not in ``methods`` are ignored.
+      ranking_only: methods whose scores are not ratings: they get no rating errors.
+      seed: of ties and of what a method draws.
+      batch: tasks per device call.
+      progress: called after each of them with the tasks done and their number, each point of the curve counted.
+
+    Returns:
+      A `Report`.
+
+    Raises:
+      MetarecError: no method or no task; a method or tasks that cannot be of this catalogue; a gain that is
+        unknown or does not suit the targets; targets outside ``rating_range``; a method whose scores are not finite.
+    """
+    if not methods:
+        raise MetarecError("no method to evaluate; give at least one, as {'name': Method(...)}")
+    if rating_range is not None and not rating_range[0] < rating_range[1]:
+        raise MetarecError(f"rating_range is {rating_range}; give (lowest, highest)")
+    points = sorted({0, *(int(k) for k in curve or ())})
+    relevance = relevant if isinstance(relevant, metrics.Relevant) else metrics.at_least(relevant)
+    scenarios = [name for name, chosen in tasks.items() if len(chosen)]
+    if not scenarios:
+        raise MetarecError(
+            f"no tasks in {', '.join(tasks) or 'an empty mapping'}; give a TaskSet with one task or more"
+        )
+    for name in scenarios:
+        check_tasks(tasks[name], known, name)
+    for name, method in methods.items():
+        check_method(method, known, name)
+    notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
+    every, scenario, place = _join([tasks[name] for name in scenarios])
+    lengths = every.support_mask.sum(1).astype(int)
+    real = every.query_mask > 0
+    gain = _suitable_gain(gain, every.query_target[real], rating_range)
+    varied = bool((np.ptp(np.where(real, every.query_target, every.query_target[:, :1]), axis=1) > 0).any())
+    if not varied:
+        notes.append(
+            "all query targets of each task are equal: nothing to rank inside the query, only over all candidates"
+        )
+
+    of_new = _only_new(every, scenario, known)
+    total = len(every) + sum(int((lengths >= shown).sum()) for shown in points)
+    runner = _Runner(methods, known, seed, batch, of_new[scenario], lambda done: progress and progress(done, total))
+    in_query = partial(_query_columns, gain=gain, topn=tuple(topn), span=rating_range, ranking=varied)
+    in_catalogue = partial(_catalogue_columns, topn=tuple(catalogue_topn))
+    numbers = np.arange(len(every), dtype=np.int32)
+    relevant_items = _in_chunks(
+        lambda target, mask, number: _labels(relevance, target, mask, _keys(seed, number, 2)),
+        [every.query_target, every.query_mask, numbers],
+    )["labels"]
+    frames: list[pd.DataFrame] = []
+    for shown in [ALL, *points]:
+        members = np.arange(len(every)) if shown == ALL else np.flatnonzero(lengths >= shown)
+        if not len(members):
+            continue
+        part = _shown(every, members, shown)
+        facts = {
+            "scenario": pd.Categorical([scenarios[s] for s in scenario[members]], scenarios),
+            "seed": np.int32(seed),
+            "task": place[members],
+            "user": part.user,
+            "shown": np.int32(shown),
+            "support": lengths[members].astype(np.int32),
+            "queries": part.query_mask.sum(1).astype(np.int32),
+        }
+        scores, ranks = runner.scores(part, members, catalogue_ranking and (shown == ALL or not varied))
+        labels, named = relevant_items[members], [scenarios[s] for s in scenario[members]]
+        for name in methods:
+            _refuse_bad(name, (~np.isfinite(scores[name]) & (part.query_mask > 0)).any(axis=1), named, shown)
+            columns = _in_chunks(
+                lambda *lists: in_query(*lists[:-1], _keys(seed, lists[-1], 1)),
+                [scores[name], part.query_target, labels, part.query_mask, numbers[members]],
+            )
+            if name in ranking_only:
+                columns |= {c: np.full(len(members), np.nan, np.float32) for c in ("mae", "rmse", "squared_error")}
+            if ranks:
+                ranked = ranks[name]
+                _refuse_bad(name, ~ranked.finite, named, shown)
+                columns |= _in_chunks(in_catalogue, [ranked.ranks, labels, ranked.candidates])
+            frames.append(pd.DataFrame({"method": name} | facts | columns))
+    per_task = pd.concat(frames, ignore_index=True)
+    per_task["method"] = pd.Categorical(per_task["method"], list(methods))
+    notes += _overflows(per_task)
+    settings: dict[str, Any] = {
+        "gain": gain,
+        "relevant": relevance.name,
+        "rating_range": None if rating_range is None else [float(x) for x in rating_range],
+        "topn": [int(n) for n in topn],
+        "catalogue_topn": [int(n) for n in catalogue_topn] if catalogue_ranking else [],
+        "catalogue_items": len(known.item_row) - 1,
+        "new_items": int((known.item_row[1:] == 0).sum()),
+        "rank_new_items": [name for name, only in zip(scenarios, of_new, strict=True) if only],
+        "curve": points,
+        "ranking_only": [name for name in methods if name in ranking_only],
+    }
+    rivals = tuple(name for name in methods if name in baselines)
+    return Report(per_task, settings, rivals, runner.times(), tuple(notes))
+
+
+def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, float] | None) -> str:
+    """The gain to use, "auto" resolved; refused where nDCG would leave [0, 1]."""
+    lowest, highest = (float(targets.min()), float(targets.max())) if len(targets) else (0.0, 0.0)
+    low, high = (lowest, highest) if rating_range is None else rating_range
+    slack = 1e-5 * (high - low)  # of float32, in which the targets are
+    if lowest < low - slack or highest > high + slack:
+        raise MetarecError(
+            f"rating_range is {low:g} to {high:g}, and the tasks have ratings from {lowest:g} to {highest:g}; give the "
+            "ends of their scale"
+        )
+    if gain == "auto":
+        as_published = rating_range is None and low >= 0 and high <= 100
+        gain = "exp" if as_published else metrics.suitable_gain((low, high))
+    metrics.check_gain(gain, lowest, highest)
+    if gain == "scaled" and rating_range is None:
+        raise MetarecError(
+            f"nDCG of ratings from {lowest:g} to {highest:g} requires the ends of their scale; give "
+            "rating_range=(lowest, highest), or gain='binary'"
+        )
+    return gain
+
+
+def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
+    """All scenarios as one set of tasks, the scenario of each task, and its place there."""
+
+    def stack(name: str) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        if name == "user":
+            return np.concatenate(arrays)
+        width = max(a.shape[1] for a in arrays)
+        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays])
+
+    every = TaskSet(*(stack(f.name) for f in fields(TaskSet)))
+    sizes = [len(part) for part in parts]
+    place = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    return every, np.repeat(np.arange(len(parts)), sizes), place
+
+
+def _only_new(every: TaskSet, scenario: np.ndarray, known: Catalogue) -> np.ndarray:
+    """Whether all query items of each scenario are unknown to training."""
+    old = ((np.asarray(known.item_row)[every.query_item] > 0) & (every.query_mask > 0)).any(axis=1)
+    return np.bincount(scenario, old) == 0
+
+
+def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
+    part, n = every.take(members), None if shown == ALL else shown
+    names = ("support_item", "support_target", "support_mask")
+    return replace(part, **{name: getattr(part, name)[:, :n] for name in names})
+
+
+def _refuse_bad(name: str, bad: np.ndarray, scenario: list[str], shown: int) -> None:
+    """Refuse a method some of whose tasks are ``bad`` ``[T]``: a score that is not finite has no rank."""
+    if bad.any():
+        where = scenario[int(np.flatnonzero(bad)[0])]
+        support = "the whole support" if shown == ALL else f"{shown} support examples"
+        raise MetarecError(
+            f"method {name!r} gave scores that are not finite for {bad.sum()} of {len(bad)} tasks with {support}, the "
+            f"first in {where!r}; see that its adapt divides by nothing that can be 0, or lower its inner rate"
+        )
+
+
+def _overflows(per_task: pd.DataFrame) -> list[str]:
+    """A note for each method with numbers too large for float32, such as the square of an error of 1e20."""
+    beyond = np.isinf(per_task.drop(columns=list(FACTS)).to_numpy(np.float64))
+    notes = []
+    for name in per_task["method"].cat.categories:
+        rows = beyond[(per_task["method"] == name).to_numpy()]
+        if rows.any():
+            columns = per_task.columns.drop(list(FACTS))[rows.any(0)]
+            notes.append(
+                f"{name}: {rows.any(1).sum():,} of {len(rows):,} rows have infinite {', '.join(columns)}; they count "
+                "as infinite in every mean"
+            )
+    return notes
+
+
+class _Program:
+    """``batched(function, ...)`` compiled, for one function of a method, on which it keeps no hold.
+
+    Attributes:
+      traced: how often: tells a first call, which compiles, from a later one.
+    """
+
+    def __init__(self, batched: Callable[..., Any], function: Callable[..., Any]) -> None:
+        self.traced, reference = 0, weakref.ref(function)
+
+        def run(*arrays: Any) -> Any:
+            self.traced += 1
+            return batched(reference(), *arrays)
+
+        self.call = jax.jit(run)
+
+
+_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
+"""By function of a method: a second evaluation compiles nothing; what nobody has any more goes with its programs."""
+
+
+def _compiled(batched: Callable[..., Any], function: Callable[..., Any]) -> _Program:
+    return _programs.setdefault(function, {}).setdefault(batched, _Program(batched, function))
+
+
+def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
+    """What each of B tasks changed. Apart from `_predict`, which need not be compiled for each support length."""
+    return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
+
+
+def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
+    """Scores ``[B, Q]``."""
+    return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
+
+
+def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array) -> Array:
+    """Scores ``[U, N]`` of all items for U adapted users, in chunks of items; no user owns a copy of a table."""
+    n = known.item_row.shape[0]
+    chunk = min(_ITEMS_AT_ONCE, n)
+    items = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk) % n
+
+    def one(adapted: Any, user: Array) -> Array:
+        scores = jax.lax.map(lambda chosen: predict(params, adapted, inputs(known, user, chosen)), items)
+        return scores.reshape(-1)[:n]
+
+    return jax.vmap(one)(adapted, user)
+
+
+class Ranked(NamedTuple):
+    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (how many), and whether all are finite."""
+
+    ranks: Any
+    candidates: Any
+    finite: Any
+
+
+@jax.jit
+def _catalogue_ranks(
+    scores: Array, known: Catalogue, of_new: Array, support: Array, query: Array, keys: Array
+) -> Ranked:
+    """The query items among the candidates, which are never support; row 0 is no item."""
+
+    def one(scores: Array, of_new: Array, support: Array, query: Array, key: Array) -> Ranked:
+        free = jnp.where(of_new, known.item_row == 0, True).at[support].set(False).at[0].set(False)
+        finite = jnp.all(jnp.isfinite(scores) | ~free)
+        return Ranked(metrics.ranks_among(scores, free, query, key), jnp.sum(free, dtype=jnp.int32), finite)
+
+    return jax.vmap(one)(scores, of_new, support, query, keys)
+
+
+@jax.jit
+def _keys(seed: Array, number: Array, purpose: Array) -> Array:
+    """One key a task, whatever its batch. Purpose 0: what a method draws; 1: ties of scores; 2: ties of targets."""
+    base = jax.random.fold_in(jax.random.key(seed), purpose)
+    return jax.vmap(lambda k: jax.random.fold_in(base, k))(number)
+
+
+class _Runner:
+    """Runs every method on every batch; keeps the time of first calls, which compile, apart from that of later ones."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        known: Catalogue,
+        seed: int,
+        batch: int,
+        of_new: np.ndarray,
+        progress: Callable[[int], Any],
+    ) -> None:
+        self.methods, self.known, self.seed, self.batch, self.of_new = methods, known, seed, batch, of_new
+        most = int(np.clip(_SCORES_AT_ONCE // len(known.item_row), 1, batch))
+        self.users_at_once = next(n for n in range(most, 0, -1) if batch % n == 0)  # one shape: compiled once
+        self.shapes: set[Any] = set()
+        self.first = dict.fromkeys(methods, 0.0)
+        self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
+        self.last: tuple[Task, Array, int] | None = None
+        self.progress, self.done = progress, 0
+
+    def scores(
+        self, part: TaskSet, numbers: np.ndarray, rank_catalogue: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, Ranked]]:
+        """Scores ``[T, Q]`` of the query items, and their ranks in the catalogue, by method."""
+        scores = {name: np.zeros(part.query_item.shape, np.float32) for name in self.methods}
+        n = len(part)
+        ranks = {
+            name: Ranked(np.zeros(part.query_item.shape, np.int32), np.zeros(n, np.int32), np.ones(n, bool))
+            for name in (self.methods if rank_catalogue else ())
+        }
+        for index, task in batches(part, self.known, self.batch):
+            rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
+            number = jnp.asarray(numbers[rows], jnp.int32)
+            places = [
+                jnp.asarray(a[rows]) for a in (self.of_new[numbers], part.user, part.support_item, part.query_item)
+            ]
+            self.last = (task, _keys(self.seed, number, 0), len(index))
+
+            one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
+            shape = (task.support.mask.shape, task.query.mask.shape, rank_catalogue)
+            at_once = 1 if shape in self.shapes else runs_together()  # XLA compiles two programs at once
+            with ThreadPoolExecutor(at_once) as pool:
+                for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
+                    scores[name][index] = np.asarray(found)[: len(index)]
+                    if placed is not None:
+                        for whole, some in zip(ranks[name], placed, strict=True):
+                            whole[index] = np.asarray(some)[: len(index)]
+            self.shapes.add(shape)
+            self.done += len(index)
+            self.progress(self.done)
+        return scores, ranks
+
+    def call(
+        self, name: str, *, task: Task, number: Array, places: list[Array], n: int, rank: bool
+    ) -> tuple[Array, Ranked | None]:
+        """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
+        found, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
+        if not rank:
+            return found, None
+        predict, params = self.methods[name].predict, self.methods[name].params
+        ties, at_once, ranks = _keys(self.seed, number, 1), self.users_at_once, []
+        for start in range(0, self.batch, at_once):
+            some = slice(start, start + at_once)
+            of_new, user, support, query = (a[some] for a in places)
+            scores = _compiled(_catalogue_scores, predict).call(
+                params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
+            )
+            ranks.append(_catalogue_ranks(scores, self.known, of_new, support, query, ties[some]))
+        return found, jax.block_until_ready(jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranks))
+
+    def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
+        """One call of one method, on ``n`` real tasks, waited for and timed."""
+        method = self.methods[name]
+        adapt, predict = _compiled(_adapt, method.adapt), _compiled(_predict, method.predict)
+        before, start = adapt.traced + predict.traced, time.perf_counter()
+        adapted = adapt.call(method.params, task.support, keys)
+        found = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))
+        seconds = time.perf_counter() - start
+        if adapt.traced + predict.traced > before:
+            self.first[name] += seconds
+        else:
+            self.later[name].append((n, seconds))
+        return found, adapted
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """By method: seconds a user of adapt and predict, compiled; and the seconds of the calls that compiled."""
+        found = {}
+        for name in self.methods:
+            if not self.later[name] and self.last is not None:
+                self.timed(name, *self.last)
+            users, seconds = (sum(column) for column in zip(*self.later[name], strict=True))
+            found[name] = {"seconds_per_user": seconds / users, "first_call_seconds": self.first[name]}
+        return found
+
+
+def _in_chunks(measure: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of ``measure(*arrays)``, computed on slices of one size, so that it is compiled once."""
+    n = len(arrays[0])
+    found: list[dict[str, np.ndarray]] = []
+    for start in range(0, n, _LISTS_AT_ONCE):
+        part = [a[start : start + _LISTS_AT_ONCE] for a in arrays]
+        m = len(part[0])
+        part = [np.pad(a, [(0, _LISTS_AT_ONCE - m)] + [(0, 0)] * (a.ndim - 1)) for a in part]
+        with jax.debug_nans(False):  # a metric's nan is "no answer", also to those who look for nan elsewhere
+            found.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+@partial(jax.jit, static_argnums=0)
+def _labels(relevance: metrics.Relevant, target: Array, mask: Array, keys: Array) -> dict[str, Array]:
+    return {"labels": jax.vmap(relevance.labels)(target, mask > 0, keys)}
+
+
+@partial(jax.jit, static_argnames=("gain", "topn", "span", "ranking"))
+def _query_columns(
+    scores: Array,
+    target: Array,
+    labels: Array,
+    mask: Array,
+    keys: Array,
+    *,
+    gain: str,
+    topn: tuple[int, ...],
+    span: tuple[float, float] | None,
+    ranking: bool,
+) -> dict[str, Array]:
+    where = mask > 0
+    rating = scores if span is None else jnp.clip(scores, *span)
+    found = {
+        "mae": metrics.mae(rating, target, where=where),
+        "rmse": metrics.rmse(rating, target, where=where),
+        "squared_error": metrics.squared_error(rating, target, where=where),
+    }
+    if ranking:
+        order = jnp.arange(scores.shape[1])
+        ranks = jax.vmap(metrics.ranks_among, (0, 0, None, 0))(scores, where, order, keys)
+        grade = labels if gain == "binary" else target
+        if gain == "scaled":
+            assert span is not None  # _suitable_gain
+            grade = metrics.on_five(target, span)
+        found |= metrics.of_ranks(ranks, labels, where, where.sum(-1), topn, grade=grade, gain=gain)
+        found["auc"] = metrics.auc(scores, labels, where=where)
+    return found
+
+
+@partial(jax.jit, static_argnames="topn")
+def _catalogue_columns(ranks: Array, labels: Array, candidates: Array, *, topn: tuple[int, ...]) -> dict[str, Array]:
+    where = labels > 0
+    found = metrics.of_ranks(ranks, labels, where, candidates, topn) | {
+        "mrr": metrics.mrr(-ranks, labels, where=where, ranks=ranks)
+    }
+    return {f"catalogue_{name}": values for name, values in found.items()}

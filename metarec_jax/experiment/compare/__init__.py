@@ -1,0 +1,1 @@
+"""Many methods under many seeds in one table."""

@@ -1,0 +1,402 @@
+"""``metarec compare``: many methods, many seeds, one table. Each cell is measured once; a broken run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from metarec_jax import files, signals
+from metarec_jax.baselines.trained import fit_plain
+from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.describe import remarks
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.splits import Split
+from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment import runs
+from metarec_jax.experiment.build import build_data, build_learner, build_source, build_split, open_store, settled
+from metarec_jax.experiment.compare import cells
+from metarec_jax.experiment.compare.cells import Cell
+from metarec_jax.experiment.compare.choice import cost
+from metarec_jax.experiment.compare.entries import (
+    Entry,
+    all_entries,
+    baseline_of,
+    default_learners,
+    learners_of,
+    names_of,
+)
+from metarec_jax.experiment.compare.report import tell
+from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.experiment.diagnose import diagnose
+from metarec_jax.experiment.protocol import (
+    VALIDATION_USERS,
+    fixed_tasks,
+    measuring_options,
+    relevant_from,
+    training_options,
+)
+from metarec_jax.training.checkpoints import lock as run_directory
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
+from metarec_jax.training.loop import Diverged, fit
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class World(NamedTuple):
+    """What all methods of one seed share."""
+
+    parts: Split
+    known: Catalogue
+    held: Mapping[str, TaskSet]
+    tasks: Mapping[str, TaskSet]
+
+
+def compare(
+    config: configs.Config,
+    *,
+    flags: Mapping[str, Any],
+    learners: Sequence[str] | None,
+    baselines: Sequence[str] | None,
+    seeds: int,
+    max_users: int,
+    support_curve: Sequence[int],
+    liked_from: float | None = None,
+    recommend: bool,
+    max_ms: float | None,
+    max_mib: float | None,
+    out: Path | None,
+    fresh: bool,
+    data_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure what is not measured yet, cell by cell, then write and print the table."""
+    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
+        if number < 1:
+            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
+    for name, bound in (("--max-ms", max_ms), ("--max-mib", max_mib)):
+        if bound is not None and not bound > 0:
+            raise MetarecError(f"{name} must be above 0, and is {bound:g}; leave it out for no bound")
+    if any(k < 0 for k in support_curve):
+        raise MetarecError(f"--support-curve has {min(support_curve)}; give numbers of support examples, 0 or more")
+    ours = None if learners is None else learners_of(config, names_of(learners), flags)
+    plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
+    compile_cache()
+    _say(f"reading {config.data.name}")
+    data = _load(config, data_dir)
+    counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
+    print(f"{data.name}: {runs.summary({'counts': counts})}")
+    for note in remarks(data):
+        print(f"  note: {note}")
+    relevant_from(data, liked_from)  # refused before training
+    if ours is None:
+        ours = learners_of(config, default_learners(data), flags)
+    entries = all_entries(config, data, ours, plain)
+    folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
+    if fresh:
+        _clear_all(folder / "cells")
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetarecError(f"{folder} cannot hold a comparison ({error.strerror}); give --out another") from error
+    table = _measure(entries, data, seeds, max_users, tuple(support_curve), folder / "cells", liked_from)
+    found = tell(
+        table,
+        [entry.name for entry in entries],
+        {entry.name: entry.config for entry in entries if entry.kind == "learner"},
+        data,
+        folder,
+        recommend=recommend,
+        max_ms=max_ms,
+        max_mib=max_mib,
+    )
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+def _load(config: configs.Config, data_dir: Path | None) -> Interactions:
+    store = open_store(config.data)
+    if store is None:
+        return build_data(config.data, data_dir=data_dir)
+    from metarec_jax.data.store import opened as stores
+    from metarec_jax.training.devices import budget as memory
+
+    free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
+    if free is not None and needed > free / 2:
+        raise MetarecError(
+            f"{store.path} would take about {memory.spoken(needed)} of memory, of {memory.spoken(free)} that are free, "
+            "and a comparison wants the data in memory; compare on a part of it, then train with metarec fit"
+        )
+    return stores.load(store)
+
+
+def _measure(
+    entries: Sequence[Entry],
+    data: Interactions,
+    seeds: int,
+    max_users: int,
+    curve: tuple[int, ...],
+    folder: Path,
+    liked_from: float | None,
+) -> dict[tuple[str, int], Cell]:
+    """All cells, by name and seed: read where they are, else measured."""
+    base, wanted = runs.identity(entries[0].config, data), []
+    relevant = relevant_from(data, liked_from)
+    table: dict[tuple[str, int], Cell] = {}
+    for seed in range(seeds):
+        for entry in entries:
+            identity = _identity(entry, seed, base, max_users, curve, relevant)
+            where = cells.place(folder, entry.name, seed, identity)
+            if (known := cells.read(where, identity)) is not None:
+                table[entry.name, seed] = known
+            else:
+                wanted.append((entry, seed, identity, where))
+    total, done = len(entries) * seeds, len(entries) * seeds - len(wanted)
+    if done:
+        _say(f"{done} of {total} cells are measured already")
+    seconds: dict[tuple[str, int], float] = {}
+    built: dict[str, Learner] = {}
+    world: tuple[int, World] | None = None
+    for k, (entry, seed, identity, where) in enumerate(wanted):
+        signals.keep(f"{done + k} of {total} cells are kept in {folder}, and the same command measures the others")
+        _say(f"cell {done + k + 1} of {total}: {entry.name}, seed {seed}{_left(seconds, wanted[k:])}")
+        began = time.perf_counter()
+        seeded = _seeded(entry.config, seed)
+        if world is None or world[0] != seed:
+            world = seed, _world(seeded, data, seed, max_users)
+            for note in world[1].parts.notes:
+                _say(f"  note: {note}")
+        for note in settled(seeded, world[1].parts.train) if entry.kind == "learner" else ():
+            _say(f"  note: {note}")
+        training = where.with_name(f"{where.name}.training")
+        cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity, liked_from)
+        if cell.passing is None:
+            with signals.saving(f"the cell {entry.name}, seed {seed},"):
+                cells.write(where, cell, identity)
+            _clear(training)
+        seconds[entry.name, seed] = time.perf_counter() - began
+        outcome = f"diverged: {cell.diverged}" if cell.diverged else "measured"
+        outcome = outcome if cell.passing is None else f"not measured: {cell.passing}"
+        _say(f"  {outcome} ({seconds[entry.name, seed]:.1f} s)")
+        table[entry.name, seed] = cell
+    return table
+
+
+def _clear(training: Path) -> None:
+    """Delete the training of a cell that is measured; where another process trains there by now, it is that one's."""
+    if training.is_dir():
+        with contextlib.suppress(MetarecError), _held(training):
+            shutil.rmtree(training, ignore_errors=True)
+
+
+def _clear_all(folder: Path) -> None:
+    """Delete all cells.
+
+    Raises:
+      MetarecError: another process trains one of them; then nothing is deleted.
+    """
+    with contextlib.ExitStack() as stack:
+        for training in folder.glob("*.training"):
+            stack.enter_context(_held(training))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(training: Path) -> Iterator[None]:
+    handle, _ = run_directory.lock(training)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _left(seconds: Mapping[tuple[str, int], float], wanted: Sequence[tuple[Entry, int, Any, Any]]) -> str:
+    """About how long the cells still to be measured will take, by those of the same method, else of all methods."""
+    if not seconds:
+        return ""
+    every = sum(seconds.values()) / len(seconds)
+    left = 0.0
+    for entry, *_ in wanted:
+        own = [s for (name, _), s in seconds.items() if name == entry.name]
+        left += sum(own) / len(own) if own else every
+    return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
+
+
+def _seeded(config: configs.Config, seed: int) -> configs.Config:
+    """Another split of users, and another start and draw of training, for each seed."""
+    parts = dataclasses.replace(config.split, seed=config.split.seed + seed)
+    return dataclasses.replace(
+        config, split=parts, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
+    )
+
+
+def _identity(
+    entry: Entry, seed: int, base: Mapping[str, Any], max_users: int, curve: tuple[int, ...], relevant: float
+) -> dict[str, Any]:
+    """All that the numbers of a cell depend on; what a closed form does not read is no part of it.
+
+    Args:
+      base: the identity of a run on the same data, for its digests and the version.
+    """
+    settings = configs.to_dict(_seeded(entry.config, seed))
+    settings["data"].pop("name")
+    for unread in {"baseline": ("model", "learner", "train"), "trained": ("model", "learner"), "learner": ()}[
+        entry.kind
+    ]:
+        settings.pop(unread)
+    measured = {"max_users": max_users, "curve": list(curve), "validation_users": VALIDATION_USERS}
+    measured |= {"relevant": relevant, "gain": "auto"}
+    return {**base, "config": settings, "method": entry.name, "seed": seed, "measured": measured}
+
+
+def _world(config: configs.Config, data: Interactions, seed: int, max_users: int) -> World:
+    parts = build_split(config.split, data)
+    known = catalogue(data, parts.train, config.tasks.user_rows)
+    held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+    tasks = fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users)
+    if not tasks:
+        raise MetarecError(
+            f"no test task in {', '.join(parts.test) or 'any scenario'}; give --scenarios that the data has users for, "
+            "or a larger --test"
+        )
+    return World(parts, known, held, tasks)
+
+
+def _cell(
+    entry: Entry,
+    config: configs.Config,
+    data: Interactions,
+    world: World,
+    seed: int,
+    curve: tuple[int, ...],
+    built: dict[str, Learner],
+    training: Path,
+    identity: Mapping[str, Any],
+    liked_from: float | None,
+) -> Cell:
+    """A cell: measured, diverged, or not measured for a reason that may pass, such as a full disk."""
+    from metarec_jax.evaluation.evaluate import evaluate
+
+    try:
+        if entry.kind == "learner":
+            if entry.name not in built:  # one for all seeds, so that evaluating compiles once
+                built[entry.name] = build_learner(config, data)
+            method, seconds = _train(config, built[entry.name], data, world, training, identity)
+        else:
+            start = time.perf_counter()
+            method = fit_plain(
+                entry.name,
+                world.parts.train,
+                world.known,
+                world.held,
+                steps=config.train.steps,
+                seed=config.train.seed,
+                say=_indented,
+            )
+            jax.block_until_ready(method.params)
+            seconds = time.perf_counter() - start
+        report = evaluate(
+            {entry.name: method},
+            world.tasks,
+            world.known,
+            catalogue_ranking=True,
+            curve=curve,
+            baselines=() if entry.kind == "learner" else (entry.name,),
+            seed=seed,
+            **measuring_options(data, {entry.name: method}, liked_from),
+        )
+        took = cost(
+            method,
+            world.tasks,
+            world.known,
+            train_seconds=seconds,
+            batch_ms=1e3 * report.times[entry.name]["seconds_per_user"],
+        )
+        curves = None
+        if entry.kind == "learner":
+            curves = diagnose(config, data, method.params, world.known, world.held)
+    except Diverged as error:
+        return Cell(None, None, diverged=_one_line(error))
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except (OSError, MemoryError) as error:
+        return Cell(None, None, passing=files.cause(error))
+    except (MetarecError, jax.errors.JaxRuntimeError) as error:
+        return Cell(None, None, passing=_one_line(error))
+    return Cell(report, took, curves)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _train(
+    config: configs.Config,
+    learner: Learner,
+    data: Interactions,
+    world: World,
+    folder: Path,
+    identity: Mapping[str, Any],
+) -> tuple[Method, float]:
+    """A learner trained as `metarec fit` trains it, on one device, and the seconds that took; interrupted, it resumes.
+
+    Raises:
+      Interrupted: a signal came; the state is saved in ``folder``.
+    """
+    before, began, settings = _elapsed(folder), time.perf_counter(), config.train
+
+    def spent() -> float:
+        return before + time.perf_counter() - began
+
+    spoken = began
+
+    def noted(step: int, row: Mapping[str, float]) -> None:
+        nonlocal spoken
+        runs.write_json(folder / "elapsed.json", {"seconds": spent()})
+        if time.perf_counter() - spoken > _SECONDS_BETWEEN_LINES:
+            spoken = time.perf_counter()
+            _say(f"  step {step} of {settings.steps}, {spent():.0f} s")
+
+    given = training_options(config, learner, data, world.parts.train, world.known, world.held)
+    checkpoints: Any
+    with signals.StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
+        found = fit(
+            learner,
+            build_source(config, world.parts.train),
+            checkpoints=checkpoints,
+            progress=noted,
+            stop=lambda: bool(stop),
+            **given,
+        )
+    if stop or found.stopped == "interrupted":
+        _say(f"  {stop.name or 'stopped'}: saved at step {found.step}; the same command again continues")
+        raise signals.Interrupted(stop.number or signal.SIGINT)
+    return found.method, spent()
+
+
+def _elapsed(folder: Path) -> float:
+    """Seconds that earlier parts of this training took."""
+    try:
+        return float(json.loads((folder / "elapsed.json").read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _indented(text: str) -> None:
+    _say(f"  {text}")

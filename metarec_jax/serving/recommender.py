@@ -1,0 +1,422 @@
+"""Recommendations for users never seen: adapt on what they gave, score the whole catalogue, say why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.catalogue import Catalogue, check_method
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.messages import printable, shown
+from metarec_jax.serving.catalogue_scores import Best, Plan, Users, best, contributions
+from metarec_jax.serving.history import (
+    History,
+    Names,
+    Unknown,
+    feature_columns,
+    features_by_user,
+    parse_history,
+    parse_table,
+    spoken,
+)
+from metarec_jax.serving.linear import item_tables
+
+_USERS = 64
+"""Users that one call of `recommend_many`'s compiled program serves, at the most."""
+_CANDIDATES = 1 << 20
+"""Items that one call scores a second time, for all its users, at the most."""
+_SHOWN_USERS, _SHOWN_ITEMS = 5, 3
+_PATH = 16
+"""Points at which the derivative is taken where one does not tell how far the history moved a score."""
+
+
+@dataclass(frozen=True)
+class Influence:
+    """One feedback behind a recommendation: ``contribution`` is how far it moved the score, in units of the score.
+
+    ``rating`` is None for a click.
+    """
+
+    item_id: Any
+    title: str | None
+    rating: float | None
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+      item_id: as the data gave it.
+      score: after adaptation; prior: before, with no feedback at all. Items are in its order.
+      because: the feedbacks that moved the score most, strongest first.
+      predicted: the score clipped to the rating scale, which a score may leave; None where scores are not ratings.
+    """
+
+    item_id: Any
+    title: str | None
+    score: float
+    prior: float
+    because: tuple[Influence, ...] = ()
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Recommendations(Sequence[Recommendation]):
+    """A list of recommendations, best first.
+
+    Attributes:
+      items: the recommendations.
+      unknown: history entries that name no item of the data; they were skipped.
+      notes: what else was changed in the history, one line each.
+    """
+
+    items: tuple[Recommendation, ...]
+    unknown: tuple[Unknown, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per recommendation: rank, item_id, title, predicted (of ratings), score, because (text)."""
+        return [{"rank": k + 1, **_row(r)} for k, r in enumerate(self.items)]
+
+
+@dataclass(frozen=True, repr=False)
+class ManyRecommendations(Mapping[Any, Recommendations]):
+    """Recommendations by user id, in the order of the table; ``unknown`` and ``notes`` are of the whole table.
+
+    A mapping: iterate over user ids, or over ``items()``.
+    """
+
+    users: dict[Any, Recommendations]
+    unknown: tuple[Unknown, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The first users with their first items, and what was noted.
+
+        >>> ManyRecommendations({"ann": Recommendations((Recommendation(7, "Heat", 4.5, 3.0),))})
+        ManyRecommendations of 1 user
+          'ann': 'Heat'
+        """
+        lines = [f"{type(self).__name__} of {len(self)} user{'s' if len(self) != 1 else ''}"]
+        for user in list(self)[:_SHOWN_USERS]:
+            names = [shown(r.title or r.item_id) for r in self.users[user]]
+            more = f", and {len(names) - _SHOWN_ITEMS} more" if len(names) > _SHOWN_ITEMS else ""
+            lines.append(f"  {shown(user)}: {', '.join(names[:_SHOWN_ITEMS]) or 'nothing'}{more}")
+        if len(self) > _SHOWN_USERS:
+            lines.append(f"  and {len(self) - _SHOWN_USERS} more")
+        lines += [f"  skipped: no single item is called {shown(u.name)}" for u in self.unknown[:_SHOWN_USERS]]
+        return "\n".join([*lines, *(f"  note: {printable(note)}" for note in self.notes)])
+
+    def __getitem__(self, user_id: Any) -> Recommendations:
+        return self.users[user_id]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.users)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per user and recommendation: user_id, and as `Recommendations.rows`."""
+        return [{"user_id": user, **row} for user, recs in self.users.items() for row in recs.rows()]
+
+
+def _row(r: Recommendation) -> dict[str, Any]:
+    why = "; ".join(
+        f"{i.title or i.item_id}{'' if i.rating is None else f' ({i.rating:g})'}: {i.contribution:+.3f}"
+        for i in r.because
+    )
+    predicted = {} if r.predicted is None else {"predicted": r.predicted}
+    return {"item_id": r.item_id, "title": r.title, **predicted, "score": r.score, "because": why}
+
+
+class _Best(NamedTuple):
+    """Best items of one user: vocabulary rows, scores, scores before adaptation ``[n]``, contributions ``[n, S]``."""
+
+    item: np.ndarray
+    score: np.ndarray
+    prior: np.ndarray
+    contribution: np.ndarray
+
+
+class Recommender:
+    """Serve a fitted method: adapt a new user on a few feedbacks and recommend from the whole catalogue.
+
+    Args:
+      method: a fitted baseline, or a learner with its parameters.
+      data: names items, titles, features and the range of ratings.
+      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that training
+        never saw are scored too, by their content.
+      chunk: items scored at a time; None chooses by the device. The whole catalogue in one product for one user of a
+        method whose ``tables`` are known and whose scores are linear in an item's row.
+      negatives: implicit feedback: items that the user did not give, drawn as support with target 0 for each one given;
+        as many as the method met in training. The same history draws the same ones.
+      predicts_ratings: whether scores are ratings; those of a popularity, or of a loss of ranks, are not.
+      seed: of the key that `adapt` gets.
+
+    It cannot be pickled, nor used in a process forked from the one that made it, since compiled programs and JAX's
+    threads do not come along: save the run, and open it in each process (started by "spawn").
+
+    Raises:
+      MetarecError: an empty catalogue; a method whose tables cannot be of it.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: Interactions,
+        known: Catalogue,
+        *,
+        chunk: int | None = None,
+        negatives: int = 0,
+        predicts_ratings: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if len(data.items.ids) == 0 or len(data) == 0:
+            raise MetarecError("there is no item to recommend: the data is empty; read some interactions first")
+        check_method(method, known)
+        self.method, self.data, self.known = method, data, known
+        self._names = Names(data)
+        self._negatives = negatives if data.implicit else 0
+        self._pool = np.unique(data.item) if self._negatives else np.zeros(0, np.int32)
+        self._key = jax.random.key(seed)
+        self._chunk = chunk
+        self.predicts_ratings = predicts_ratings and not data.implicit
+        self._scale = self._names.scale if predicts_ratings else None
+        self._process = os.getpid()
+        trained = np.asarray(known.item_row)
+        own_row = bool(((trained == 0) | (trained == np.arange(len(trained)))).all())
+        self._unseen = bool((trained[1:] == 0).any())
+        tables = method.tables if own_row and not known.item else {}
+        self._tables = item_tables(tables, method.params, len(trained))
+
+    def __reduce__(self) -> Any:
+        raise MetarecError(
+            "a Recommender cannot be pickled: it holds compiled programs and closures. Save its run, and open the run "
+            "in each process that serves it"
+        )
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise MetarecError(
+                f"this Recommender was made in process {self._process}, and {os.getpid()} is a fork of it, where JAX "
+                'would wait for ever for threads that are not there; start workers with "spawn" '
+                '(multiprocessing.get_context("spawn")), and open the run in each'
+            )
+
+    def recommend(
+        self,
+        history: Any,
+        n: int = 10,
+        *,
+        user_features: Mapping[str, Any] | None = None,
+        explain: int = 3,
+        exclude_seen: bool = True,
+    ) -> Recommendations:
+        """The best ``n`` items for a user who gave ``history``.
+
+        Each contribution is (d score / d target_j) (target_j - prior prediction of j), by differentiating through the
+        adaptation. Where adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
+        contributions add up to ``score - prior``. Where they would not, the derivative is averaged along the path of
+        targets from the prior predictions to what the user gave (integrated gradients, Sundararajan et al. 2017). For
+        implicit feedback, whose targets are all 1, it is d score / d weight_j: the rate at which the score would fall
+        were the feedback to fade.
+
+        Args:
+          history: ``{item: rating}``, a pandas Series of ratings by item, columns ``{"item_id": [...], "rating":
+            [...]}`` or a DataFrame of them (under the names that files may have), or, for implicit feedback, a sequence
+            of items. An item is an id, else a title, else a title in another case. Empty: the list of the prior.
+          n: items wanted; fewer come back where the catalogue ends.
+          user_features: the user's side features by column name, as the data gave them. A value never seen counts as
+            unknown.
+          explain: feedbacks named for each item; 0 saves the backward passes.
+          exclude_seen: leave out what is in the history.
+
+        Raises:
+          MetarecError: a rating outside the range of the data or missing, an unknown feature name, ``n`` below 1.
+        """
+        self._check_process()
+        parsed = parse_history(history, self.data, self._names)
+        features, notes = feature_columns(user_features or {}, self.data)
+        best = self._serve([parsed], n, [features], explain > 0, exclude_seen, users=1)
+        return self._told(parsed, next(best), explain, (*parsed.notes, *notes))
+
+    def recommend_many(
+        self,
+        histories: Any,
+        n: int = 10,
+        *,
+        user_features: Any = None,
+        explain: int = 0,
+        exclude_seen: bool = True,
+    ) -> ManyRecommendations:
+        """`recommend` for a table of new users, in batches: one compiled program for each length class of histories.
+
+        Args:
+          histories: columns ``(user ids, item ids or titles, ratings or None)``, one entry a feedback; or a mapping or
+            DataFrame with columns of users, items and ratings, under the names that files may have.
+          user_features: features by user id, as ``{"ann": {"age": 25}}``, or a DataFrame with one row per user. Users
+            that only it names get a list of their features alone; what it says nothing of counts as unknown.
+          n, explain, exclude_seen: as in `recommend`.
+        """
+        self._check_process()
+        users, parsed, unknown, notes = parse_table(histories, self.data, self._names)
+        by_user = {} if user_features is None else features_by_user(user_features)
+        new = [user for user in by_user if user not in set(users)]
+        users, parsed = [*users, *new], [*parsed, *([parse_history([], self.data, self._names)] * len(new))]
+        columns, said = self._feature_columns(users, by_user)
+        order = sorted(range(len(users)), key=lambda k: _slots(len(parsed[k].item) * (1 + self._negatives)))
+        found: dict[int, Recommendations] = {}
+        best = self._serve(
+            [parsed[k] for k in order], n, [columns[k] for k in order], explain > 0, exclude_seen, users=_USERS
+        )
+        for k, one in zip(order, best, strict=True):
+            found[k] = self._told(parsed[k], one, explain, (*parsed[k].notes, *said[k]))
+        for k, user in enumerate(users):
+            left = () if found[k].items else self._nothing_left(parsed[k])
+            notes = (*notes, *(f"user {printable(str(user))}: {note}" for note in (*said[k], *left)))
+        notes = (*notes, *self._clipped([item for one in found.values() for item in one]))
+        return ManyRecommendations({user: found[k] for k, user in enumerate(users)}, unknown, notes)
+
+    def _nothing_left(self, history: History) -> tuple[str, ...]:
+        count = len(history.item)
+        return (f"nothing is left: all {count} items are in the history",) if count == len(self.data.items.ids) else ()
+
+    def _clipped(self, items: Sequence[Recommendation]) -> tuple[str, ...]:
+        if self._scale is None or all(item.predicted == item.score for item in items):
+            return ()
+        low, high = map(spoken, self._scale)
+        return (f"predicted ratings are clipped to the scale, {low} to {high}; the order is by the score",)
+
+    def _feature_columns(
+        self, users: Sequence[Any], by_user: Mapping[Any, Mapping[str, Any]]
+    ) -> tuple[list[dict[str, np.ndarray]], list[tuple[str, ...]]]:
+        """Feature columns of each user, the same ones for all, unknown where not given; and notes for each."""
+        known = self.data.user_features
+        found = [feature_columns(by_user.get(user, {}), self.data) for user in users]
+        names = dict.fromkeys(name for columns, _ in found for name in columns)
+        unknown = {name: known[name].values[:1] for name in names}
+        return [unknown | columns for columns, _ in found], [notes for _, notes in found]
+
+    def _serve(
+        self,
+        parsed: Sequence[History],
+        n: int,
+        features: Sequence[dict[str, np.ndarray]],
+        explain: bool,
+        drop: bool,
+        users: int,
+    ) -> Iterator[_Best]:
+        """The best items of each history, in order; neighbours in the list that need like many slots share a call."""
+        if n < 1:
+            raise MetarecError(f"n must be 1 or more, and is {n}; ask for at least one item")
+        n = min(n, len(self.data.items.ids))
+        support = [self._with_negatives(h) for h in parsed]
+        widths = [_slots(len(item)) for item, _ in support]
+        users = max(1, min(users, _CANDIDATES // ((n + max(widths, default=0)) * 8)))
+        first = 0
+        while first < len(parsed):
+            last = first + 1
+            while last < min(first + users, len(parsed)) and widths[last] == widths[first]:
+                last += 1
+            item, target, mask = (np.zeros((users, widths[first]), t) for t in (np.int32, np.float32, np.float32))
+            given = np.zeros(users, np.int32)
+            for row, (items, targets) in enumerate(support[first:last]):
+                item[row, : len(items)], target[row, : len(items)], mask[row, : len(items)] = items, targets, 1.0
+                given[row] = len(parsed[first + row].item) if drop else 0
+            batch = Users(item, target, mask, given)
+            rows = [*features[first:last], *([features[first]] * (users - (last - first)))]
+            columns = {name: np.concatenate([one[name] for one in rows]) for name in features[first]}
+            found = self._best(n, columns, batch)
+            moved = self._contributions(columns, batch, found) if explain else np.zeros((users, n, 0), np.float32)
+            for row in range(last - first):
+                yield _Best(*(a[row] for a in (*found, moved)))
+            first = last
+
+    def _best(self, n: int, features: dict[str, np.ndarray], users: Users) -> Best:
+        chunk = self._chunk or _chunk_size(len(users.item))
+        plan = Plan(self.method.adapt, self.method.predict, n, chunk, self._tables, self._unseen)
+        return Best(*map(np.asarray, best(plan, self.method.params, self.known, features, users, self._key)))
+
+    def _contributions(self, features: dict[str, np.ndarray], users: Users, found: Best) -> np.ndarray:
+        method, implicit = self.method, self.data.implicit
+
+        def at(points: int) -> np.ndarray:
+            static = (method.adapt, method.predict, implicit, points)
+            return np.asarray(contributions(*static, method.params, self.known, features, users, found.item, self._key))
+
+        moved = at(1)
+        return moved if implicit or not _unexplained(found, moved) else at(_PATH)
+
+    def _with_negatives(self, history: History) -> tuple[np.ndarray, np.ndarray]:
+        if not self._negatives or not len(history.item):
+            return history.item, history.rating
+        rng = np.random.default_rng(history.item)
+        count = min(self._negatives * len(history.item), max(0, len(self._pool) - len(history.item)))
+        drawn = self._pool[rng.permutation(len(self._pool))[: count + len(history.item)]]
+        drawn = drawn[~np.isin(drawn, history.item)][:count]
+        return np.concatenate([history.item, drawn]), np.concatenate([history.rating, np.zeros(len(drawn), np.float32)])
+
+    def _told(self, history: History, best: _Best, explain: int, notes: tuple[str, ...]) -> Recommendations:
+        real = np.isfinite(best.score)
+        decode = self.data.items.decode
+        titles = self.data.titles
+
+        def named(rows: Any) -> list[tuple[Any, str | None]]:
+            ids = decode(rows).tolist()
+            return [(i, None if titles is None else str(titles[r - 1])) for i, r in zip(ids, rows, strict=True)]
+
+        given = named(history.item) if explain else []
+        items = []
+        for k, (item_id, title) in zip(np.flatnonzero(real), named(best.item[real]), strict=True):
+            because: tuple[Influence, ...] = ()
+            if explain:
+                moved = best.contribution[k][: len(history.item)]
+                strongest = np.argsort(-np.abs(moved), kind="stable")[:explain]
+                because = tuple(
+                    Influence(
+                        given[j][0],
+                        given[j][1],
+                        None if self.data.implicit else float(history.rating[j]),
+                        float(moved[j]),
+                    )
+                    for j in strongest
+                )
+            score = float(best.score[k])
+            predicted = None if self._scale is None else float(np.clip(score, *self._scale))
+            items.append(Recommendation(item_id, title, score, float(best.prior[k]), because, predicted))
+        left = () if items else self._nothing_left(history)
+        return Recommendations(tuple(items), history.unknown, (*notes, *left, *self._clipped(items)))
+
+
+def _chunk_size(users: int) -> int:
+    """Items that one step scores for so many users: on a CPU, what stays in its cache."""
+    rows, scores = (1 << 11, 1 << 16) if jax.default_backend() == "cpu" else (1 << 16, 1 << 20)
+    return max(1, min(rows, scores // users))
+
+
+def _slots(length: int) -> int:
+    """8, 16, 32, ...: as many as hold ``length``."""
+    return max(8, 1 << max(0, length - 1).bit_length())
+
+
+def _unexplained(found: Best, contribution: np.ndarray) -> bool:
+    """Whether contributions do not add up to what the history moved, by more than rounding."""
+    real = np.isfinite(found.score)
+    moved = np.where(real, found.score - found.prior, 0.0)
+    told = np.where(real, contribution.sum(-1), 0.0)
+    return bool((np.abs(told - moved) > 0.02 * np.abs(moved) + 1e-3).any())

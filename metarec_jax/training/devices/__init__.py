@@ -1,0 +1,1 @@
+"""Many devices, several processes: who holds what, who waits for whom, what fits."""
