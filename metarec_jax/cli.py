@@ -157,6 +157,12 @@ def evaluate(
     seeds: Annotated[int, tyro.conf.arg(help="draws of support and query to average over")] = 1,
     max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
     liked_from: LikedFrom = None,
+    max_history: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="INT", help_behavior_hint="", help="most ratings of a user to adapt on; default: the run's"
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Measure a trained run beside the baselines, on its held-out users and items; write report.md and report.html.
@@ -168,7 +174,9 @@ def evaluate(
     """
     from metarec_jax.commands import evaluate
 
-    return evaluate.evaluate(run, seeds=seeds, max_users=max_users, liked_from=liked_from, as_json=json)
+    return evaluate.evaluate(
+        run, seeds=seeds, max_users=max_users, liked_from=liked_from, max_history=max_history, as_json=json
+    )
 
 
 def recommend(

@@ -273,6 +273,7 @@ def test_a_split_that_is_no_longer_the_one_trained_on_is_not_measured(trained, c
 def test_evaluate_wants_a_draw_and_a_user(trained, capsys):
     assert "--seeds must be 1 or more, and is 0" in failure(capsys, "evaluate", trained, "--seeds", "0")
     assert "--max-users must be 1 or more" in failure(capsys, "evaluate", trained, "--max-users", "-1")
+    assert "--max-history must be 1 or more" in failure(capsys, "evaluate", trained, "--max-history", "0")
 
 
 def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings, capsys):

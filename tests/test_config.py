@@ -33,6 +33,7 @@ from metarec_jax.experiment.config import (
     TaskConfig,
     TrainConfig,
 )
+from metarec_jax.experiment.protocol import fixed_tasks
 from metarec_jax.training.loop import run_keys
 
 
@@ -103,6 +104,17 @@ def test_every_learner_has_a_finite_loss(ratings, learner):
     params = built.init(jax.random.key(1))
     loss, _ = jax.jit(built.loss)(params, task, jax.random.key(2))
     assert np.isfinite(float(loss))
+
+
+def test_test_tasks_show_no_more_than_max_history_and_know_all_of_training(ratings):
+    given = Config(split=SplitConfig(scenarios=("warm", "item_cold"), test=0.2), tasks=TaskConfig(max_history=2))
+    parts = build_split(given.split, ratings)
+    found = fixed_tasks(given, parts, parts.test, seed=0, max_users=1000)
+    assert set(found) == {"warm", "item_cold"}
+    assert found["warm"].support_mask.sum(1).max() == 2
+    for tasks in found.values():
+        for k, user in enumerate(tasks.user):
+            assert sorted(tasks.past[k].indices) == sorted(parts.train.item[parts.train.user == user])
 
 
 def test_a_warm_start_keeps_the_form_of_the_parameters(ratings):

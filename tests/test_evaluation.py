@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import MetarecError, Method, Table
+from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import Catalogue, TaskSet
+from metarec_jax.data.tasks import Catalogue, TaskSet, make_tasks
 from metarec_jax.evaluation import evaluate as evaluation
 from metarec_jax.evaluation import metrics, results
 from metarec_jax.evaluation.evaluate import evaluate
@@ -136,6 +137,33 @@ def test_new_items_are_ranked_among_new_items_where_all_query_items_are_new():
     assert found.rows("a", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 6)]  # after the five old ones
     assert found.settings["rank_new_items"] == ["item_cold"]
     assert found.settings["new_items"] == 3
+
+
+def test_all_that_a_known_user_had_leaves_the_candidates_beyond_the_cut_of_the_support():
+    """User 1 had items 1 to 5 and user 2 item 1; the score falls with the item's row, and each is asked for item 7.
+
+    Of user 1 the support shows two. Among what is left, 6, 7 and 8, item 7 stands second; of user 2 it stands sixth.
+    """
+    ids = Vocabulary(np.arange(2)), Vocabulary(np.arange(ITEMS))
+    past = Interactions(np.array([1] * 5 + [2]), np.array([1, 2, 3, 4, 5, 1]), np.full(6, 5.0, np.float32), None, *ids)
+    now = Interactions(np.array([1, 2]), np.array([7, 7]), np.full(2, 5.0, np.float32), None, *ids)
+    falling = {"falling": constant(-np.arange(ITEMS + 1.0))}
+    options = {"catalogue_ranking": True, "catalogue_topn": (1,), "baselines": ()}
+    warm = make_tasks(now, history=past, support=(1, 2))
+    found = small(falling, {"warm": warm}, **options)
+    assert found.rows("falling", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 2), pytest.approx(1 / 6)]
+    assert found.rows("falling", "warm")["support"].tolist() == [2, 1]
+    assert found.notes[0] == (
+        "warm: 1 of 2 users had more before than the support of at most 2 shows; all of it leaves the candidates"
+    )
+    alone = small(falling, {"warm": warm.take(np.array([False, True]))}, **options)
+    assert alone.rows("falling", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 6)]
+    assert not any("more before" in note for note in alone.notes)
+    joined = small(falling, {"user_cold": TWO, "warm": warm}, **options)
+    assert joined.rows("falling", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 2), pytest.approx(1 / 6)]
+    two = Interactions(np.array([1, 1]), np.array([7, 8]), np.full(2, 5.0, np.float32), None, *ids)
+    new = make_tasks(two, past=past, query=1)  # the support is one of the two, and item 6 alone stands before the other
+    assert small(falling, {"item_cold": new}, **options).rows("falling", "item_cold")["catalogue_mrr"].tolist() == [0.5]
 
 
 def test_before_adapting_and_the_curve(report):

@@ -225,7 +225,7 @@ def test_page_stands_alone(page):
         "clipped to 1 to 5",
         "95% t-intervals over users",
         "favours the baselines",
-        "all 100 items less the support",
+        "all 100 items less all that the user is known to have had",
         "apart from the test tasks",
         "warm: no tasks, left out",
         "it adapts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import threading
@@ -70,16 +71,27 @@ class Phases:
         return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
 
 
-def evaluate(directory: Path, *, seeds: int, max_users: int, liked_from: float | None, as_json: bool) -> int:
+def evaluate(
+    directory: Path,
+    *,
+    seeds: int,
+    max_users: int,
+    liked_from: float | None,
+    max_history: int | None = None,
+    as_json: bool,
+) -> int:
     """``metarec evaluate``: measure a trained run beside the baselines."""
-    for name, number in (("--seeds", seeds), ("--max-users", max_users)):
-        if number < 1:
+    for name, number in (("--seeds", seeds), ("--max-users", max_users), ("--max-history", max_history)):
+        if number is not None and number < 1:
             raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
     compile_cache()
     phases = Phases()
     signals.keep(f"the training is kept in {directory}")
     with phases("open"):
         run = runs.open_run(directory)
+        if max_history is not None:
+            tasks = dataclasses.replace(run.config.tasks, max_history=max_history)
+            run = run._replace(config=dataclasses.replace(run.config, tasks=tasks))
     found = measure(run, seeds, max_users, phases, liked_from)
     if as_json:
         print(json.dumps(found))
@@ -159,6 +171,8 @@ def measure(
     print(terminal_table(report))
     if not run.data.implicit:
         print(f"liked: {liking}")
+    for note in report.notes:
+        print(f"note: {note}")
     if curves is not None and (warning := diagnostics.remedy(curves, inner_lr=rate)):
         print(warning)
     print(f"report: {run.directory / 'report.html'}")

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from metarec_jax.core import Examples, MetarecError, Task
 from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
@@ -37,6 +38,8 @@ class TaskSet:
     Attributes:
       user: int32 ``[T]``.
       support_item, support_target, support_mask: ``[T, S]``; query_*: ``[T, Q]``.
+      past: bool ``[T, item rows]``: what the user is known to have had before the query, whether or not the support
+        shows it. With the support it leaves the candidates of a ranking of the catalogue. None: nothing more is known.
     """
 
     user: np.ndarray
@@ -46,19 +49,22 @@ class TaskSet:
     query_item: np.ndarray
     query_target: np.ndarray
     query_mask: np.ndarray
+    past: csr_matrix | None = None
 
     def __len__(self) -> int:
         return len(self.user)
 
     def take(self, index: np.ndarray) -> TaskSet:
         """The tasks that an index array or a boolean mask names."""
-        return TaskSet(*(getattr(self, f.name)[index] for f in fields(self)))
+        values = (getattr(self, f.name) for f in fields(self))
+        return TaskSet(*(None if value is None else value[index] for value in values))
 
 
 def make_tasks(
     data: Interactions,
     *,
     history: Interactions | None = None,
+    past: Interactions | None = None,
     query: int = 10,
     support: tuple[int, int] = (1, 100),
     ratings: tuple[int, int] | None = None,
@@ -70,6 +76,7 @@ def make_tasks(
 
     Args:
       history: where given, the support comes from here (a warm user's known past) and all query items from ``data``.
+      past: what users are known to have had, such as the training part (`TaskSet.past`); by default ``history``.
       query: query examples at the most; a user with few keeps ``support[0]`` for the support first.
       support: fewest and most support examples; the most recent are kept. A user with fewer is left out.
       ratings: only users with this many interactions (low, high) in ``data``.
@@ -93,25 +100,35 @@ def make_tasks(
     users, end = own[1], own[2][1:]
     size = np.diff(own[2])
     if history is None:
-        past, known = data, own
+        source, rows = data, own
         size_q = np.clip(size - support[0], 0, query)
         begin_s, end_s = own[2][:-1], end - size_q
     else:
-        past, known = history, group_by_user(history, order, rng)
+        source, rows = history, group_by_user(history, order, rng)
         size_q = np.minimum(size, query)
-        at = np.searchsorted(known[1], users)
-        found = np.isin(users, known[1])
-        begin_s = np.where(found, known[2][np.where(found, at, 0)], 0)
-        end_s = np.where(found, known[2][np.where(found, at + 1, 0)], 0)
+        at = np.searchsorted(rows[1], users)
+        found = np.isin(users, rows[1])
+        begin_s = np.where(found, rows[2][np.where(found, at, 0)], 0)
+        end_s = np.where(found, rows[2][np.where(found, at + 1, 0)], 0)
     size_s = np.minimum(end_s - begin_s, support[1])
     keep = (size_q > 0) & (size_s >= support[0])
     if ratings is not None:
         keep &= (ratings[0] <= size) & (size <= ratings[1])
     users, end, end_s, size_q, size_s = (a[keep] for a in (users, end, end_s, size_q, size_s))
-    support_part = _part(past, known[0], end_s - size_s, size_s)
+    support_part = _part(source, rows[0], end_s - size_s, size_s)
     if negatives:
         support_part = _with_negatives(support_part, users, data, history, negatives, rng)
-    return TaskSet(users.astype(np.int32), *support_part, *_part(data, own[0], end - size_q, size_q))
+    query_part = _part(data, own[0], end - size_q, size_q)
+    past = history if past is None else past
+    had = None if past is None else _had(past, users)
+    return TaskSet(users.astype(np.int32), *support_part, *query_part, had)
+
+
+def _had(past: Interactions, users: np.ndarray) -> csr_matrix:
+    """Which items each of ``users``, in ascending order, has in ``past``: bool ``[T, item rows]``."""
+    mine = np.isin(past.user, users)
+    entries = np.ones(int(mine.sum()), bool), (np.searchsorted(users, past.user[mine]), past.item[mine])
+    return csr_matrix(entries, shape=(len(users), past.items.num_rows))
 
 
 class _Part(NamedTuple):
@@ -198,6 +215,11 @@ def check_tasks(tasks: TaskSet, known: Catalogue, name: str | None = None) -> No
                 f"the tasks{scenario} have {what} rows {rows.min()}..{rows.max()}, and the catalogue has "
                 f"0..{there.shape[0] - 1}; make both from the same Interactions"
             )
+    if tasks.past is not None and tasks.past.shape[1] != known.item_row.shape[0]:
+        raise MetarecError(
+            f"the tasks{scenario} know of {tasks.past.shape[1]} item rows in the past of their users, and the catalogue "
+            f"has {known.item_row.shape[0]}; make both from the same Interactions"
+        )
 
 
 def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix, vstack
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
@@ -55,9 +56,10 @@ def evaluate(
     Over the query items of a task: mae, rmse, squared_error (and, in a summary, rmse_pooled), and ndcg, precision,
     recall, hit_rate, mrr and map at each ``topn``, and auc. Over all candidates, where asked for: ``catalogue_ndcg@n``
     (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and ``catalogue_mrr``.
-    Candidates are the whole catalogue less the support; in a scenario whose query items are all unknown to training,
-    they are the items unknown to training, since old items, with what is known of them, would fill any list. Candidates
-    that the user never rated count as irrelevant, so that these numbers are lower bounds.
+    Candidates are the whole catalogue less the support and less all else that the user is known to have had
+    (`TaskSet.past`); in a scenario whose query items are all unknown to training, they are the items unknown to
+    training, since old items, with what is known of them, would fill any list. Candidates that the user never rated
+    count as irrelevant, so that these numbers are lower bounds.
     A task without a relevant item has no ranking metric: nan, left out of means, and counted.
 
     Args:
@@ -103,6 +105,7 @@ def evaluate(
     for name, method in methods.items():
         check_method(method, known, name)
     notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
+    notes += [line for name in scenarios if (line := _beyond_support(name, tasks[name]))]
     every, scenario, place = _join([tasks[name] for name in scenarios])
     lengths = every.support_mask.sum(1).astype(int)
     real = every.query_mask > 0
@@ -197,8 +200,14 @@ def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, fl
 def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
     """All scenarios as one set of tasks, the scenario of each task, and its place there."""
 
-    def stack(name: str) -> np.ndarray:
+    def stack(name: str) -> Any:
         arrays = [getattr(part, name) for part in parts]
+        if name == "past":
+            if all(past is None for past in arrays):
+                return None
+            rows = next(past.shape[1] for past in arrays if past is not None)
+            none = [csr_matrix((len(part), rows), dtype=bool) for part in parts]
+            return vstack([a if b is None else b for a, b in zip(none, arrays, strict=True)], format="csr")
         if name == "user":
             return np.concatenate(arrays)
         width = max(a.shape[1] for a in arrays)
@@ -208,6 +217,18 @@ def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
     sizes = [len(part) for part in parts]
     place = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
     return every, np.repeat(np.arange(len(parts)), sizes), place
+
+
+def _beyond_support(name: str, tasks: TaskSet) -> str | None:
+    """How many users of a scenario had more before than their support shows; None where nobody had."""
+    if tasks.past is None:
+        return None
+    task, slot = np.nonzero(tasks.support_mask)
+    shown = csr_matrix((np.ones(len(task), bool), (task, tasks.support_item[task, slot])), shape=tasks.past.shape)
+    more = int(((tasks.past > shown).getnnz(axis=1) > 0).sum())
+    most = int((tasks.support_mask > 0).sum(1).max())
+    told = f"{name}: {more:,} of {len(tasks):,} users had more before than the support of at most {most:,} shows"
+    return f"{told}; all of it leaves the candidates" if more else None
 
 
 def _only_new(every: TaskSet, scenario: np.ndarray, known: Catalogue) -> np.ndarray:
@@ -305,17 +326,24 @@ class Ranked(NamedTuple):
 
 
 @jax.jit
-def _catalogue_ranks(
-    scores: Array, known: Catalogue, of_new: Array, support: Array, query: Array, keys: Array
-) -> Ranked:
-    """The query items among the candidates, which are never support; row 0 is no item."""
+def _catalogue_ranks(scores: Array, candidates: Array, query: Array, keys: Array) -> Ranked:
+    """The query items among the ``candidates [U, N]``."""
 
-    def one(scores: Array, of_new: Array, support: Array, query: Array, key: Array) -> Ranked:
-        free = jnp.where(of_new, known.item_row == 0, True).at[support].set(False).at[0].set(False)
+    def one(scores: Array, free: Array, query: Array, key: Array) -> Ranked:
         finite = jnp.all(jnp.isfinite(scores) | ~free)
         return Ranked(metrics.ranks_among(scores, free, query, key), jnp.sum(free, dtype=jnp.int32), finite)
 
-    return jax.vmap(one)(scores, of_new, support, query, keys)
+    return jax.vmap(one)(scores, candidates, query, keys)
+
+
+def _candidates(part: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.ndarray:
+    """Which items each user may be shown, bool ``[U, N]``: never support, nor what the user had; row 0 is no item."""
+    free = np.where(of_new[:, None], item_row == 0, True)
+    if part.past is not None:
+        free &= ~part.past.toarray()
+    np.put_along_axis(free, part.support_item, False, axis=1)
+    free[:, 0] = False
+    return free
 
 
 @jax.jit
@@ -359,9 +387,10 @@ class _Runner:
         for index, task in batches(part, self.known, self.batch):
             rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
             number = jnp.asarray(numbers[rows], jnp.int32)
-            places = [
-                jnp.asarray(a[rows]) for a in (self.of_new[numbers], part.user, part.support_item, part.query_item)
-            ]
+            places = [jnp.asarray(a[rows]) for a in (part.user, part.query_item)]
+            if rank_catalogue:
+                item_row = np.asarray(self.known.item_row)
+                places.append(jnp.asarray(_candidates(part.take(rows), self.of_new[numbers[rows]], item_row)))
             self.last = (task, _keys(self.seed, number, 0), len(index))
 
             one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
@@ -389,11 +418,11 @@ class _Runner:
         ties, at_once, ranks = _keys(self.seed, number, 1), self.users_at_once, []
         for start in range(0, self.batch, at_once):
             some = slice(start, start + at_once)
-            of_new, user, support, query = (a[some] for a in places)
+            user, query, candidates = (a[some] for a in places)
             scores = _compiled(_catalogue_scores, predict).call(
                 params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
             )
-            ranks.append(_catalogue_ranks(scores, self.known, of_new, support, query, ties[some]))
+            ranks.append(_catalogue_ranks(scores, candidates, query, ties[some]))
         return found, jax.block_until_ready(jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranks))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:

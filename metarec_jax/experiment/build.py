@@ -86,10 +86,7 @@ def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
         raise error(
             f"{config.learner.name} counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
         )
-    given = dataclasses.asdict(config.tasks) | {
-        "negatives": negatives(config.tasks, held.data),
-        "support": support(config.tasks, store.longest),
-    }
+    given = _drawing(config.tasks, held.data, store.longest)
     return stream_source(store, held.users, held.items, **given, seed=config.train.seed)
 
 
@@ -132,6 +129,12 @@ def support(config: TaskConfig, longest: int) -> tuple[int, int]:
     return SUPPORT if longest > SUPPORT[0] else (min(1, longest - 1), max(1, longest - 1))
 
 
+def _drawing(config: TaskConfig, data: Interactions, longest: int) -> dict[str, Any]:
+    """How tasks are drawn for training, from histories of at most ``longest``."""
+    given = dataclasses.asdict(config) | {"negatives": negatives(config, data), "support": support(config, longest)}
+    return {name: value for name, value in given.items() if name != "max_history"}
+
+
 def _longest(train: Interactions) -> int:
     """Interactions of the user with the most of them, 1 or more."""
     import numpy as np
@@ -160,10 +163,7 @@ def build_source(config: Config, train: Interactions) -> TaskSource:
     """Tasks drawn from the training part; a Gaussian process must know whom it counted."""
     from metarec_jax.data.tasks import task_source
 
-    given = dataclasses.asdict(config.tasks) | {
-        "negatives": negatives(config.tasks, train),
-        "support": support(config.tasks, _longest(train)),
-    }
+    given = _drawing(config.tasks, train, _longest(train))
     counts = registry.row(config.learner.name).start == "counts"
     counted = {"user_rows": "own", "user_drop": 0.0} if counts else {}
     return task_source(train, **given | counted)

@@ -75,6 +75,9 @@ class TaskConfig(Checked):
     negatives: int | None = option(
         None, "items never had, for each one had; by default 4 for clicks, 0 for ratings", low=0
     )
+    max_history: int = option(
+        100, "validation and test: most ratings of a user to adapt on; all that a known user had leaves lists", low=1
+    )
 
 
 @dataclass(frozen=True)

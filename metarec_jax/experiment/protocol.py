@@ -21,7 +21,10 @@ VALIDATION_USERS = 1000
 def fixed_tasks(
     config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
 ) -> dict[str, TaskSet]:
-    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed."""
+    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed.
+
+    What a user has in training leaves the candidates of a ranking of the catalogue, also what the support omits.
+    """
     found = {}
     for name, part in scenarios.items():
         if not len(part):
@@ -29,7 +32,9 @@ def fixed_tasks(
         tasks = make_tasks(
             part,
             history=parts.history.get(name),
+            past=parts.train,
             query=config.tasks.query,
+            support=(1, config.tasks.max_history),
             order=config.tasks.order,
             negatives=negatives(config.tasks, part),
             seed=seed,

@@ -394,8 +394,9 @@ def _method_notes(report: Report) -> list[str]:
         )
     if s["catalogue_topn"]:
         said.append(
-            f"Rankings of all candidates are over all {s['catalogue_items']:,} items less the support; items that the "
-            "user never rated count as irrelevant, so these numbers are low by nature."
+            f"Rankings of all candidates are over all {s['catalogue_items']:,} items less all that the user is known "
+            "to have had, the support included; items that the user never rated count as irrelevant, so these numbers "
+            "are low by nature."
             + (
                 " A predictor of ratings puts first what a user would rate high, not what they will rate."
                 if clip
