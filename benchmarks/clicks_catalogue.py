@@ -37,6 +37,7 @@ from metarec_jax.data.io.datasets import load
 from metarec_jax.data.splits import split
 from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue, inputs, make_tasks, task_source
 from metarec_jax.evaluation.intervals import estimate
+from metarec_jax.evaluation.scoring import catalogue_scores
 from metarec_jax.factorization import Factors, implicit_als_factors
 from metarec_jax.training.loop import fit
 from metarec_jax.training.row_optimizers import lazy_adam
@@ -217,17 +218,17 @@ def fitted(
     return methods, picked
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _best_items(adapt: Any, predict: Any, params: Any, known: Catalogue, support: Examples, user: Any) -> Any:
+@partial(jax.jit, static_argnums=0)
+def _adapted(adapt: Any, params: Any, support: Examples) -> Any:
+    return jax.vmap(lambda one: adapt(params, one, jax.random.key(0)))(support)
+
+
+def _best_items(method: Method, known: Catalogue, support: Examples, user: Any, shown: np.ndarray) -> np.ndarray:
     """The 20 best items of the catalogue for each task, ``[T, 20]``, the support and the unknown row left out."""
-    every = jnp.arange(known.item_row.shape[0], dtype=jnp.int32)
-
-    def one(support: Examples, user: Any) -> Any:
-        scores = predict(params, adapt(params, support, jax.random.key(0)), inputs(known, user, every))
-        left_out = jnp.where(support.mask > 0, support.inputs["item_id"], 0)
-        return jax.lax.top_k(scores.at[left_out].set(-jnp.inf).at[0].set(-jnp.inf), 20)[1]
-
-    return jax.vmap(one)(support, user)
+    scores = catalogue_scores(method, _adapted(method.adapt, method.params, support), known, user)
+    np.put_along_axis(scores, shown, -np.inf, axis=1)
+    scores[:, 0] = -np.inf
+    return np.asarray(jax.lax.top_k(scores, 20)[1])
 
 
 def measured(method: Method, tasks: TaskSet, known: Catalogue) -> np.ndarray:
@@ -242,7 +243,7 @@ def measured(method: Method, tasks: TaskSet, known: Catalogue) -> np.ndarray:
         user = jnp.asarray(some.user)
         columns = jax.vmap(inputs, (None, 0, 0))(known, user, jnp.asarray(some.support_item))
         support = Examples(columns, jnp.asarray(some.support_target), jnp.asarray(some.support_mask))
-        top = np.asarray(_best_items(method.adapt, method.predict, method.params, known, support, user))
+        top = _best_items(method, known, support, user, some.support_item)
         hits[index] = np.take_along_axis(liked[index], top, axis=1)
     discount = 1 / np.log2(2 + np.arange(10))
     wanted = liked.sum(1)

@@ -109,12 +109,16 @@ class Method(NamedTuple):
       params: the (meta-)parameters.
       adapt, predict: as in `Learner`.
       tables: as in `Learner`, for a method that can be run on row views; none where it cannot, or nobody told.
+      scores: ``scores(params, adapted) -> [B, rows]``: what a batch of users, with leading axis B in each leaf of
+        ``adapted``, gives every row of the item table, as `predict` would, by one product. Not traced: it may compute
+        on the host. None where `predict` on chunks of items does as well.
     """
 
     params: Params
     adapt: Callable[[Params, Examples, Array], Any]
     predict: Callable[[Params, Any, Inputs], Array]
     tables: Mapping[str, Table] = MappingProxyType({})
+    scores: Callable[[Params, Any], Any] | None = None
 
 
 class MetarecWarning(UserWarning):

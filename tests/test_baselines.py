@@ -18,7 +18,7 @@ from metarec_jax.baselines.closed_form import (
     random,
     user_mean,
 )
-from metarec_jax.baselines.tuning import fit_baselines, suitable
+from metarec_jax.baselines.tuning import fit_baselines, on_device, quality, suitable
 from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue, make_tasks
@@ -235,6 +235,23 @@ def test_item_knn_by_arithmetic_and_top_neighbours_equal_the_dense_matrix():
     np.testing.assert_allclose(predict(one, given, [7])[0], prior[3] + moved, atol=1e-5)
 
 
+@pytest.mark.parametrize("data", [RATED, CLICKED], ids=["ratings", "clicks"])
+@pytest.mark.parametrize(
+    "made", [als, ease, item_knn, lambda *given: item_knn(*given, top=6)], ids=["als", "ease", "knn", "knn_of_few"]
+)
+def test_the_scores_of_a_batch_are_the_predictions_one_by_one(made, data):
+    """Supports of several lengths, one of them empty, one with the unknown item and an item twice."""
+    method, rows = made(data, catalogue(data)), data.items.num_rows
+    shown = [([5, 9, 2], [5.0, 1.0, 4.0]), ([], []), ([3, 0, 3], [2.0, 4.0, 5.0]), ([17], [1.0])]
+    given = [support(items, np.ones(len(items)) if data.implicit else r, 4 - len(items)) for items, r in shown]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    adapted = jax.vmap(lambda one: method.adapt(method.params, one, KEY))(batch)
+    scores = np.asarray(method.scores(method.params, adapted))
+    assert scores.shape == (4, rows)
+    for k, one in enumerate(given):
+        np.testing.assert_allclose(scores[k], predict(method, one, np.arange(rows)), atol=2e-5)
+
+
 def matrix(data, values):
     x = np.zeros((data.users.num_rows, data.items.num_rows))
     x[data.user, data.item] = values
@@ -329,6 +346,25 @@ def test_tuning_takes_the_value_that_is_best_on_validation():
     size = min(by_size, key=by_size.__getitem__)
     assert said[1] == f"als: reg {reg:g}, size {size} (validation MAE {by_size[size]:.4f})"
     assert methods["als"].params["item"].shape[1] == size
+
+
+def test_the_quality_of_a_method_for_clicks_is_its_ndcg_among_the_training_items(monkeypatch):
+    """By a loop over tasks; three users a block. Item 20 is in no training row, so it does not compete."""
+    monkeypatch.setattr("metarec_jax.scoring._SCORES", 3 * CLICKED.items.num_rows)
+    known, train = catalogue(CLICKED), CLICKED.take(CLICKED.item != 20)
+    tasks = make_tasks(CLICKED, query=2, seed=0).take(np.arange(7))
+    for method in (popularity(train, known), als(train, known, size=3)):
+        each = []
+        for k in range(len(tasks)):
+            shown = tasks.support_item[k][tasks.support_mask[k] > 0]
+            scores = predict(method, support(shown, np.ones(len(shown))), np.arange(21))
+            gain = 0.0
+            for item in tasks.query_item[k]:
+                others = np.setdiff1d(np.unique(train.item), [*shown, item])
+                rank = 1 + (scores[others] > scores[item]).sum() + 0.5 * (scores[others] == scores[item]).sum()
+                gain += (rank <= 10) / np.log2(1 + rank)
+            each.append(gain / (1 + 1 / np.log2(3)))
+        assert quality(method, on_device(tasks, known, 8), known, train) == pytest.approx(-np.mean(each), abs=1e-6)
 
 
 def test_clicks_are_tuned_by_ranking_and_only_what_suits_them_is_fitted():

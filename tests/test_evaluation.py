@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import threading
 import weakref
 from dataclasses import replace
 
@@ -15,8 +16,7 @@ from metarec_jax.core import MetarecError, Method, Table
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import Catalogue, TaskSet, make_tasks
-from metarec_jax.evaluation import evaluate as evaluation
-from metarec_jax.evaluation import metrics, results
+from metarec_jax.evaluation import metrics, results, scoring
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.intervals import estimate
 from metarec_jax.evaluation.metrics import at_least, top_rated
@@ -117,11 +117,53 @@ def test_catalogue_metrics_by_hand(report):
 
 
 def test_catalogue_in_small_chunks_of_users_and_items_is_the_same(report, monkeypatch):
-    monkeypatch.setattr("metarec_jax.evaluation.evaluate._SCORES_AT_ONCE", 3 * (ITEMS + 1))
-    monkeypatch.setattr("metarec_jax.evaluation.evaluate._ITEMS_AT_ONCE", 4)
+    monkeypatch.setattr("metarec_jax.evaluation.scoring._SCORES", ITEMS + 1)
+    monkeypatch.setattr("metarec_jax.evaluation.scoring._CHUNK", 4)
     fresh = {"by_item": constant(BY_ITEM.params["score"]), "mean": support_mean()}
     again = small(fresh, catalogue_ranking=True, catalogue_topn=(2,), curve=(1, 2), rating_range=(1.0, 5.0))
     assert again.per_task.equals(report.per_task)
+
+
+def recording(calls, scores=None):
+    """`BY_ITEM` with whole rows of scores, and a note of the users of each call."""
+
+    def everything(params, adapted):
+        calls.append(len(adapted))
+        return np.tile(params["score"], (len(adapted), 1)) if scores is None else scores()
+
+    adapt = lambda params, support, key: jnp.zeros(())  # noqa: E731
+    return Method(BY_ITEM.params, adapt, BY_ITEM.predict, scores=everything)
+
+
+def test_a_method_that_scores_whole_rows_is_asked_for_them_and_few_users_are_not_padded_to_many(report):
+    calls = []
+    found = small({"by_item": recording(calls)}, catalogue_ranking=True, catalogue_topn=(2,), batch=256)
+    names = [name for name in found.metrics if name.startswith("catalogue")]
+    whole, chunks = (r.rows("by_item", "user_cold")[names] for r in (found, report))
+    assert whole.equals(chunks)
+    assert calls == [2]
+
+
+def test_an_interrupt_is_heard_between_blocks_of_users(monkeypatch):
+    monkeypatch.setattr("metarec_jax.evaluation.scoring._SCORES", ITEMS + 1)  # a user a block
+    monkeypatch.setattr("metarec_jax.evaluation.runs_together", lambda: 2)
+    calls, others = [], []
+    stopped = threading.Event()
+
+    def interrupted():
+        stopped.set()
+        raise KeyboardInterrupt
+
+    def waiting():
+        assert stopped.wait(60)
+        return np.zeros((1, ITEMS + 1), np.float32)
+
+    many = tasks(*[({1: 1.0}, {k % 7 + 2: 5.0, 1: 1.0}) for k in range(32)])
+    methods = {"a": recording(calls, interrupted), "b": recording(others, waiting), "c": recording(others, waiting)}
+    with pytest.raises(KeyboardInterrupt):
+        small(methods, {"user_cold": many}, catalogue_ranking=True, batch=64)
+    assert len(calls) == 1
+    assert len(others) < 32
 
 
 def test_new_items_are_ranked_among_new_items_where_all_query_items_are_new():
@@ -266,7 +308,7 @@ def test_batch_size_and_scenario_company_change_nothing():
 
 def test_second_evaluation_compiles_nothing():
     def traced():
-        return sum(program.traced for kinds in evaluation._programs.values() for program in kinds.values())
+        return sum(program.traced for kinds in scoring._programs.values() for program in kinds.values())
 
     methods = {"mean": support_mean()}
     small(methods)
@@ -287,7 +329,7 @@ def test_a_method_that_nobody_has_any_more_is_forgotten():
         predict = lambda p, adapted, x: held.table[x["item_id"]]  # noqa: E731
         method = Method({}, lambda p, support, key: held.table.mean(), predict)
         small({"own": method, "by_item": BY_ITEM}, catalogue_ranking=True, catalogue_topn=(2,), curve=(1,))
-        return weakref.ref(held), len(evaluation._programs)
+        return weakref.ref(held), len(scoring._programs)
 
     first, programs = evaluated(0)
     second, again = evaluated(1)
@@ -295,7 +337,7 @@ def test_a_method_that_nobody_has_any_more_is_forgotten():
     assert first() is None
     assert second() is None
     assert again <= programs + 2  # those of the first may wait for the collector, no longer
-    assert len(evaluation._programs) <= programs
+    assert len(scoring._programs) <= programs
 
 
 def test_draws_depend_on_the_seed_and_the_task_only():

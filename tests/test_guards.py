@@ -22,6 +22,7 @@ from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import TaskSource, batches, catalogue, make_tasks, task_source
 from metarec_jax.evaluation import evaluate as evaluation
+from metarec_jax.evaluation import scoring
 from metarec_jax.rows import rounded
 from metarec_jax.serving import catalogue_scores
 from metarec_jax.serving.linear import item_tables
@@ -112,8 +113,8 @@ def evaluating(name: str, items: int):
     _, task = next(batches(tasks, catalogue(data, user_rows="own"), USERS_EVALUATED))
     assert task.support.mask.shape == (USERS_EVALUATED, WIDTH)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), USERS_EVALUATED))
-    adapt = evaluation._compiled(evaluation._adapt, learner.adapt).call.lower(params, task.support, keys)
-    predict = evaluation._compiled(evaluation._predict, learner.predict).call
+    adapt = scoring.compiled(evaluation._adapt, learner.adapt).call.lower(params, task.support, keys)
+    predict = scoring.compiled(evaluation._predict, learner.predict).call
     predict = predict.lower(params, adapt.out_info, task.query.inputs)
     return adapt.compile(), predict.compile()
 

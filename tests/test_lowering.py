@@ -21,6 +21,7 @@ from metarec_jax.core import Learner
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import batches, catalogue, make_tasks, task_source
 from metarec_jax.evaluation import evaluate as evaluation
+from metarec_jax.evaluation import scoring
 from metarec_jax.serving import catalogue_scores
 from metarec_jax.training import loop
 from metarec_jax.training.row_optimizers import lazy_adam
@@ -84,15 +85,13 @@ def test_evaluation(name):
     learner, (known, task) = LEARNERS[name], world()
     params = jax.eval_shape(learner.init, jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    adapt = evaluation._compiled(evaluation._adapt, learner.adapt).call
-    predict, rank = (
-        evaluation._compiled(of, learner.predict).call for of in (evaluation._predict, evaluation._catalogue_scores)
-    )
+    adapt = scoring.compiled(evaluation._adapt, learner.adapt).call
+    predict, rank = (scoring.compiled(of, learner.predict).call for of in (evaluation._predict, scoring.predictions))
     adapted = jax.eval_shape(adapt, params, task.support, keys)
     users = jax.ShapeDtypeStruct((8,), jnp.int32)
     lower(adapt, params, task.support, keys)
     lower(predict, params, adapted, task.query.inputs)
-    lower(rank, params, adapted, known, users)
+    lower(rank, params, adapted, known, users, jax.ShapeDtypeStruct((16,), jnp.int32))
 
 
 @pytest.mark.parametrize("users", [1, 4])

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import Catalogue
+from metarec_jax.evaluation.scoring import weighted_rows
 from metarec_jax.factorization import (
     als_factors,
     bias_terms,
@@ -134,6 +136,11 @@ def _bias_adapt(params: Any, support: Examples, key: Array) -> Any:
     return {"bias": residual.sum() / jnp.maximum(weight.sum() + params["reg_user"], 1e-12)}
 
 
+def _bias_everywhere(params: Any, adapted: Any) -> Array:
+    """`_bias_predict` of a batch of users for all items, ``[B, N]``."""
+    return params["mu"] + params["item_bias"][None] + adapted["bias"][:, None]
+
+
 def _bias_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     return params["mu"] + params["item_bias"][inputs["item_id"]] + adapted["bias"]
 
@@ -170,37 +177,74 @@ def item_knn(
         params["similar"] = jnp.asarray(similarities(train, values, shrinkage))
     else:
         ids, similar = neighbours(train, values, shrinkage, 200 if top is None else top)
-        params |= {"neighbour": jnp.asarray(ids), "similar": jnp.asarray(similar)}
-    return Method(params, _knn_adapt, _knn_predict)
+        params |= {"neighbour": jnp.asarray(ids), "similar": jnp.asarray(similar), "of": _lists_with(ids, similar)}
+    return Method(params, _knn_adapt, _knn_predict, scores=_knn_scores)
 
 
 def _knn_adapt(params: Any, support: Examples, key: Array) -> Any:
-    """The support itself, sorted by item id; padding has id 0, which nobody's neighbour is."""
+    """The support sorted by item id, and for each item what it adds to the sums of a prediction: ``value [k, S]``.
+
+    An item that is there several times stands once, with the sum. Padding has id 0, which nobody's neighbour is.
+    """
     target, weight = _weighted(support)
     ids = jnp.where(weight > 0, support.inputs["item_id"], 0)
     order = jnp.argsort(ids)
+    first = jnp.searchsorted(ids[order], ids[order])
+    once = lambda values: jnp.zeros_like(values).at[:, first].add(values[:, order])  # noqa: E731
     if "mu" not in params:
-        return {"id": ids[order], "weight": (weight * target)[order]}
+        return {"id": ids[order], "value": once((weight * target)[None])}
     user = _bias_adapt(params, support, key)
     residual = target - _bias_predict(params, user, {"item_id": ids})
-    return user | {"id": ids[order], "weight": weight[order], "residual": residual[order]}
+    return user | {"id": ids[order], "value": once(jnp.stack([weight, weight * residual]))}
 
 
 def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
-    items, ids, of_support = inputs["item_id"], adapted["id"], params["similar"]
-    values = jnp.stack([adapted["weight"], adapted["weight"] * adapted.get("residual", 0.0)])  # [2, S]
+    items, ids, values, of_support = inputs["item_id"], adapted["id"], adapted["value"], params["similar"]
     if "neighbour" in params:
         found = params["neighbour"][items]
         place = jnp.minimum(jnp.searchsorted(ids, found), ids.shape[0] - 1)
         similar = of_support[items] * (ids[place] == found)
-        total, moved = (similar[None] * values[:, place]).sum(-1)
-    elif 4 * items.shape[0] < of_support.shape[0]:
-        total, moved = (of_support[items[:, None], ids[None]][None] * values[:, None]).sum(-1)
-    else:  # most of the catalogue: one product with a vector over all items, and over many users with a matrix
-        total, moved = jnp.zeros((2, of_support.shape[0])).at[:, ids].add(values) @ of_support[items].T
-    if "residual" not in adapted:
-        return total
-    return _bias_predict(params, adapted, inputs) + moved / (total + params["shrinkage"])
+        sums = (similar[None] * values[:, place]).sum(-1)
+    else:
+        sums = (of_support[items[:, None], ids[None]][None] * values[:, None]).sum(-1)
+    if "mu" not in params:
+        return sums[0]
+    return _bias_predict(params, adapted, inputs) + sums[1] / (sums[0] + params["shrinkage"])
+
+
+def _knn_scores(params: Any, adapted: Any) -> Array:
+    """All items for a batch of users: rows of the similarities, or a product of the sparse matrix of neighbours."""
+    ids, values = adapted["id"], adapted["value"]
+    if "neighbour" in params:
+        sums = _from_neighbours(params["of"], ids, values)
+    else:
+        sums = weighted_rows(params["similar"], ids, values)
+    if "mu" not in params:
+        return sums[:, 0]
+    return _bias_everywhere(params, adapted) + sums[:, 1] / (sums[:, 0] + params["shrinkage"])
+
+
+def _lists_with(ids: np.ndarray, similar: np.ndarray) -> dict[str, Array]:
+    """Neighbours the other way round: for each item, in whose lists it is and how similar; rows of a sparse matrix."""
+    item, slot = np.nonzero(similar)
+    entries = similar[item, slot], (ids[item, slot], item)
+    lists = csr_matrix(entries, shape=(len(ids), len(ids)))
+    return {name: jnp.asarray(getattr(lists, name)) for name in ("data", "indices", "indptr")}
+
+
+def _from_neighbours(lists: Mapping[str, Array], ids: Array, values: Array) -> Array:
+    """Sums over the neighbours in the support of similarity times value, ``[B, k, N]``: one sparse product.
+
+    Args:
+      lists: of `_lists_with`; ids: ``[B, S]``; values: ``[B, k, S]``.
+    """
+    users, sums, slots = values.shape
+    rows = len(lists["indptr"]) - 1
+    of = csr_matrix(tuple(np.asarray(lists[name]) for name in ("data", "indices", "indptr")), shape=(rows, rows))
+    column = np.broadcast_to(np.asarray(ids)[:, None], values.shape).ravel()
+    begins = np.arange(users * sums + 1, dtype=np.int32) * slots
+    support = csr_matrix((np.ravel(values), column, begins), shape=(users * sums, rows))
+    return jnp.asarray((support @ of).toarray().reshape(users, sums, rows))
 
 
 def ease(
@@ -239,7 +283,8 @@ def ease(
         values = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
         params = _bias_params(train, 5.0, 2.0)
     weights = item_weights(train, values, reg)
-    return Method(params | {"weights": jnp.asarray(weights)}, _ease_adapt, _ease_predict)
+    params["weights"] = jnp.asarray(weights)
+    return Method(params, _ease_adapt, _ease_predict, scores=_ease_scores)
 
 
 def _ease_adapt(params: Any, support: Examples, key: Array) -> Any:
@@ -254,11 +299,13 @@ def _ease_adapt(params: Any, support: Examples, key: Array) -> Any:
 
 def _ease_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     items, ids, value, weights = inputs["item_id"], adapted["id"], adapted["value"], params["weights"]
-    if 4 * items.shape[0] < weights.shape[0]:
-        total = value @ weights[ids[:, None], items[None]]
-    else:  # most of the catalogue: one product with a vector over all items
-        total = (jnp.zeros(weights.shape[0]).at[ids].add(value) @ weights)[items]
+    total = value @ weights[ids[:, None], items[None]]
     return _bias_predict(params, adapted, inputs) + total if "mu" in params else total
+
+
+def _ease_scores(params: Any, adapted: Any) -> Array:
+    total = weighted_rows(params["weights"], adapted["id"], adapted["value"][:, None])[:, 0]
+    return _bias_everywhere(params, adapted) + total if "mu" in params else total
 
 
 def als(
@@ -288,11 +335,13 @@ def als(
         f = implicit_als_factors(train, size=size, reg=reg, alpha=alpha, iterations=iterations, seed=seed)
         gram = f.item_factors.T @ f.item_factors
         params = {"item": jnp.asarray(f.item_factors), "gram": jnp.asarray(gram), "alpha": jnp.float32(alpha)}
-        return Method(params | {"reg": jnp.float32(reg)}, _implicit_fold_in, _implicit_predict)
+        params["reg"] = jnp.float32(reg)
+        return Method(params, _implicit_fold_in, _implicit_predict, scores=_implicit_scores)
     f = als_factors(train, size=size, reg=reg, reg_bias=reg_bias, iterations=iterations, seed=seed)
     ridge = np.array([reg] * size + [reg_bias], np.float32)
     params = {"mu": jnp.float32(f.mu), "item_bias": jnp.asarray(f.item_bias), "item": jnp.asarray(f.item_factors)}
-    return Method(params | {"reg": jnp.asarray(ridge)}, _fold_in, _als_predict)
+    params["reg"] = jnp.asarray(ridge)
+    return Method(params, _fold_in, _als_predict, scores=_als_scores)
 
 
 def _fold_in(params: Any, support: Examples, key: Array) -> Any:
@@ -309,6 +358,11 @@ def _als_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     return _bias_predict(params, adapted, inputs) + params["item"][inputs["item_id"]] @ adapted["factors"]
 
 
+@jax.jit
+def _als_scores(params: Any, adapted: Any) -> Array:
+    return _bias_everywhere(params, adapted) + adapted["factors"] @ params["item"].T
+
+
 def _implicit_fold_in(params: Any, support: Examples, key: Array) -> Any:
     target, weight = _weighted(support)
     x, liked = params["item"][support.inputs["item_id"]], (weight * target)[:, None]
@@ -318,6 +372,11 @@ def _implicit_fold_in(params: Any, support: Examples, key: Array) -> Any:
 
 def _implicit_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
     return params["item"][inputs["item_id"]] @ adapted["factors"]
+
+
+@jax.jit
+def _implicit_scores(params: Any, adapted: Any) -> Array:
+    return adapted["factors"] @ params["item"].T
 
 
 BASELINES: Mapping[str, Factory] = MappingProxyType(

@@ -19,6 +19,7 @@ from metarec_jax.baselines.closed_form import BASELINES, Factory, ease
 from metarec_jax.core import Array, Examples, MetarecError, Method, Task
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
+from metarec_jax.evaluation.scoring import catalogue_scores, user_blocks
 
 _Grid = Mapping[str, Sequence[float]]
 _GRIDS: Mapping[str, _Grid] = {
@@ -147,8 +148,8 @@ def some_users(train: Interactions, rows: int) -> Interactions:
     return part if len(part) else train
 
 
-Held = Sequence[tuple[int, Task]]
-"""Device batches of one scenario, each with its number of real tasks."""
+Held = Sequence[tuple[int, Task, Array]]
+"""Device batches of one scenario, each with its number of real tasks, and the vocabulary rows of its users."""
 _columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
 
 
@@ -173,7 +174,7 @@ def on_device(
             return Examples({name: every[name] for name in columns}, targets, real)
 
         support = part(some.support_item, some.support_target, some.support_mask)
-        held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask))))
+        held.append((count, Task(support, part(some.query_item, some.query_target, some.query_mask)), user))
     return held
 
 
@@ -199,15 +200,14 @@ def _search(
 
 def quality(method: Method, held: Held, known: Catalogue, train: Interactions) -> float:
     """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks: smaller is better."""
-    params, adapt, predict, _ = method
     key, each = jax.random.key(0), []
-    pool = jnp.asarray(np.random.default_rng(0).permutation(np.unique(train.item))[:20_000])
-    for count, task in held:
+    pool = np.random.default_rng(0).permutation(np.unique(train.item))[:20_000]
+    for count, task, user in held:
         if train.rating is None:
-            of_task = -_click_quality(adapt, predict, params, known, pool, task, key)
+            of_task = -_click_quality(method, known, pool, task, user, count, key)
         else:
             low, high = train.rating.min(), train.rating.max()
-            of_task = _rating_quality(adapt, predict, params, task, low, high, key)
+            of_task = _rating_quality(method.adapt, method.predict, method.params, task, low, high, key)
         each.append(np.asarray(of_task)[:count])
     return float(np.concatenate(each).mean())
 
@@ -222,25 +222,48 @@ def _rating_quality(adapt: Any, predict: Any, params: Any, task: Task, low: Arra
     return jax.vmap(one)(task)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _click_quality(
-    adapt: Any, predict: Any, params: Any, known: Catalogue, pool: Array, task: Task, key: Array
-) -> Array:
+    method: Method, known: Catalogue, pool: np.ndarray, task: Task, user: Array, count: int, key: Array
+) -> np.ndarray:
     """nDCG@10 of the query's positives among ``pool``; a tie counts half, and the support competes with nothing."""
-    candidates = inputs(known, jnp.int32(0), pool)
-    competes = candidates["item_id"]
+    adapted, own = _adapted(method.adapt, method.predict, method.params, task, key)
+    each, place = [], np.full(len(known.item_row), len(pool), np.int32)
+    place[np.asarray(known.item_row)[pool]] = np.arange(len(pool))
+    for some in user_blocks(count, len(user), len(known.item_row)):
+        part, adapted_part, own_part = jax.tree.map(lambda a, some=some: a[some], (task, adapted, own))
+        others = catalogue_scores(method, adapted_part, known, user[some], pool)
+        each.append(np.asarray(_ndcg_among(jnp.asarray(others), own_part, jnp.asarray(place), part)))
+    return np.concatenate(each)
 
-    def one(task: Task) -> Array:
-        adapted = adapt(params, task.support, key)
-        user = {name: column for name, column in task.query.inputs.items() if name.startswith("user_")}
-        own = predict(params, adapted, task.query.inputs)[:, None]
-        others = predict(params, adapted, {**candidates, **user})[None, :]
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _adapted(adapt: Any, predict: Any, params: Any, task: Task, key: Array) -> tuple[Any, Array]:
+    """What each task changed, and the scores of its query ``[B, Q]``."""
+    adapted = jax.vmap(lambda support: adapt(params, support, key))(task.support)
+    return adapted, jax.vmap(lambda adapted, query: predict(params, adapted, query))(adapted, task.query.inputs)
+
+
+@jax.jit
+def _ndcg_among(others: Array, own: Array, place: Array, task: Task) -> Array:
+    """nDCG@10 of each task, ``[B]``.
+
+    Args:
+      others: scores ``[B, P]`` of the pool; own: ``[B, Q]``, of the query.
+      place: ``[rows]``, where each item stands in the pool; P for one that does not.
+    """
+
+    def one(others: Array, own: Array, task: Task) -> Array:
+        pool = jnp.arange(others.shape[0])
         support = jnp.where(task.support.mask > 0, task.support.inputs["item_id"], 0)
-        free = (competes[None, :] != task.query.inputs["item_id"][:, None]) & ~jnp.isin(competes, support)[None, :]
-        rank = 1 + (free * ((others > own) + 0.5 * (others == own))).sum(1)
+        free = jnp.ones(others.shape[0], bool).at[place[support]].set(False, mode="drop")
+        query = place[task.query.inputs["item_id"]]
+        own = jnp.where(query < len(pool), others[jnp.minimum(query, len(pool) - 1)], own)  # to the last bit, for ties
+        free = free[None] & (pool[None] != query[:, None])
+        before = (others[None] > own[:, None]) + 0.5 * (others[None] == own[:, None])
+        rank = 1 + (free * before).sum(1)
         liked = task.query.mask * (task.query.target > 0)
         gain = (liked * (rank <= 10) / jnp.log2(1 + rank)).sum()
         ideal = jnp.where(jnp.arange(10) < liked.sum(), 1 / jnp.log2(2.0 + jnp.arange(10)), 0.0).sum()
         return gain / jnp.maximum(ideal, 1e-6)
 
-    return jax.vmap(one)(task)
+    return jax.vmap(one)(others, own, task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,19 @@ class TaskSet:
 
     def take(self, index: np.ndarray) -> TaskSet:
         """The tasks that an index array or a boolean mask names."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return TaskSet(*(None if value is None else value[index] for value in values))
+        taken: dict[str, Any] = {}
+        for f in fields(self):
+            values = getattr(self, f.name)
+            taken[f.name] = None if values is None else values[index]
+        return TaskSet(**taken)
+
+    def beyond_support(self) -> int:
+        """How many users are known to have had more than their support shows."""
+        if self.past is None:
+            return 0
+        task, slot = np.nonzero(self.support_mask)
+        entries = np.ones(len(task), bool), (task, self.support_item[task, slot])
+        return int(((self.past > csr_matrix(entries, shape=self.past.shape)).getnnz(axis=1) > 0).sum())
 
 
 def make_tasks(
@@ -217,8 +228,8 @@ def check_tasks(tasks: TaskSet, known: Catalogue, name: str | None = None) -> No
             )
     if tasks.past is not None and tasks.past.shape[1] != known.item_row.shape[0]:
         raise MetarecError(
-            f"the tasks{scenario} know of {tasks.past.shape[1]} item rows in the past of their users, and the catalogue "
-            f"has {known.item_row.shape[0]}; make both from the same Interactions"
+            f"the tasks{scenario} know of {tasks.past.shape[1]} item rows in their users' past, and the catalogue has "
+            f"{known.item_row.shape[0]}; make both from the same Interactions"
         )
 
 

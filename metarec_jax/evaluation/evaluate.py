@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import operator
 import time
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,11 @@ from scipy.sparse import csr_matrix, vstack
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
 from metarec_jax.data.catalogue import check_method
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks, inputs
+from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks
 from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.results import ALL, FACTS, Report
+from metarec_jax.evaluation.scoring import Ranked, compiled, query_ranks, user_blocks
 
-_SCORES_AT_ONCE = 1 << 18
-_ITEMS_AT_ONCE = 4096
 _LISTS_AT_ONCE = 2048
 
 
@@ -105,7 +103,13 @@ def evaluate(
     for name, method in methods.items():
         check_method(method, known, name)
     notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
-    notes += [line for name in scenarios if (line := _beyond_support(name, tasks[name]))]
+    for name in scenarios:
+        if more := tasks[name].beyond_support():
+            shown = int((tasks[name].support_mask > 0).sum(1).max())
+            told = (
+                f"{name}: {more:,} of {len(tasks[name]):,} users had more before than the support of at most {shown:,}"
+            )
+            notes.append(f"{told} shows; all of it leaves the candidates")
     every, scenario, place = _join([tasks[name] for name in scenarios])
     lengths = every.support_mask.sum(1).astype(int)
     real = every.query_mask > 0
@@ -117,7 +121,8 @@ def evaluate(
         )
 
     of_new = _only_new(every, scenario, known)
-    total = len(every) + sum(int((lengths >= shown).sum()) for shown in points)
+    shown_to = {ALL: np.arange(len(every))} | {k: np.flatnonzero(lengths >= k) for k in points}
+    total = sum(map(len, shown_to.values()))
     runner = _Runner(methods, known, seed, batch, of_new[scenario], lambda done: progress and progress(done, total))
     in_query = partial(_query_columns, gain=gain, topn=tuple(topn), span=rating_range, ranking=varied)
     in_catalogue = partial(_catalogue_columns, topn=tuple(catalogue_topn))
@@ -127,8 +132,7 @@ def evaluate(
         [every.query_target, every.query_mask, numbers],
     )["labels"]
     frames: list[pd.DataFrame] = []
-    for shown in [ALL, *points]:
-        members = np.arange(len(every)) if shown == ALL else np.flatnonzero(lengths >= shown)
+    for shown, members in shown_to.items():
         if not len(members):
             continue
         part = _shown(every, members, shown)
@@ -219,18 +223,6 @@ def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
     return every, np.repeat(np.arange(len(parts)), sizes), place
 
 
-def _beyond_support(name: str, tasks: TaskSet) -> str | None:
-    """How many users of a scenario had more before than their support shows; None where nobody had."""
-    if tasks.past is None:
-        return None
-    task, slot = np.nonzero(tasks.support_mask)
-    shown = csr_matrix((np.ones(len(task), bool), (task, tasks.support_item[task, slot])), shape=tasks.past.shape)
-    more = int(((tasks.past > shown).getnnz(axis=1) > 0).sum())
-    most = int((tasks.support_mask > 0).sum(1).max())
-    told = f"{name}: {more:,} of {len(tasks):,} users had more before than the support of at most {most:,} shows"
-    return f"{told}; all of it leaves the candidates" if more else None
-
-
 def _only_new(every: TaskSet, scenario: np.ndarray, known: Catalogue) -> np.ndarray:
     """Whether all query items of each scenario are unknown to training."""
     old = ((np.asarray(known.item_row)[every.query_item] > 0) & (every.query_mask > 0)).any(axis=1)
@@ -269,31 +261,6 @@ def _overflows(per_task: pd.DataFrame) -> list[str]:
     return notes
 
 
-class _Program:
-    """``batched(function, ...)`` compiled, for one function of a method, on which it keeps no hold.
-
-    Attributes:
-      traced: how often: tells a first call, which compiles, from a later one.
-    """
-
-    def __init__(self, batched: Callable[..., Any], function: Callable[..., Any]) -> None:
-        self.traced, reference = 0, weakref.ref(function)
-
-        def run(*arrays: Any) -> Any:
-            self.traced += 1
-            return batched(reference(), *arrays)
-
-        self.call = jax.jit(run)
-
-
-_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
-"""By function of a method: a second evaluation compiles nothing; what nobody has any more goes with its programs."""
-
-
-def _compiled(batched: Callable[..., Any], function: Callable[..., Any]) -> _Program:
-    return _programs.setdefault(function, {}).setdefault(batched, _Program(batched, function))
-
-
 def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
     """What each of B tasks changed. Apart from `_predict`, which need not be compiled for each support length."""
     return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
@@ -302,48 +269,6 @@ def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
 def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
     """Scores ``[B, Q]``."""
     return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
-
-
-def _catalogue_scores(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array) -> Array:
-    """Scores ``[U, N]`` of all items for U adapted users, in chunks of items; no user owns a copy of a table."""
-    n = known.item_row.shape[0]
-    chunk = min(_ITEMS_AT_ONCE, n)
-    items = jnp.arange(-(-n // chunk) * chunk, dtype=jnp.int32).reshape(-1, chunk) % n
-
-    def one(adapted: Any, user: Array) -> Array:
-        scores = jax.lax.map(lambda chosen: predict(params, adapted, inputs(known, user, chosen)), items)
-        return scores.reshape(-1)[:n]
-
-    return jax.vmap(one)(adapted, user)
-
-
-class Ranked(NamedTuple):
-    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (how many), and whether all are finite."""
-
-    ranks: Any
-    candidates: Any
-    finite: Any
-
-
-@jax.jit
-def _catalogue_ranks(scores: Array, candidates: Array, query: Array, keys: Array) -> Ranked:
-    """The query items among the ``candidates [U, N]``."""
-
-    def one(scores: Array, free: Array, query: Array, key: Array) -> Ranked:
-        finite = jnp.all(jnp.isfinite(scores) | ~free)
-        return Ranked(metrics.ranks_among(scores, free, query, key), jnp.sum(free, dtype=jnp.int32), finite)
-
-    return jax.vmap(one)(scores, candidates, query, keys)
-
-
-def _candidates(part: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.ndarray:
-    """Which items each user may be shown, bool ``[U, N]``: never support, nor what the user had; row 0 is no item."""
-    free = np.where(of_new[:, None], item_row == 0, True)
-    if part.past is not None:
-        free &= ~part.past.toarray()
-    np.put_along_axis(free, part.support_item, False, axis=1)
-    free[:, 0] = False
-    return free
 
 
 @jax.jit
@@ -365,14 +290,13 @@ class _Runner:
         of_new: np.ndarray,
         progress: Callable[[int], Any],
     ) -> None:
-        self.methods, self.known, self.seed, self.batch, self.of_new = methods, known, seed, batch, of_new
-        most = int(np.clip(_SCORES_AT_ONCE // len(known.item_row), 1, batch))
-        self.users_at_once = next(n for n in range(most, 0, -1) if batch % n == 0)  # one shape: compiled once
+        self.methods, self.known, self.seed, self.of_new = methods, known, seed, of_new
+        self.batch = min(batch, 1 << (len(of_new) - 1).bit_length())  # few tasks are not padded to a large batch
         self.shapes: set[Any] = set()
         self.first = dict.fromkeys(methods, 0.0)
         self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
         self.last: tuple[Task, Array, int] | None = None
-        self.progress, self.done = progress, 0
+        self.progress, self.done, self.stopped = progress, 0, False
 
     def scores(
         self, part: TaskSet, numbers: np.ndarray, rank_catalogue: bool
@@ -387,48 +311,56 @@ class _Runner:
         for index, task in batches(part, self.known, self.batch):
             rows = np.concatenate([index, np.full(self.batch - len(index), index[0])])
             number = jnp.asarray(numbers[rows], jnp.int32)
-            places = [jnp.asarray(a[rows]) for a in (part.user, part.query_item)]
-            if rank_catalogue:
-                item_row = np.asarray(self.known.item_row)
-                places.append(jnp.asarray(_candidates(part.take(rows), self.of_new[numbers[rows]], item_row)))
             self.last = (task, _keys(self.seed, number, 0), len(index))
 
-            one = partial(self.call, task=task, number=number, places=places, n=len(index), rank=rank_catalogue)
+            rank = partial(self.ranks, part.take(rows), number, len(index)) if rank_catalogue else None
+            one = partial(self.call, task=task, number=number, n=len(index), rank=rank)
             shape = (task.support.mask.shape, task.query.mask.shape, rank_catalogue)
-            at_once = 1 if shape in self.shapes else runs_together()  # XLA compiles two programs at once
-            with ThreadPoolExecutor(at_once) as pool:
-                for name, (found, placed) in zip(self.methods, pool.map(one, self.methods), strict=True):
-                    scores[name][index] = np.asarray(found)[: len(index)]
-                    if placed is not None:
-                        for whole, some in zip(ranks[name], placed, strict=True):
-                            whole[index] = np.asarray(some)[: len(index)]
+            for name, (found, placed) in zip(self.methods, self.each(one, shape), strict=True):
+                scores[name][index] = np.asarray(found)[: len(index)]
+                if placed is not None:
+                    for whole, some in zip(ranks[name], placed, strict=True):
+                        whole[index] = some
             self.shapes.add(shape)
             self.done += len(index)
             self.progress(self.done)
         return scores, ranks
 
-    def call(
-        self, name: str, *, task: Task, number: Array, places: list[Array], n: int, rank: bool
-    ) -> tuple[Array, Ranked | None]:
+    def each(self, one: Any, shape: Any) -> Iterator[Any]:
+        """``one(name)`` of each method; two at once where they are to be compiled, which XLA does side by side."""
+        at_once = 1 if shape in self.shapes else runs_together()
+        if at_once == 1:
+            yield from map(one, self.methods)
+            return
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            yield from pool.map(one, self.methods)
+        except BaseException:  # such as Ctrl-C: what runs ends with its block, and nothing else begins
+            self.stopped = True
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def call(self, name: str, *, task: Task, number: Array, n: int, rank: Any) -> tuple[Array, Ranked | None]:
         """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
         found, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
-        if not rank:
-            return found, None
-        predict, params = self.methods[name].predict, self.methods[name].params
-        ties, at_once, ranks = _keys(self.seed, number, 1), self.users_at_once, []
-        for start in range(0, self.batch, at_once):
-            some = slice(start, start + at_once)
-            user, query, candidates = (a[some] for a in places)
-            scores = _compiled(_catalogue_scores, predict).call(
-                params, jax.tree.map(operator.itemgetter(some), adapted), self.known, user
-            )
-            ranks.append(_catalogue_ranks(scores, candidates, query, ties[some]))
-        return found, jax.block_until_ready(jax.tree.map(lambda *parts: jnp.concatenate(parts), *ranks))
+        return found, None if rank is None else rank(self.methods[name], adapted)
+
+    def ranks(self, part: TaskSet, number: Array, n: int, method: Method, adapted: Any) -> Ranked:
+        """The query items of the first ``n`` users in the catalogue, some users at a time."""
+        ties, ranks = _keys(self.seed, number, 1), []
+        for some in user_blocks(n, self.batch, len(self.known.item_row)):
+            if self.stopped:
+                raise KeyboardInterrupt
+            users, new = part.take(np.arange(some.start, some.stop)), self.of_new[np.asarray(number[some])]
+            own = jax.tree.map(operator.itemgetter(some), adapted)
+            ranks.append(query_ranks(method, own, self.known, users, new, ties[some]))
+        return Ranked(*(np.concatenate(parts)[:n] for parts in zip(*ranks, strict=True)))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
         """One call of one method, on ``n`` real tasks, waited for and timed."""
         method = self.methods[name]
-        adapt, predict = _compiled(_adapt, method.adapt), _compiled(_predict, method.predict)
+        adapt, predict = compiled(_adapt, method.adapt), compiled(_predict, method.predict)
         before, start = adapt.traced + predict.traced, time.perf_counter()
         adapted = adapt.call(method.params, task.support, keys)
         found = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))

@@ -1,0 +1,141 @@
+"""A whole catalogue scored and ranked for a batch of users, in blocks; by one product where a method has one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.core import Array, Method
+from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
+from metarec_jax.evaluation import metrics
+
+_SCORES = 1 << 23
+"""Scores of a block of users over all items: what is held at a time."""
+_CHUNK = 1 << 18
+"""Scores that one call of `predict` makes."""
+
+
+class _Program:
+    """``batched(function, ...)`` compiled, for one function of a method, on which it keeps no hold.
+
+    Attributes:
+      traced: how often: tells a first call, which compiles, from a later one.
+    """
+
+    def __init__(self, batched: Callable[..., Any], function: Callable[..., Any]) -> None:
+        self.traced, reference = 0, weakref.ref(function)
+
+        def run(*arrays: Any) -> Any:
+            self.traced += 1
+            return batched(reference(), *arrays)
+
+        self.call = jax.jit(run)
+
+
+_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
+"""By function of a method: a second evaluation compiles nothing; what nobody has any more goes with its programs."""
+
+
+def compiled(batched: Callable[..., Any], function: Callable[..., Any]) -> _Program:
+    """``batched(function, ...)``, compiled once for each pair as long as somebody has the function."""
+    return _programs.setdefault(function, {}).setdefault(batched, _Program(batched, function))
+
+
+def user_blocks(count: int, batch: int, num_rows: int) -> Iterator[slice]:
+    """Slices of one size, a divisor of ``batch``, that hold ``count`` of its users, few enough for ``num_rows`` items.
+
+    >>> [(s.start, s.stop) for s in user_blocks(5, 8, 1 << 22)]
+    [(0, 2), (2, 4), (4, 6)]
+    """
+    most = int(np.clip(_SCORES // num_rows, 1, min(batch, 64)))
+    size = next(n for n in range(most, 0, -1) if batch % n == 0)
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def catalogue_scores(
+    method: Method, adapted: Any, known: Catalogue, user: Array, items: np.ndarray | None = None
+) -> np.ndarray:
+    """What each of U adapted users gives each item, float32 ``[U, n]``, equal to `predict` of each user and item.
+
+    Args:
+      adapted: of ``method.adapt``, each leaf with leading axis U.
+      user: int32 ``[U]`` vocabulary rows.
+      items: ``[n]`` vocabulary rows; None: all, row 0 included.
+    """
+    rows = np.asarray(known.item_row)
+    every = np.arange(len(rows)) if items is None else items
+    if method.scores is not None:
+        return np.take(np.asarray(method.scores(method.params, adapted)), rows[every], axis=1)
+    chunk = max(1, min(_CHUNK // len(user), len(every)))
+    predict = partial(compiled(predictions, method.predict).call, method.params, adapted, known, user)
+    out = np.empty((len(user), len(every)), np.float32)
+    for first in range(0, len(every), chunk):
+        chosen = np.resize(every[first : first + chunk], chunk).astype(np.int32)
+        out[:, first : first + chunk] = np.asarray(predict(chosen))[:, : len(every) - first]
+    return out
+
+
+def predictions(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array, items: Array) -> Array:
+    """Scores ``[U, n]``; no user owns a copy of a table."""
+    return jax.vmap(lambda adapted, user: predict(params, adapted, inputs(known, user, items)))(adapted, user)
+
+
+class Ranked(NamedTuple):
+    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (how many), and whether all are finite."""
+
+    ranks: np.ndarray
+    candidates: np.ndarray
+    finite: np.ndarray
+
+
+def query_ranks(
+    method: Method, adapted: Any, known: Catalogue, tasks: TaskSet, of_new: np.ndarray, keys: Array
+) -> Ranked:
+    """The query items of U tasks among the candidates: the catalogue less what the users had.
+
+    Args:
+      adapted: leaves ``[U, ...]``; of_new: bool ``[U]``, whether only items unknown to training are candidates.
+      keys: ``[U]``, of the ties.
+    """
+    scores = catalogue_scores(method, adapted, known, jnp.asarray(tasks.user))
+    free = candidates(tasks, of_new, np.asarray(known.item_row))
+    finite = (np.isfinite(scores) | ~free).all(axis=1)
+    return Ranked(np.asarray(_ranks(scores, free, tasks.query_item, keys)), free.sum(axis=1, dtype=np.int32), finite)
+
+
+_ranks = jax.jit(jax.vmap(metrics.ranks_among))
+
+
+def candidates(tasks: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.ndarray:
+    """Which items each user may be shown, bool ``[U, N]``: never support, nor what the user had; row 0 is no item."""
+    free = np.where(of_new[:, None], item_row == 0, True)
+    if tasks.past is not None:
+        free &= ~tasks.past.toarray()
+    np.put_along_axis(free, tasks.support_item, False, axis=1)
+    free[:, 0] = False
+    return free
+
+
+@jax.jit
+def weighted_rows(table: Array, ids: Array, values: Array) -> Array:
+    """``sum_s values[b, k, s] table[ids[b, s]]``, ``[B, k, N]``: a product with a matrix of which few rows are wanted.
+
+    Args:
+      table: ``[rows, N]``; ids: int ``[B, S]``; values: ``[B, k, S]``.
+    """
+
+    def one(user: tuple[Array, Array]) -> Array:
+        rows, weights = user
+        zero = jnp.zeros((weights.shape[0], table.shape[1]), table.dtype)
+        return jax.lax.fori_loop(
+            0, rows.shape[0], lambda s, sum: sum + weights[:, s, None] * table[rows[s]][None], zero
+        )
+
+    return jax.lax.map(one, (ids, values))
