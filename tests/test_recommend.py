@@ -388,3 +388,20 @@ def test_a_fork_is_refused_and_does_not_hang():
             os._exit(7 if "spawn" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["ratings", "clicks"])
+def test_nothing_that_a_known_user_had_is_recommended_however_little_of_it_is_given(implicit):
+    """User 100 had 20 of 50 items and gives one of them: the list is that of a new user less the other 19."""
+    data = make(implicit)
+    serve = Recommender(item_knn(data, catalogue(data)), data, catalogue(data), negatives=0)
+    had = {str(item) for item in data.items.decode(data.item[data.user == 1])}
+    given = sorted(had)[:1]
+    history = given if implicit else dict.fromkeys(given, 5.0)
+    every, left = serve.recommend(history, 50), serve.recommend(history, 50, known_user=100)
+    assert len(left) == 30
+    assert [r.item_id for r in left] == [r.item_id for r in every if r.item_id not in had]
+    scores = {r.item_id: r.score for r in every}
+    assert [r.score for r in left] == pytest.approx([scores[r.item_id] for r in left], abs=1e-5)
+    with pytest.raises(MetarecError, match="known_user 7 is not a user of the data"):
+        serve.recommend(history, 5, known_user=7)

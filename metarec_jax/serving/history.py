@@ -34,12 +34,16 @@ class Unknown(NamedTuple):
 
 
 class History(NamedTuple):
-    """One user's feedback: vocabulary rows int32 ``[S]``, ratings float32 ``[S]`` (1 for a click), each item once."""
+    """One user's feedback: vocabulary rows int32 ``[S]``, ratings float32 ``[S]`` (1 for a click), each item once.
+
+    ``had``: rows of what else the user is known to have had, which is not recommended.
+    """
 
     item: np.ndarray
     rating: np.ndarray
     unknown: tuple[Unknown, ...] = ()
     notes: tuple[str, ...] = ()
+    had: np.ndarray = np.zeros(0, np.int32)
 
 
 def spoken(rating: float) -> str:

@@ -226,6 +226,7 @@ class Recommender:
         user_features: Mapping[str, Any] | None = None,
         explain: int = 3,
         exclude_seen: bool = True,
+        known_user: Any = None,
     ) -> Recommendations:
         """The best ``n`` items for a user who gave ``history``.
 
@@ -245,15 +246,27 @@ class Recommender:
             unknown.
           explain: feedbacks named for each item; 0 saves the backward passes.
           exclude_seen: leave out what is in the history.
+          known_user: id of a user of the data, whose history here need not be whole: with ``exclude_seen``, nothing
+            that the user has in the data is recommended.
 
         Raises:
-          MetarecError: a rating outside the range of the data or missing, an unknown feature name, ``n`` below 1.
+          MetarecError: a rating outside the range of the data or missing, an unknown feature name, ``n`` below 1, a
+            ``known_user`` that the data has not.
         """
         self._check_process()
         parsed = parse_history(history, self.data, self._names)
+        if known_user is not None:
+            parsed = parsed._replace(had=np.setdiff1d(self._had_by(known_user), parsed.item))
         features, notes = feature_columns(user_features or {}, self.data)
         best = self._serve([parsed], n, [features], explain > 0, exclude_seen, users=1)
         return self._told(parsed, next(best), explain, (*parsed.notes, *notes))
+
+    def _had_by(self, user: Any) -> np.ndarray:
+        """Rows of all that a user of the data had."""
+        row = int(self.data.users.encode([user])[0])
+        if not row:
+            raise MetarecError(f"known_user {user!r} is not a user of the data; leave it out for a new user")
+        return self.data.item[self.data.user == row]
 
     def recommend_many(
         self,
@@ -326,7 +339,7 @@ class Recommender:
             raise MetarecError(f"n must be 1 or more, and is {n}; ask for at least one item")
         n = min(n, len(self.data.items.ids))
         support = [self._with_negatives(h) for h in parsed]
-        widths = [_slots(len(item)) for item, _ in support]
+        widths = [_slots(len(item)) for item, _, _ in support]
         users = max(1, min(users, _CANDIDATES // ((n + max(widths, default=0)) * 8)))
         first = 0
         while first < len(parsed):
@@ -335,9 +348,9 @@ class Recommender:
                 last += 1
             item, target, mask = (np.zeros((users, widths[first]), t) for t in (np.int32, np.float32, np.float32))
             given = np.zeros(users, np.int32)
-            for row, (items, targets) in enumerate(support[first:last]):
-                item[row, : len(items)], target[row, : len(items)], mask[row, : len(items)] = items, targets, 1.0
-                given[row] = len(parsed[first + row].item) if drop else 0
+            for row, (items, targets, real) in enumerate(support[first:last]):
+                item[row, : len(items)], target[row, : len(items)], mask[row, : len(items)] = items, targets, real
+                given[row] = len(parsed[first + row].item) + len(parsed[first + row].had) if drop else 0
             batch = Users(item, target, mask, given)
             rows = [*features[first:last], *([features[first]] * (users - (last - first)))]
             columns = {name: np.concatenate([one[name] for one in rows]) for name in features[first]}
@@ -362,14 +375,22 @@ class Recommender:
         moved = at(1)
         return moved if implicit or not _unexplained(found, moved) else at(_PATH)
 
-    def _with_negatives(self, history: History) -> tuple[np.ndarray, np.ndarray]:
-        if not self._negatives or not len(history.item):
-            return history.item, history.rating
-        rng = np.random.default_rng(history.item)
-        count = min(self._negatives * len(history.item), max(0, len(self._pool) - len(history.item)))
-        drawn = self._pool[rng.permutation(len(self._pool))[: count + len(history.item)]]
-        drawn = drawn[~np.isin(drawn, history.item)][:count]
-        return np.concatenate([history.item, drawn]), np.concatenate([history.rating, np.zeros(len(drawn), np.float32)])
+    def _with_negatives(self, history: History) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items, targets and masks of the slots: what was given, what else the user had (mask 0), drawn negatives."""
+        drawn = np.zeros(0, np.int32)
+        if self._negatives and len(history.item):
+            own = np.concatenate([history.item, history.had])
+            rng = np.random.default_rng(history.item)
+            count = min(self._negatives * len(history.item), max(0, len(self._pool) - len(own)))
+            drawn = self._pool[rng.permutation(len(self._pool))[: count + len(own)]]
+            drawn = drawn[~np.isin(drawn, own)][:count]
+        sizes = len(history.item), len(history.had), len(drawn)
+        target = np.concatenate([history.rating, np.zeros(sizes[1] + sizes[2], np.float32)])
+        return (
+            np.concatenate([history.item, history.had, drawn]),
+            target,
+            np.repeat(np.array([1, 0, 1], np.float32), sizes),
+        )
 
     def _told(self, history: History, best: _Best, explain: int, notes: tuple[str, ...]) -> Recommendations:
         real = np.isfinite(best.score)
