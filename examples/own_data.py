@@ -21,7 +21,7 @@ ratings = pd.DataFrame(rows, columns=["user", "isbn", "stars"])
 data = mr.from_pandas(ratings, item_features=books, unrated_items=True)
 for note in data.notes:
     print("note:", note)
-learner = mr.ridge(mr.content_model(data.columns, size=4))
+learner = mr.learners.ridge(mr.models.content_model(data.columns, size=4))
 start = mr.warm_start(learner.init(jax.random.key(0)), data)
 found = mr.fit(learner, data, steps=300, params=start)
 

@@ -28,10 +28,10 @@ def shrunken_mean(model: mr.Model) -> mr.Learner:
     return mr.Learner(init, adapt, predict, loss, model.tables)
 
 
-data = mr.synthetic(600, 200, seed=0).data
+data = mr.synthetic(600, 200, seed=0)
 parts = mr.split(data, ["user_cold"])
 known = mr.catalogue(data, parts.train)
-learner = shrunken_mean(mr.content_model(data.columns, size=4))
+learner = shrunken_mean(mr.models.content_model(data.columns, size=4))
 start = mr.warm_start(learner.init(jax.random.key(0)), parts.train)
 found = mr.fit(learner, parts.train, steps=200, params=start)
 methods = {"shrunken_mean": found.method, **mr.fit_baselines(parts.train, known, names=["item_mean", "bias"])}

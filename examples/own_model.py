@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import metarec_jax as mr
+from metarec_jax.data.synthetic import synthetic
 
-made = mr.synthetic(500, 200, ratings_per_user=(10, 30), seed=0)
+made = synthetic(500, 200, ratings_per_user=(10, 30), seed=0)
 data = made.data
 
 
@@ -34,10 +35,10 @@ parts = mr.split(data, ["user_cold"])
 known = mr.catalogue(data, parts.train)
 methods = {}
 for name, model in {
-    "linen": mr.flax_model(Multiply(), columns, size=8),
-    "nnx": mr.nnx_model(lambda rngs: Sum(rngs), columns, size=8),
+    "linen": mr.models.flax_model(Multiply(), columns, size=8),
+    "nnx": mr.models.nnx_model(lambda rngs: Sum(rngs), columns, size=8),
 }.items():
-    learner = mr.maml(model, inner_lr=0.1, inner_steps=3)
+    learner = mr.learners.maml(model, inner_lr=0.1, inner_steps=3)
     methods[name] = mr.fit(learner, parts.train, steps=300, lr=0.01).method
 tasks = {"user_cold": mr.make_tasks(parts.test["user_cold"])}
 report = mr.evaluate(methods, tasks, known, rating_range=(-10, 10))

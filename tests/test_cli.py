@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,10 +21,10 @@ from metarec_jax.commands import doctor, fit, recommend
 from metarec_jax.commands.recommend import parse_rates
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.experiment import runs
+from metarec_jax.experiment import directory as directories
 from metarec_jax.serving.history import Names, parse_history
 from metarec_jax.serving.recommender import Influence, Recommendation, Recommendations
-from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params, saved_metrics
 from metarec_jax.training.progress import read_history
 
 SMALL = ["--steps", "40", "--tasks", "8", "--support", "2", "8", "--query", "4", "--size", "2"]
@@ -60,7 +61,7 @@ def trained(ratings):
     """The run directory of a finished, measured run."""
     command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL]
     assert cli.main(command) == 0
-    return runs.Path("runs/stars")
+    return Path("runs/stars")
 
 
 def failure(capsys, *command):
@@ -105,7 +106,7 @@ def test_fit_leaves_all_that_the_other_commands_need(trained):
     assert left >= {"config.json", "data.parquet", "catalogue.npz", "metrics.jsonl", "result.json", "checkpoints"}
     assert left >= {"report.md", "report.html", "evaluation"}
     assert [line["step"] for line in read_history(trained / "metrics.jsonl")][-1] == 40
-    assert runs.result(trained) == {"step": 40, "stopped": "finished"}
+    assert directories.result(trained) == {"step": 40, "stopped": "finished"}
 
 
 def test_the_same_command_again_says_that_it_is_finished(trained, capsys):
@@ -233,14 +234,14 @@ def test_recommend_refusals(trained, capsys, own_folder):
 def test_runs_that_are_not_there(trained, capsys, own_folder):
     assert "perhaps you meant runs/stars" in failure(capsys, "evaluate", "runs/star")
     (own_folder / "empty").mkdir()
-    assert "is no run directory" in failure(capsys, "recommend", own_folder / "empty")
+    assert "is not a run directory" in failure(capsys, "recommend", own_folder / "empty")
 
 
 def test_a_foreign_vocabulary_is_refused(trained, capsys):
     """The data of another run, put in place of a run's own."""
     mine, folder = trained / "data.parquet", trained
     kept = {name: (folder / name).read_bytes() for name in ("data.parquet", "data.parquet.sha256")}
-    runs.write_cache(synthetic(80, 40, ratings_per_user=(12, 20), size=2, seed=1).data, mine)
+    directories.write_cache(synthetic(80, 40, ratings_per_user=(12, 20), size=2, seed=1).data, mine)
     try:
         assert "is not the data that" in failure(capsys, "recommend", trained, "--rate", "film 3=5")
         mine.write_bytes(b"rubbish")
@@ -282,7 +283,7 @@ def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings,
     assert "no user has 501 interactions" in failure(capsys, *command, "--fresh")
     assert sorted(path.name for path in trained.iterdir()) == before
     failure(capsys, *command, "--out", "runs/never")
-    assert not runs.Path("runs/never").exists()
+    assert not Path("runs/never").exists()
     assert "cannot be a run directory" in failure(capsys, *command[:-3], "--out", "stars.csv")
 
 
@@ -354,7 +355,7 @@ def test_a_run_that_may_not_be_read_is_not_called_damaged(trained, capsys, monke
     def denied(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(runs, "read_cache", denied)
+    monkeypatch.setattr(directories, "read_cache", denied)
     said = failure(capsys, "recommend", trained, "--rate", "film 3=5")
     assert "data.parquet: Permission denied; change its permissions" in said
     assert "damaged" not in said
@@ -387,7 +388,7 @@ def named(own_folder):
     columns = ["--user-col", "who", "--item-col", "thing", "--rating-col", "mark", "--timestamp-col", "when"]
     files = ["--item-features", "films.csv", "--user-features", "people.csv"]
     assert cli.main(["fit", "odd.csv", *columns, *files, *SMALL, "--steps", "2", "--no-evaluate"]) == 0
-    return runs.Path("runs/odd")
+    return Path("runs/odd")
 
 
 def test_a_history_under_the_names_that_the_run_was_trained_with(named, capsys, own_folder):
@@ -475,7 +476,7 @@ def test_the_next_command_survives_a_shell_and_rates_as_the_data_does(capsys):
     title, rating = """He said "$HOME" isn't `it`""", np.array([1, 2, 3, 4, 69016], np.float32)
     ids = Vocabulary(np.arange(5))
     data = Interactions(np.arange(1, 6), np.ones(5, int), rating, None, ids, ids, titles=np.array([title] * 5))
-    fit._tell_next(runs.Path("runs/a b"), data)
+    fit._print_next(Path("runs/a b"), data)
     words = shlex.split(capsys.readouterr().out.removeprefix("next: "))
     assert words == ["metarec", "recommend", "runs/a b", "--rate", f"{title}=4", "-n", "10"]
 
@@ -581,7 +582,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(uninterrupted, capsys, numbe
         assert "SIGTERM: saved at step" in said
         assert "resume" in said
     assert "has not been trained to its end" in failure(capsys, "evaluate", out)
-    saved = runs.checkpoint.saved_metrics(out, which="latest")
+    saved = saved_metrics(out, which="latest")
     assert saved is None or saved[0] < 400
     assert cli.main([*LONG, out]) == 0
     said = capsys.readouterr()

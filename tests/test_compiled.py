@@ -100,7 +100,7 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch, tmp_path):
 
 
 def test_the_library_alone_keeps_nothing():
-    program = "import metarec_jax, metarec_jax.experiment.runs, jax; print(jax.config.jax_compilation_cache_dir)"
+    program = "import metarec_jax, metarec_jax.experiment.run, jax; print(jax.config.jax_compilation_cache_dir)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
 

@@ -160,3 +160,10 @@ def test_nothing_names_a_machine():
     tree = [p for d in ("metarec_jax", "tests", "benchmarks", "examples", "docs") for p in (ROOT.parent / d).rglob("*")]
     path = re.compile(rb"/tmp/" + rb"tmp\w{6}|/home/" + rb"\w|/root" + rb"/\w")
     assert not [str(p) for p in tree if p.is_file() and "__pycache__" not in p.parts and path.search(p.read_bytes())]
+
+
+def test_the_stub_that_editors_read_has_every_public_name():
+    stub = ast.parse((ROOT / "__init__.pyi").read_text())
+    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == set(metarec_jax.__all__)
+    assert all(getattr(metarec_jax, name) is not None for name in names)

@@ -31,7 +31,8 @@ from metarec_jax.data.interactions import Interactions, Vocabulary  # noqa: E402
 from metarec_jax.data.io import bounds, datasets  # noqa: E402
 from metarec_jax.data.io.histories import read_histories  # noqa: E402
 from metarec_jax.data.io.readers import read  # noqa: E402
-from metarec_jax.experiment import runs  # noqa: E402
+from metarec_jax.experiment import directory as directories  # noqa: E402
+from metarec_jax.experiment.run import open_run  # noqa: E402
 from metarec_jax.serving.history import Names, Unknown, parse_history, parse_table, rated  # noqa: E402
 
 
@@ -52,7 +53,7 @@ def run(tmp_path):
 
 def open_refused(folder: Path) -> str:
     with pytest.raises(MetarecError) as caught:
-        runs.open_run(folder)
+        directories.read(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -109,7 +110,7 @@ def test_no_module_can_load_a_pickle_or_evaluate_text():
 def test_a_name_stays_a_name(tmp_path):
     for name in ("../../x", "/etc/passwd", "..", ".", "", "a/../../b", "a\0b", "x\n"):
         data = Interactions(*tables_of(), name=name)
-        folder = runs.name_of(data)
+        folder = directories.name_of(data)
         assert Path(folder).name == folder
         assert folder not in ("", ".", "..")
         assert folder.isprintable()
@@ -281,7 +282,7 @@ def test_json_that_no_reader_should_follow(run, spoilt):
         assert "is damaged" in open_refused(run)
         (run / name).write_bytes(kept)
     (run / "result.json").write_text(spoilt)
-    assert runs.result(run) is None
+    assert directories.result(run) is None
     assert "has not been trained to its end" in open_refused(run)
     huge = run / "huge.json"
     huge.write_bytes(b" " * 101)
@@ -314,9 +315,9 @@ def history_refused(path: Path) -> str:
 
 
 def test_a_run_as_it_was_left_is_opened(run):
-    opened = runs.open_run(run)
-    assert runs.fingerprint(opened.data) == runs.fingerprint(stored.world())
-    assert opened.known.item_row.tolist() == [0, 1, 2, 3, 4]
+    opened = directories.read(run)
+    assert directories.fingerprint(opened.data) == directories.fingerprint(stored.world())
+    assert opened.catalogue.item_row.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_data_of_another_run_is_noticed(run):
@@ -326,7 +327,7 @@ def test_the_data_of_another_run_is_noticed(run):
     renamed = replace(data, titles=data.titles[::-1].copy())
     moved = replace(data, items=Vocabulary(data.items.ids + 1))
     for other in (others, renamed, moved):
-        runs.write_cache(other, run / "data.parquet")
+        directories.write_cache(other, run / "data.parquet")
         assert "data.parquet is not the data that" in open_refused(run)
 
 
@@ -338,7 +339,7 @@ def test_the_catalogue_of_another_run_is_noticed(run):
     told = json.loads((run / "config.json").read_text())
     del told["files"]  # as older runs were written
     (run / "config.json").write_text(json.dumps(told))
-    assert runs.open_run(run).known.item_row.tolist() == [0, 1, 0, 3, 4]
+    assert directories.read(run).catalogue.item_row.tolist() == [0, 1, 0, 3, 4]
     np.savez_compressed(run / "catalogue.npz", **held | {"item_row": np.array([0, 2, 1, 3, 4], np.int32)})
     assert "catalogue.npz is not the catalogue that" in open_refused(run)
 
@@ -352,7 +353,7 @@ def test_the_configuration_of_another_run_is_noticed(run):
         (run / "config.json").write_text(kept.replace(old, new, 1))
         assert said in open_refused(run)
     (run / "config.json").write_text(kept.replace('"name": "world.csv"', '"name": "moved.csv"'))
-    assert runs.open_run(run).config.data.name == "moved.csv"  # data may lie elsewhere
+    assert directories.read(run).config.data.name == "moved.csv"  # data may lie elsewhere
 
 
 def test_the_checkpoint_of_other_shapes_is_noticed(run, tmp_path):
@@ -360,7 +361,7 @@ def test_the_checkpoint_of_other_shapes_is_noticed(run, tmp_path):
     for name in ("config.json", "identity.json"):
         (run / name).write_text((run / name).read_text().replace('"size": 2', '"size": 3', 1))
     with pytest.raises(MetarecError, match="does not fit this program"):
-        runs.method(runs.open_run(run))
+        open_run(run)
 
 
 def test_a_history_of_another_catalogue_is_noticed(capsys):

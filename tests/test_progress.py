@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from metarec_jax.commands.evaluate import Phases
+from metarec_jax.experiment.phases import Phases
 from metarec_jax.training.progress import Progress, read_history
 
 

@@ -1,5 +1,7 @@
 """What a run serves: the numbers it was trained for, with derivatives that tell what moved a score."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,23 +10,22 @@ import pytest
 from metarec_jax.core import Examples
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
-from metarec_jax.experiment import config, runs
+from metarec_jax.experiment import config
+from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_learner, build_model
+from metarec_jax.experiment.run import Run
 from metarec_jax.serving.recommender import Recommender
-from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 
 DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
 
 @pytest.mark.parametrize("given", ["reptile:inner_steps=2", "maml:inner_steps=2:first_order=true"])
-def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
+def test_first_order_in_training_is_no_silence_on_why(given):
     learned = config.learner_of(given, {})
     whole = config.Config(model=config.ModelConfig(size=2), learner=learned)
     learner = build_learner(whole, DATA)
     params = learner.init(jax.random.key(0))
-    with Checkpoints(tmp_path, identity={}) as checkpoints:
-        checkpoints.save(1, {"params": params}, wait=True)
-    served = runs.method(runs.Run(tmp_path, whole, DATA, catalogue(DATA), learner))
+    served = Run(whole, DATA, catalogue(DATA), learner, params).method
     inputs = {"user_id": jnp.zeros(1, jnp.int32), "item_id": jnp.arange(1, 4)}
     inputs |= {name: jnp.asarray(f.values)[jnp.arange(1, 4)] for name, f in DATA.item_features.items()}
     inputs |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
@@ -42,44 +43,41 @@ def test_first_order_in_training_is_no_silence_on_why(tmp_path, given):
     np.testing.assert_allclose(told, best.score - best.prior, rtol=0.03, atol=2e-3)
 
 
-def test_other_numbers_of_inner_steps(tmp_path):
+def test_other_numbers_of_inner_steps():
     """Trained with 2 steps: 0, 1, 2 and 4 are shown; 2 are the run's own numbers, 0 steps move nothing."""
     whole = config.Config(
         model=config.ModelConfig(size=2), learner=config.LearnerConfig("maml", {"inner_steps": 2, "only": None})
     )
     learner = build_learner(whole, DATA)
-    with Checkpoints(tmp_path, identity={}) as checkpoints:
-        checkpoints.save(1, {"params": learner.init(jax.random.key(0))}, wait=True)
-    run = runs.Run(tmp_path, whole, DATA, catalogue(DATA), learner)
-    shown = runs.by_inner_steps(run)
+    run = Run(whole, DATA, catalogue(DATA), learner, learner.init(jax.random.key(0)))
+    shown = run.by_inner_steps()
     assert list(shown) == [0, 1, 2, 4]
     rows = {"user_id": jnp.zeros(1, jnp.int32), "item_id": jnp.arange(1, 4)}
     rows |= {name: jnp.asarray(f.values)[jnp.arange(1, 4)] for name, f in DATA.item_features.items()}
     rows |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
     support = Examples(rows, jnp.array([5.0, 1.0, 4.0]), jnp.ones(3))
     scores = {k: m.predict(m.params, m.adapt(m.params, support, jax.random.key(1)), rows) for k, m in shown.items()}
-    own = runs.method(run)
+    own = run.method
     np.testing.assert_allclose(
         scores[2], own.predict(own.params, own.adapt(own.params, support, None), rows), rtol=1e-6
     )
     prior = build_model(whole.model, DATA).apply({k: v for k, v in own.params.items() if k != "rule"}, rows)
     np.testing.assert_allclose(scores[0], prior, rtol=1e-6)
     assert float(np.abs(scores[4] - scores[2]).max()) > 1e-3
-    ridge = run._replace(config=config.Config())
-    assert runs.by_inner_steps(ridge) == {}
+    assert replace(run, config=config.Config()).by_inner_steps() == {}
 
 
 def test_two_parts_differ_by_their_rows():
     part = DATA.take(np.arange(len(DATA)) > 0)
-    assert runs.rows_digest(part) == runs.rows_digest(DATA.take(np.arange(1, len(DATA))))
-    assert runs.rows_digest(part) != runs.rows_digest(DATA)
+    assert directories.rows_digest(part) == directories.rows_digest(DATA.take(np.arange(1, len(DATA))))
+    assert directories.rows_digest(part) != directories.rows_digest(DATA)
 
 
 def test_another_partition_under_the_same_name_is_another_run(tmp_path):
     file = tmp_path / "part.csv"
     whole = config.Config(split=config.SplitConfig(partition=str(file)))
     file.write_text("user_id,item_id,state\n1,2,warm\n")
-    before = runs.identity(whole, DATA)
-    assert runs.identity(whole, DATA) == before
+    before = directories.identity(whole, DATA)
+    assert directories.identity(whole, DATA) == before
     file.write_text("user_id,item_id,state\n1,2,user_cold\n")
-    assert runs.identity(whole, DATA) != before
+    assert directories.identity(whole, DATA) != before

@@ -17,7 +17,7 @@ from benchmarks.hostile import mutate
 from metarec_jax.core import MetarecError, MetarecWarning
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.experiment import runs
+from metarec_jax.experiment import directory as directories
 
 Files = dict[str, bytes]
 """A folder: contents by relative path."""
@@ -119,8 +119,11 @@ def check_interactions(data: Interactions, several: bool = True) -> None:
                 hold(feature.values.max(initial=0) < feature.vocabulary.num_rows, f"{name} beyond its vocabulary")
             hold(not feature.values[0].any(), f"row 0 of {name} is not empty")
     json.dumps(describe(data), allow_nan=False).encode()
-    hold(len(runs.fingerprint(data)) == 64 and bool(runs.name_of(data)), "no fingerprint")
-    hold("/" not in runs.name_of(data) and runs.name_of(data) not in (".", ".."), "a name that leaves its folder")
+    hold(len(directories.fingerprint(data)) == 64 and bool(directories.name_of(data)), "no fingerprint")
+    hold(
+        "/" not in directories.name_of(data) and directories.name_of(data) not in (".", ".."),
+        "a name that leaves its folder",
+    )
     for note in filter(None, data.notes):
         check_message(note)
 

@@ -26,7 +26,8 @@ from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io import datasets, movielens
 from metarec_jax.data.io.cache import read_cache, write_cache
-from metarec_jax.experiment import config, runs
+from metarec_jax.experiment import config
+from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_learner
 from metarec_jax.serving.history import Names, feature_columns
 from metarec_jax.training.checkpoints import checkpoint, folders
@@ -114,7 +115,7 @@ def _enter_datasets(folder: Path) -> None:
     else:
         data = datasets._named("tiny", tiny(), folder / "tiny", offline=True)
     check_interactions(data)
-    hold(runs.fingerprint(data) == runs.fingerprint(_tiny_data()), "another data set under the same sums")
+    hold(directories.fingerprint(data) == directories.fingerprint(_tiny_data()), "another data set under the same sums")
     hold(not (folder.parent / "x").exists(), "a file outside")
 
 
@@ -158,14 +159,14 @@ def run_files() -> Files:
     learner = build_learner(RUN, world())
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        with Checkpoints(folder, identity=runs.identity(RUN, world())) as checkpoints:
-            runs.write(folder, RUN, world(), world(), catalogue(world()))
+        with Checkpoints(folder, identity=directories.identity(RUN, world())) as checkpoints:
+            directories.write(folder, RUN, world(), world(), catalogue(world()))
             params = learner.init(jax.random.key(0))
             checkpoints.save(3, {"params": params}, metrics={"loss": 0.5}, best=True, wait=True)
         for note in (folder / "checkpoints").glob("*/*/commit_success.txt"):  # Orbax writes where it was saved
             note.write_text("Checkpoint commit was successful")
             folders.mark(note.parent)
-        runs.write_json(folder / "result.json", {"step": 3, "stopped": "finished"})
+        directories.write_json(folder / "result.json", {"step": 3, "stopped": "finished"})
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.75}\n{"step": 3, "loss": 0.5}\n')
         return taken(folder)
 
@@ -198,9 +199,9 @@ def _spoil_runs(rng: Random, good: Files) -> Files:
 
 def _enter_runs(folder: Path) -> None:
     read_history(folder / "metrics.jsonl")
-    run = runs.open_run(folder)
+    run = directories.read(folder)
     check_interactions(run.data, several=False)
-    for rows, ids in ((run.known.user_row, run.data.users), (run.known.item_row, run.data.items)):
+    for rows, ids in ((run.catalogue.user_row, run.data.users), (run.catalogue.item_row, run.data.items)):
         hold(rows.shape == (ids.num_rows,) and rows.dtype == np.int32, "rows of the catalogue")
         values = np.asarray(rows)
         hold(bool(((values == 0) | (values == np.arange(len(values)))).all()), "a row of the catalogue is another's")

@@ -8,7 +8,7 @@ from pathlib import Path
 from metarec_jax.commands.doctor import line
 from metarec_jax.data.io.datasets import describe
 from metarec_jax.experiment import config as configs
-from metarec_jax.experiment import runs
+from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_data
 from metarec_jax.messages import printable
 
@@ -16,7 +16,7 @@ from metarec_jax.messages import printable
 def data(config: configs.DataConfig, *, data_dir: Path | None, as_json: bool) -> int:
     """``metarec data``: what is in a data set."""
     found = describe(build_data(config, data_dir=data_dir))
-    print(runs.summary(found))
+    print(directories.summary(found))
     line("density", f"{found['density']:.3%}")
     for name in ("per_user", "per_item"):
         line(name.replace("_", " "), "  ".join(f"{k} {v:,.0f}" for k, v in found[name].items()))

@@ -12,9 +12,8 @@ from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io.export import check_suffix, write_rows
 from metarec_jax.data.io.histories import Histories, read_features, read_histories
-from metarec_jax.experiment import runs
-from metarec_jax.experiment.build import build_loss, negatives
 from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.experiment.run import Run, open_run
 from metarec_jax.messages import listed, printable, shown
 from metarec_jax.serving.history import Unknown, feature_name, rated, spoken
 from metarec_jax.serving.recommender import Influence, Recommendations, Recommender
@@ -52,14 +51,8 @@ def recommend(
     if history is None and (given := [role for role, name in columns.items() if name is not None and role != "user"]):
         raise MetarecError(f"--{given[0]}-col names a column of --history, which is not given; leave it out")
     compile_cache()
-    run = runs.open_run(directory)
-    serve = Recommender(
-        runs.method(run),
-        run.data,
-        run.known,
-        negatives=negatives(run.config.tasks, run.data),
-        predicts_ratings=build_loss(run.config.learner, run.data).__name__ in ("mse", "mae"),
-    )
+    run = open_run(directory)
+    serve = run.recommender()
     if many:
         rows, extra = _many(serve, run, history, user_features, columns, top, why, out is None)
     else:
@@ -80,7 +73,7 @@ _Rows = tuple[list[dict[str, Any]], dict[str, Any]]
 
 def _single(
     serve: Recommender,
-    run: runs.Run,
+    run: Run,
     rates: dict[str, list[Any]],
     features: dict[str, str],
     top: int,
@@ -103,7 +96,7 @@ def _single(
 
 def _many(
     serve: Recommender,
-    run: runs.Run,
+    run: Run,
     history: Path | None,
     user_features: Path | None,
     columns: Mapping[str, str | None],
@@ -228,7 +221,9 @@ def _click(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def _tell_unknown(unknown: Sequence[Unknown], names: Collection[Any], directory: Path, data: Interactions) -> None:
+def _tell_unknown(
+    unknown: Sequence[Unknown], names: Collection[Any], directory: Path | None, data: Interactions
+) -> None:
     """Say which names were skipped.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import expit, ndtr
@@ -180,6 +181,16 @@ def synthetic(
         name=f"synthetic:{num_users}x{num_items}",
     )
     return Synthetic(data, best, truth)
+
+
+@functools.wraps(synthetic, assigned=("__annotations__",))
+def interactions(*args: Any, **kwargs: Any) -> Interactions:
+    """The data of `synthetic`, without what is known of how it was made.
+
+    >>> interactions(100, 50, ratings_per_user=(10, 20)).items.num_rows
+    51
+    """
+    return synthetic(*args, **kwargs).data
 
 
 def checkerboard(num_users: int, num_items: int, *, implicit: bool = False, leave_out: bool = True) -> Interactions:

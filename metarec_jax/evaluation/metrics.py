@@ -299,9 +299,12 @@ def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
     Array([2, 3], dtype=int32)
     """
     scores, draw = _ordered(scores), jax.random.bits(key, scores.shape, jnp.uint32)
-    mine, luck = scores[items][:, None], draw[items][:, None]
-    before = (scores[None] > mine) | ((scores[None] == mine) & (draw[None] > luck))
-    return 1 + jnp.sum(before & where[None], axis=-1, dtype=jnp.int32)
+
+    def rank(item: Array) -> Array:
+        before = (scores > scores[item]) | ((scores == scores[item]) & (draw > draw[item]))
+        return 1 + jnp.sum(before & where, dtype=jnp.int32)
+
+    return jax.lax.map(rank, items)
 
 
 def of_ranks(

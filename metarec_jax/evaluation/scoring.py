@@ -110,7 +110,10 @@ def query_ranks(
     return Ranked(np.asarray(_ranks(scores, free, tasks.query_item, keys)), free.sum(axis=1, dtype=np.int32), finite)
 
 
-_ranks = jax.jit(jax.vmap(metrics.ranks_among))
+@jax.jit
+def _ranks(scores: Array, free: Array, items: Array, keys: Array) -> Array:
+    """Ranks ``[U, Q]``, one user after the other: a row of scores stays in the cache for all that is asked of it."""
+    return jax.lax.map(lambda user: metrics.ranks_among(*user), (scores, free, items, keys))
 
 
 def candidates(tasks: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.ndarray:

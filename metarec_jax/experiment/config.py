@@ -236,6 +236,34 @@ class Config:
             )
 
 
+def configure(learner: str | LearnerConfig, data: str | None, settings: Mapping[str, Any]) -> Config:
+    """The configuration of a learner, a data set or file (None: data in memory) and settings by their flags.
+
+    Raises:
+      MetarecError: a setting that is not known, or a value that does not fit.
+
+    >>> configure("ridge", None, {"steps": 5, "split_seed": 1}).split.seed
+    1
+    """
+    sections = {name: kind for name, kind in typing.get_type_hints(Config).items() if name != "learner"}
+    places = {
+        f.metadata["flag"] or f.name: (name, f.name)
+        for name, kind in sections.items()
+        for f in dataclasses.fields(kind)
+        if (name, f.name) != ("data", "name")
+    }
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for flag, value in settings.items():
+        known(flag, places, "the settings of a run")
+        section, field_name = places[flag]
+        values[section][field_name] = tuple(value) if isinstance(value, list) else value
+    if data is not None:
+        values["data"]["name"] = data
+    parts = {name: kind(**values[name]) for name, kind in sections.items()}
+    chosen = learner if isinstance(learner, LearnerConfig) else LearnerConfig(*registry.parse(learner))
+    return Config(**parts, learner=chosen)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain dicts and lists, for JSON."""
 

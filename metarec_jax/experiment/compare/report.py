@@ -14,7 +14,7 @@ from metarec_jax.evaluation import diagnostics
 from metarec_jax.evaluation.intervals import FEWEST_USERS
 from metarec_jax.evaluation.results import Report
 from metarec_jax.experiment import config as configs
-from metarec_jax.experiment import runs
+from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import inner_rate
 from metarec_jax.experiment.compare.cells import Cell
 from metarec_jax.experiment.compare.choice import (
@@ -111,7 +111,7 @@ def tell(
         "choice": None if choice is None else _plain(choice),
         "folder": str(folder),
     }
-    runs.write_json(folder / "compare.json", found)
+    directories.write_json(folder / "compare.json", found)
     print(f"\nreport: {page}")
     return found
 

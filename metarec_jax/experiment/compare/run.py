@@ -24,7 +24,7 @@ from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
 from metarec_jax.experiment import config as configs
-from metarec_jax.experiment import runs
+from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_data, build_learner, build_source, build_split, open_store, settled
 from metarec_jax.experiment.compare import cells
 from metarec_jax.experiment.compare.cells import Cell
@@ -96,14 +96,14 @@ def compare(
     _say(f"reading {config.data.name}")
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
-    print(f"{data.name}: {runs.summary({'counts': counts})}")
+    print(f"{data.name}: {directories.summary({'counts': counts})}")
     for note in remarks(data):
         print(f"  note: {note}")
     relevant_from(data, liked_from)  # refused before training
     if ours is None:
         ours = learners_of(config, default_learners(data), flags)
     entries = all_entries(config, data, ours, plain)
-    folder = out or Path("runs") / f"compare-{runs.name_of(data)}"
+    folder = out or Path("runs") / f"compare-{directories.name_of(data)}"
     if fresh:
         _clear_all(folder / "cells")
     try:
@@ -152,7 +152,7 @@ def _measure(
     liked_from: float | None,
 ) -> dict[tuple[str, int], Cell]:
     """All cells, by name and seed: read where they are, else measured."""
-    base, wanted = runs.identity(entries[0].config, data), []
+    base, wanted = directories.identity(entries[0].config, data), []
     relevant = relevant_from(data, liked_from)
     table: dict[tuple[str, int], Cell] = {}
     for seed in range(seeds):
@@ -368,7 +368,7 @@ def _train(
 
     def noted(step: int, row: Mapping[str, float]) -> None:
         nonlocal spoken
-        runs.write_json(folder / "elapsed.json", {"seconds": spent()})
+        directories.write_json(folder / "elapsed.json", {"seconds": spent()})
         if time.perf_counter() - spoken > _SECONDS_BETWEEN_LINES:
             spoken = time.perf_counter()
             _say(f"  step {step} of {settings.steps}, {spent():.0f} s")

@@ -6,67 +6,52 @@ saw), ``checkpoints/``, ``metrics.jsonl``, and ``result.json`` once training has
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import files
-from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.core import MetarecError
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Feature, Interactions
 from metarec_jax.data.io.bounds import read_arrays, read_json
 from metarec_jax.data.io.cache import read_cache, write_cache
-from metarec_jax.data.splits import Split
-from metarec_jax.data.store import held_out
 from metarec_jax.data.tasks import Catalogue, catalogue
 from metarec_jax.experiment import config as configs
-from metarec_jax.experiment.build import build_learner, build_split, with_inner_steps
 from metarec_jax.messages import one_line, shown
 from metarec_jax.training.checkpoints import checkpoint
 
+_WRITTEN = ("result.json", "tuned.json", "metrics.jsonl", "report.md", "report.html", "config.json")
 _FILES = ("data.parquet", "catalogue.npz")
 """Files whose sha256 stands in the configuration."""
 
 
-class Run(NamedTuple):
-    """A run directory, opened.
+class Stored(NamedTuple):
+    """What a run directory holds beside the parameters.
 
     Attributes:
-      config: how it was trained.
-      data: what it was trained and tested on.
-      known: its catalogue: items that training never saw have row 0.
-      trained: digest of the interactions it was trained on; None in a run that noted none.
-      learner: as configured.
+      trained_on: digest of the interactions it was trained on; None in a run that noted none.
       part: of a run that streamed a store, int8 ``[data.users.num_rows]``: which users of ``data`` were held out.
     """
 
     directory: Path
     config: configs.Config
     data: Interactions
-    known: Catalogue
-    learner: Learner
-    trained: str | None = None
-    part: np.ndarray | None = None
-
-
-def split_of(run: Run) -> Split:
-    """How the data of a run was parted."""
-    if run.part is not None:
-        return held_out.split_of(run.data, run.part)
-    return build_split(run.config.split, run.data)
+    catalogue: Catalogue
+    trained_on: str | None
+    part: np.ndarray | None
 
 
 def name_of(data: Interactions) -> str:
@@ -160,19 +145,19 @@ def result(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def open_run(directory: str | os.PathLike[str]) -> Run:
-    """Open a run that has ended.
+def read(directory: str | os.PathLike[str]) -> Stored:
+    """Read a run that has ended, all but its parameters.
 
     Raises:
       MetarecError: no run there, one that is still to be trained, or one whose files do not belong together.
     """
     run = Path(directory)
     if not run.is_dir() or not (run / "identity.json").is_file():
-        raise MetarecError(f"{run} is no run directory{_others(run)}")
+        raise MetarecError(f"{run} is not a run directory{_others(run)}")
     ended = result(run)
     if ended is None:
         saved = checkpoint.saved_metrics(run, which="latest")
-        at = "it has no checkpoint yet" if saved is None else f"it stands at step {saved[0]}"
+        at = "it has no checkpoint yet" if saved is None else f"it is at step {saved[0]}"
         raise MetarecError(f"{run} has not been trained to its end ({at}); run its metarec fit command again to resume")
     try:
         stored, identity = read_json(run / "config.json"), read_json(run / "identity.json")
@@ -210,7 +195,7 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         )
     known = catalogue(data)._replace(user_row=jnp.asarray(rows["user_row"]), item_row=jnp.asarray(rows["item_row"]))
     held = None if part is None else np.clip(part, 0, 2).astype(np.int8)
-    return Run(run, config, data, known, build_learner(config, data), trained, held)
+    return Stored(run, config, data, known, trained, held)
 
 
 def _differing(stored: Any, identity: Any) -> list[str]:
@@ -222,37 +207,6 @@ def _differing(stored: Any, identity: Any) -> list[str]:
     return [*map(shown, parts), *(["the data"] if identity["data"] != stored["data"] else [])]
 
 
-def method(run: Run) -> Method:
-    """The trained method of a run: its best parameters.
-
-    It adapts as in training, to the same numbers; but where training took inner gradients for constants (Reptile, first
-    order), a derivative through this adaptation is whole: without it no feedback would seem to move a score.
-    """
-    like = jax.eval_shape(run.learner.init, jax.random.key(0))
-    params = checkpoint.load_params(run.directory, like=like)
-    learner, given = run.learner, run.config.learner
-    if given.name == "reptile" or given.options.get("first_order"):
-        learner = _with_steps(run, given.options["inner_steps"])
-    return Method(params, learner.adapt, learner.predict, learner.tables)
-
-
-def by_inner_steps(run: Run) -> dict[int, Method]:
-    """The trained parameters adapted by other numbers of inner steps, 0 to twice those of training; {} for ridge."""
-    given = run.config.learner
-    if given.name not in ("maml", "reptile") or given.options["rule"] == "lslr":  # with rates of its own for each step
-        return {}
-    params, trained = method(run).params, given.options["inner_steps"]
-    learners = {k: _with_steps(run, k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}
-    return {k: Method(params, learner.adapt, learner.predict, learner.tables) for k, learner in learners.items()}
-
-
-def _with_steps(run: Run, inner_steps: int) -> Learner:
-    """The run's learner with another number of inner steps, second order."""
-    given = with_inner_steps(run.config.learner, inner_steps)
-    assert given is not None, "asked of learners that take inner steps"
-    return build_learner(dataclasses.replace(run.config, learner=given), run.data)
-
-
 def _others(run: Path) -> str:
     near = sorted(p.parent for p in run.parent.glob("*/identity.json")) if run.parent.is_dir() else []
     if not near:
@@ -261,6 +215,14 @@ def _others(run: Path) -> str:
     if close:
         return f"; perhaps you meant {run.parent / close[0]}"
     return f"; here are {', '.join(map(str, near[:5]))}"
+
+
+def clear(directory: Path) -> None:
+    """Delete a run's files; what the user put there stays."""
+    for name in ("evaluation", "tensorboard", "plots"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (*_FILES, *_WRITTEN):
+        (directory / name).unlink(missing_ok=True)
 
 
 def other_data(directory: Path, config: configs.Config, data: Interactions) -> str:

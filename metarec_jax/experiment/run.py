@@ -1,0 +1,605 @@
+"""One run: a recommender trained by a configuration, in memory or in a directory that resumes; measured, asked, saved.
+
+``metarec fit`` and `train` are this file: load the data, hold users and items out, draw tasks, start, train with
+validation, keep the best parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metarec_jax import signals
+from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.splits import Split
+from metarec_jax.data.store import held_out
+from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
+from metarec_jax.evaluation.diagnostics import Convergence
+from metarec_jax.evaluation.evaluate import evaluate
+from metarec_jax.evaluation.results import Report, merge
+from metarec_jax.experiment import config as configs
+from metarec_jax.experiment import directory as directories
+from metarec_jax.experiment.build import (
+    build_data,
+    build_learner,
+    build_loss,
+    build_source,
+    build_split,
+    build_stream,
+    negatives,
+    open_store,
+    settled,
+    with_inner_steps,
+)
+from metarec_jax.experiment.diagnose import diagnose
+from metarec_jax.experiment.phases import Phases
+from metarec_jax.experiment.protocol import (
+    VALIDATION_USERS,
+    fixed_tasks,
+    liked,
+    measuring_options,
+    training_options,
+)
+from metarec_jax.serving.recommender import Recommender
+from metarec_jax.training.checkpoints import checkpoint
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
+from metarec_jax.training.checkpoints.lock import AnotherRun
+from metarec_jax.training.devices import launch, processes
+from metarec_jax.training.devices.budget import free as free_memory
+from metarec_jax.training.devices.budget import spoken as bytes_in_words
+from metarec_jax.training.loop import FitResult, fit
+from metarec_jax.training.progress import Progress
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from metarec_jax.data.store.held_out import Held
+    from metarec_jax.data.store.opened import Store
+
+CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
+"""Support sizes at which a run is also measured."""
+Say = Callable[[str], None]
+
+
+class Measurement(NamedTuple):
+    """What measuring a run gives.
+
+    Attributes:
+      report: the run's method beside the tuned baselines.
+      by_inner_steps: the trained parameters after fewer and more inner steps; None without inner steps.
+      convergence: of the inner loop on validation tasks; None without inner steps.
+      liked: what counts as liked, in words.
+    """
+
+    report: Report
+    by_inner_steps: Report | None
+    convergence: Convergence | None
+    liked: str
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained recommender, and all that it was trained with.
+
+    Attributes:
+      config: how it was trained.
+      data: what it was trained and tested on.
+      catalogue: of ``data``; items that training never saw have row 0.
+      learner: as configured.
+      params: the trained parameters, the best by validation.
+      directory: where it is on disk; None for a run in memory.
+      part: of a run that streamed a store, int8 ``[data.users.num_rows]``: which users of ``data`` were held out.
+      trained_on: digest of the interactions it was trained on, where it was noted.
+    """
+
+    config: configs.Config
+    data: Interactions
+    catalogue: Catalogue
+    learner: Learner
+    params: Params
+    directory: Path | None = None
+    part: np.ndarray | None = None
+    trained_on: str | None = None
+
+    @cached_property
+    def parts(self) -> Split:
+        """The data as it was split: train, validation and test.
+
+        Raises:
+          MetarecError: the split is another one now, so that the run may have learned what is held out.
+        """
+        if self.part is not None:
+            parts = held_out.split_of(self.data, self.part)
+        else:
+            parts = build_split(self.config.split, self.data)
+        if self.trained_on not in (None, directories.rows_digest(parts.train)):
+            back = f"put {self.config.split.partition} back, or " if self.config.split.partition else ""
+            raise MetarecError(
+                f"{self.directory} was trained on other rows than its split gives now, so it may have learned what is "
+                f"held out; {back}train again with --fresh"
+            )
+        return parts
+
+    @cached_property
+    def method(self) -> Method:
+        """The trained method.
+
+        It adapts as in training, to the same numbers; but where training treated inner gradients as constants (Reptile,
+        first order), a derivative through this adaptation is whole: without it no feedback would seem to move a score.
+        """
+        options = self.config.learner.options
+        first_order = self.config.learner.name == "reptile" or options.get("first_order")
+        learner = self._with_steps(options["inner_steps"]) if first_order else self.learner
+        return Method(self.params, learner.adapt, learner.predict, learner.tables)
+
+    def by_inner_steps(self) -> dict[int, Method]:
+        """The trained parameters adapted by 0 to twice the inner steps of training; {} for learners without them."""
+        name, options = self.config.learner.name, self.config.learner.options
+        if name not in ("maml", "reptile") or options["rule"] == "lslr":  # which has rates of its own for each step
+            return {}
+        trained = options["inner_steps"]
+        learners = {k: self._with_steps(k) for k in sorted({0, 1, (trained + 1) // 2, trained, 2 * trained})}
+        return {k: Method(self.params, one.adapt, one.predict, one.tables) for k, one in learners.items()}
+
+    def _with_steps(self, inner_steps: int) -> Learner:
+        """The run's learner with another number of inner steps, second order."""
+        chosen = with_inner_steps(self.config.learner, inner_steps)
+        assert chosen is not None, "asked of learners that take inner steps"
+        return build_learner(dataclasses.replace(self.config, learner=chosen), self.data)
+
+    def recommender(self) -> Recommender:
+        """The method as a service: adapts to a user, recommends, and says why."""
+        return Recommender(
+            self.method,
+            self.data,
+            self.catalogue,
+            negatives=negatives(self.config.tasks, self.data),
+            predicts_ratings=build_loss(self.config.learner, self.data).__name__ in ("mse", "mae"),
+        )
+
+    def evaluate(self, *, seeds: int = 1, max_users: int = 1000, liked_from: float | None = None) -> Report:
+        """Measure on the test part, beside the tuned baselines; the table that ``metarec fit`` prints.
+
+        Args:
+          seeds: draws of support and query to average over.
+          max_users: test users per scenario, at most; more are sampled.
+          liked_from: rating from which an item counts as liked; None: three quarters of the scale.
+        """
+        return self.measure(seeds=seeds, max_users=max_users, liked_from=liked_from).report
+
+    def measure(
+        self,
+        *,
+        seeds: int = 1,
+        max_users: int = 1000,
+        liked_from: float | None = None,
+        phases: Phases | None = None,
+        say: Say | None = None,
+    ) -> Measurement:
+        """`evaluate`, with what a report shows beside it.
+
+        Args:
+          seeds, max_users, liked_from: as in `evaluate`.
+          phases: times the parts, and prints progress.
+          say: called with a line per tuned baseline.
+        """
+        from metarec_jax.baselines.tuning import fit_baselines
+
+        config, data, phases = self.config, self.data, phases or Phases()
+        liking = liked(data, liked_from)
+        with phases("baselines"):
+            validation = fixed_tasks(config, self.parts, self.parts.validation, seed=0, max_users=VALIDATION_USERS)
+            _on_stderr("tuning the baselines")
+            tuned = None if self.directory is None else _Tuned(self.directory, config, data)
+            baselines = fit_baselines(
+                self.parts.train, self.catalogue, validation, say=say or _nothing, kept={} if tuned is None else tuned
+            )
+        methods: dict[str, Method] = {config.learner.name: self.method} | baselines
+        with phases("evaluate"):
+            _on_stderr(f"evaluating {len(methods)} methods")
+            reports = [
+                evaluate(
+                    methods,
+                    fixed_tasks(config, self.parts, self.parts.test, seed=seed, max_users=max_users),
+                    self.catalogue,
+                    catalogue_ranking=True,
+                    curve=CURVE,
+                    baselines=tuple(baselines),
+                    seed=seed,
+                    progress=phases.progress,
+                    **measuring_options(data, methods, liked_from),
+                )
+                for seed in range(seeds)
+            ]
+            by_steps = self._measure_inner_steps(max_users, liked_from)
+            curves = diagnose(config, data, self.params, self.catalogue, validation)
+        return Measurement(merge(reports), by_steps, curves, liking)
+
+    def _measure_inner_steps(self, max_users: int, liked_from: float | None) -> Report | None:
+        """`by_inner_steps` on new users, else on the first of the test scenarios."""
+        methods = {str(k): method for k, method in self.by_inner_steps().items()}
+        if not methods:
+            return None
+        test = self.parts.test
+        scenario = "user_cold" if "user_cold" in test else next(iter(test))
+        return evaluate(
+            methods,
+            fixed_tasks(self.config, self.parts, {scenario: test[scenario]}, seed=0, max_users=max_users),
+            self.catalogue,
+            catalogue_ranking=self.data.implicit,
+            **measuring_options(self.data, methods, liked_from),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Run:
+        """Write the run into a new directory, for `open_run` and the command line; returns it as it is there.
+
+        Raises:
+          MetarecError: there is something else at the path.
+        """
+        to = Path(path)
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise MetarecError(f"{to} exists and is not an empty folder; give the path of a new one")
+        to.mkdir(parents=True, exist_ok=True)
+        directories.write(to, self.config, self.data, self.parts.train, self.catalogue, self.part)
+        with Checkpoints(to, identity=directories.identity(self.config, self.data), say=_nothing) as checkpoints:
+            checkpoints.save(0, {"params": self.params}, best=True, wait=True)
+        directories.write_json(to / "result.json", {"step": self.config.train.steps, "stopped": "finished"})
+        return dataclasses.replace(self, directory=to)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.directory is None else str(self.directory)
+        return f"Run({self.config.learner} on {self.data.name}, {where})"
+
+
+class _Tuned(dict[str, dict[str, Any]]):
+    """What tuning found, by baseline, kept in ``tuned.json`` of the run: a measurement that was ended reuses it."""
+
+    def __init__(self, directory: Path, config: configs.Config, data: Interactions) -> None:
+        self._path = directory / "tuned.json"
+        self._identity = json.loads(json.dumps(directories.identity(config, data)))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._path.read_text())
+            if kept["identity"] == self._identity:
+                super().__init__(kept["tuned"])
+
+    def __setitem__(self, name: str, settings: dict[str, Any]) -> None:
+        super().__setitem__(name, settings)
+        directories.write_json(self._path, {"identity": self._identity, "tuned": self})
+
+
+def open_run(directory: str | os.PathLike[str]) -> Run:
+    """Open a run that has ended.
+
+    Raises:
+      MetarecError: no run there, one that is still to be trained, or one whose files do not belong together.
+    """
+    stored = directories.read(directory)
+    learner = build_learner(stored.config, stored.data)
+    like = jax.eval_shape(learner.init, jax.random.key(0))
+    params = checkpoint.load_params(stored.directory, like=like)
+    return Run(
+        stored.config, stored.data, stored.catalogue, learner, params, stored.directory, stored.part, stored.trained_on
+    )
+
+
+class World(NamedTuple):
+    """What a run learns from. Of a store that is streamed, ``data`` is the part that came into memory."""
+
+    data: Interactions
+    store: Store | None = None
+    held: Held | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Of the store, where it is streamed."""
+        return None if self.held is None or self.store is None else self.store.digest
+
+
+class Prepared(NamedTuple):
+    """What training needs, built from a configuration; ``part`` as in `Run`."""
+
+    parts: Split
+    learner: Learner
+    source: TaskSource
+    catalogue: Catalogue
+    part: np.ndarray | None
+
+
+def load(config: configs.Config, data_dir: Path | None = None, say: Say = print) -> World:
+    """The data in memory; of a store that does not fit there, the users held out and a sample of the others."""
+    store = open_store(config.data)
+    if store is None:
+        return World(build_data(config.data, data_dir=data_dir))
+    from metarec_jax.data.store import opened
+
+    free, needed = free_memory(jax.local_devices()[0]), store.bytes_in_memory
+    size = f"{store.path}: {store.interactions:,} interactions take about {bytes_in_words(needed)} of memory"
+    if processes.decide(lambda: free is None or needed < free / 2):
+        say(f"{size}: all are loaded")
+        return World(opened.load(store))
+    say(f"{size}, of {bytes_in_words(free or 0)} that are free: they are streamed")
+    held = held_out.hold_out(
+        store,
+        validation=config.split.validation,
+        test=config.split.test,
+        seed=config.split.seed,
+        user_rows=config.tasks.user_rows,
+    )
+    say("  in memory: users held out, and a sample of the others for a warm start and the baselines")
+    return World(held.data, store, held)
+
+
+def prepare(config: configs.Config, world: World, say: Say = print) -> Prepared:
+    """All that may refuse the configuration, and is quick."""
+    data, held = world.data, world.held
+    parts = build_split(config.split, data) if held is None else held.split
+    for line in _split_lines(parts):
+        say(line)
+    learner = build_learner(config, data)
+    jax.eval_shape(learner.init, jax.random.key(0))
+    if world.store is not None and held is not None:
+        source = build_stream(config, world.store, held)
+        say(f"  streaming the histories of {len(held.users):,} users")
+        return Prepared(parts, learner, source, held.known, held.part)
+    source = build_source(config, parts.train)
+    for note in settled(config, parts.train):
+        say(f"  note: {note}")
+    return Prepared(parts, learner, source, catalogue(data, parts.train, config.tasks.user_rows), None)
+
+
+def _split_lines(parts: Split) -> Iterator[str]:
+    yield f"  training on {len(parts.train):,} interactions of {len(np.unique(parts.train.user)):,} users"
+    for name, part in parts.test.items():
+        yield f"  held out for test, {name}: {len(part):,} of {len(np.unique(part.user)):,} users"
+    for reason, count in parts.dropped.items():
+        yield f"  left out: {count:,} ({reason})"
+    for note in parts.notes:
+        yield f"  note: {note}"
+
+
+def open_checkpoints(
+    directory: Path, config: configs.Config, world: World, *, fresh: bool = False, say: Say = print
+) -> Checkpoints:
+    """The checkpoints of the run that this configuration and data make in ``directory``, which is made.
+
+    Raises:
+      MetarecError: the directory cannot be made, or holds another run.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetarecError(f"{directory} cannot be a run directory ({error.strerror}); give another") from error
+    identity = directories.identity(config, world.data, world.digest)
+    try:
+        return Checkpoints(directory, identity=identity, fresh=fresh, say=say)
+    except AnotherRun as error:
+        if error.other_data:
+            raise MetarecError(directories.other_data(directory, config, world.data)) from error
+        raise
+
+
+class Trained(NamedTuple):
+    """How a training ended: the result, and the number of the signal that came, if any did."""
+
+    result: FitResult
+    signal: int | None
+
+
+def fit_prepared(
+    config: configs.Config,
+    data: Interactions,
+    prepared: Prepared,
+    *,
+    directory: Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    phases: Phases | None = None,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+) -> Trained:
+    """Train to the end, or until a signal; with checkpoints, from where they are.
+
+    Args:
+      directory: where the run is written; None for a training in memory.
+    """
+    parts, learner, source, known, part = prepared
+    phases, steps = phases or Phases(), config.train.steps
+    written = directory if processes.is_first() else None
+    with phases("warm start"):
+        if written is not None:
+            directories.write(written, config, data, parts.train, known, part)
+        options = _options(config, data, prepared)
+    if directory is not None:
+        signals.keep(functools.partial(_what_is_kept, directory, steps))
+    with (
+        phases("train", silent=True),
+        launch.together("start all of them again with the same command to resume"),
+        signals.StopSignal() as stop,
+        Progress(
+            steps,
+            tasks=config.tasks.tasks,
+            path=None if written is None else written / "metrics.jsonl",
+            tensorboard=None if written is None else written / "tensorboard",
+            quiet=quiet or not processes.is_first(),
+        ) as progress,
+    ):
+        progress.note("compiling the outer step")
+        result = fit(
+            learner,
+            source,
+            checkpoints=None if checkpoints is None else _Resuming(checkpoints, progress),
+            progress=progress.update,
+            say=progress.start,
+            stop=launch.agreed(lambda: bool(stop)),
+            mesh=mesh,
+            **options,
+        )
+    if written is not None and result.stopped != "interrupted":
+        directories.write_json(written / "result.json", {"step": result.step, "stopped": result.stopped})
+    return Trained(result, stop.number)
+
+
+def _options(config: configs.Config, data: Interactions, prepared: Prepared) -> dict[str, Any]:
+    """The arguments of `fit` beside learner and source."""
+    parts, learner, _, known, _ = prepared
+    validation = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+    return training_options(config, learner, data, parts.train, known, validation)
+
+
+class Recipe(NamedTuple):
+    """What `train` gives to `fit`: ``fit(recipe.learner, recipe.source, **recipe.options)``.
+
+    Attributes:
+      parts: train, validation and test.
+      catalogue: of the data; items that training never sees have row 0.
+      source: tasks drawn from the training part.
+      options: start, optimisers, validation, steps and the rest, as keyword arguments of `fit`.
+    """
+
+    parts: Split
+    catalogue: Catalogue
+    learner: Learner
+    source: TaskSource
+    options: dict[str, Any]
+
+
+def recipe(learner: str | configs.LearnerConfig, data: Interactions, **settings: Any) -> Recipe:
+    """The parts of `train`, to take apart or to change: the same recommender, trained by hand.
+
+    Args:
+      learner, settings: as for `train`.
+
+    >>> import metarec_jax as mr
+    >>> made = mr.recipe("ridge", mr.synthetic(60, 40, ratings_per_user=(8, 12)), steps=4, size=2)
+    >>> mr.fit(made.learner, made.source, **made.options).step
+    4
+    """
+    config = configs.configure(learner, None, settings)
+    prepared = prepare(config, World(data), _nothing)
+    options = _options(config, data, prepared)
+    return Recipe(prepared.parts, prepared.catalogue, prepared.learner, prepared.source, options)
+
+
+def _what_is_kept(directory: Path, steps: int) -> str:
+    """What is on disk of a training that a signal ended without another save."""
+    saved = checkpoint.saved_metrics(directory, which="latest")
+    if saved is None:
+        return "nothing was trained yet"
+    return f"step {saved[0]} of {steps} is kept in {directory}, and the same command resumes there"
+
+
+class _Resuming:
+    """Checkpoints that report where training goes on."""
+
+    def __init__(self, checkpoints: Checkpoints, progress: Progress) -> None:
+        self._progress, self.save = progress, checkpoints.save
+        self._checkpoints = checkpoints
+
+    def restore(self, like: Any, *, which: Any = "latest") -> tuple[int, Any] | None:
+        restored = self._checkpoints.restore(like, which=which)
+        if which == "latest" and restored is not None:
+            self._progress.resume(restored[0])
+            self._progress.note(f"resuming at step {restored[0]}")
+        return restored
+
+
+def train(
+    learner: str | configs.LearnerConfig = "ridge",
+    data: Interactions | str | os.PathLike[str] = "ml-1m",
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    fresh: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a recommender as ``metarec fit`` does: the same split, tasks, start, optimisers, validation and early stop.
+
+    Args:
+      learner: a name of the registry with options, such as ``"leo:latent=4"`` (``metarec learners`` lists them).
+      data: interactions, the name of a data set, or the path of a file, a folder or a task store.
+      directory: where the run is written; interrupted, the same call resumes there. None: in memory.
+      fresh: start over, whatever the directory holds.
+      data_dir: cache of named data sets.
+      mesh: devices to share the work (`make_mesh`).
+      quiet: print no progress.
+      settings: options of ``metarec fit`` by their names there: ``steps``, ``lr``, ``seed``, ``size``, ``scenarios``,
+        ``split_seed``, ``support``, ``user_col``, ...
+
+    Returns:
+      The run: `Run.evaluate`, `Run.recommender`, `Run.save`.
+
+    Raises:
+      MetarecError: an unknown learner, option or setting; data that cannot be learned from; a directory of another run.
+      KeyboardInterrupt: a signal came; what was trained is saved in the directory.
+
+    >>> import metarec_jax as mr
+    >>> run = mr.train("ridge", mr.synthetic(60, 40, ratings_per_user=(8, 12)), steps=4, size=2, quiet=True)
+    >>> run
+    Run(ridge on synthetic:60x40, in memory)
+    >>> len(run.recommender().recommend({1: 3.0, 2: 1.0}, n=2))
+    2
+    """
+    config = configs.configure(learner, None if isinstance(data, Interactions) else os.fspath(data), settings)
+    say: Say = _nothing if quiet else _on_stderr
+    world = World(data) if isinstance(data, Interactions) else load(config, _path(data_dir), say)
+    to = _path(directory)
+    if to is not None and not fresh and directories.result(to) is not None:
+        with open_checkpoints(to, config, world, say=say):  # refuses another run
+            return open_run(to)
+    prepared = prepare(config, world, say)
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if to is not None:
+            checkpoints = stack.enter_context(open_checkpoints(to, config, world, fresh=fresh, say=say))
+            if fresh:
+                directories.clear(to)
+        result, number = fit_prepared(
+            config,
+            world.data,
+            prepared,
+            directory=to,
+            checkpoints=checkpoints,
+            phases=Phases(say=say),
+            mesh=mesh,
+            quiet=quiet,
+        )
+        if checkpoints is not None:
+            checkpoints.wait()
+    if result.stopped == "interrupted":
+        raise signals.Interrupted(number) if number is not None else KeyboardInterrupt
+    return in_memory(config, world.data, prepared, result.params, to)
+
+
+def in_memory(
+    config: configs.Config, data: Interactions, prepared: Prepared, params: Params, directory: Path | None
+) -> Run:
+    """The run that a training of this process made, without reading it back."""
+    run = Run(config, data, prepared.catalogue, prepared.learner, params, directory, prepared.part)
+    run.__dict__["parts"] = prepared.parts  # as `cached_property` keeps it
+    return run
+
+
+def _path(path: str | os.PathLike[str] | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _nothing(line: str) -> None:
+    return
