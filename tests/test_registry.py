@@ -84,7 +84,8 @@ def test_three_hunks_add_a_learner(tmp_path):
     subprocess.run(["git", "apply", "--unsafe-paths", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     code = """
 from metarec_jax import cli
-from metarec_jax.experiment.config import Config, LearnerConfig, build_learner
+from metarec_jax.experiment.build import build_learner
+from metarec_jax.experiment.config import Config, LearnerConfig
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.training.loop import fit
 data = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
