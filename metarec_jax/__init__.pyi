@@ -21,6 +21,7 @@ from metarec_jax.data.io.readers import from_pandas as from_pandas
 from metarec_jax.data.io.readers import read as read
 from metarec_jax.data.splits import Split as Split
 from metarec_jax.data.splits import split as split
+from metarec_jax.data.synthetic import interactions as synthetic
 from metarec_jax.data.tasks import catalogue as catalogue
 from metarec_jax.data.tasks import make_tasks as make_tasks
 from metarec_jax.data.tasks import task_source as task_source
@@ -36,4 +37,43 @@ from metarec_jax.serving.recommender import Recommender as Recommender
 from metarec_jax.training.devices.sharding import make_mesh as make_mesh
 from metarec_jax.training.loop import fit as fit
 
-__all__: list[str]
+__all__ = [
+    "Column",
+    "Examples",
+    "Interactions",
+    "Learner",
+    "MetarecError",
+    "MetarecWarning",
+    "Method",
+    "Model",
+    "Recommender",
+    "Run",
+    "Split",
+    "Table",
+    "Task",
+    "baselines",
+    "catalogue",
+    "data",
+    "evaluate",
+    "fit",
+    "fit_baselines",
+    "from_pandas",
+    "learners",
+    "load",
+    "losses",
+    "make_mesh",
+    "make_tasks",
+    "metrics",
+    "models",
+    "open_run",
+    "read",
+    "read_partition",
+    "recipe",
+    "split",
+    "synthetic",
+    "task_source",
+    "train",
+    "tune_cpu",
+    "warm_start",
+    "write_report",
+]
