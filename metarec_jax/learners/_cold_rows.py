@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from metarec_jax import losses, rows
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
+from metarec_jax.learners._inner import loop
 
 CONTENT = "content_"
 """Tables of a content reader are called so, and after it as the reader calls them."""
@@ -105,7 +106,7 @@ def descend(value: Callable[[Array], Array], row: Array, lr: Array | float, step
     def step(row: Array, _: None) -> tuple[Array, None]:
         return row - lr * jax.grad(value)(row), None
 
-    return jax.lax.scan(step, row, None, length=steps, unroll=max(steps, 1) if steps <= 5 else 1)[0]
+    return loop(step, row, steps)[0]
 
 
 def linear(key: Array, inputs: int, outputs: int, scale: float = 1.0) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""What inner steps do unless they are told otherwise: one place for all learners that take gradient steps.
+"""The inner loop of all learners that take gradient steps, and what its steps do by default.
 
 Where a task moves only what the model names for it (`core.Model.adapts`: the user's row of a dot product), a context or
 a head, each number has a learned rate (`meta_sgd`) that starts at 0.3, and the loss of n support examples counts
@@ -7,10 +7,13 @@ a head, each number has a learned rate (`meta_sgd`) that starts at 0.3, and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from metarec_jax.core import Model
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.core import Array, Model
 from metarec_jax.learners.rules import MakeRule, Rule, meta_sgd, sgd
 
 PRIOR = 30.0
@@ -50,3 +53,25 @@ def inner(
     make: MakeRule = (lambda lr, steps: meta_sgd(lr)) if alone else (lambda lr, steps: sgd(lr))
     made = rule if isinstance(rule, Rule) else (make if rule is None else rule)(rate, steps)
     return Inner(made, paths, prior if prior is not None else PRIOR if alone else 0.0, rate)
+
+
+Step = Callable[[Any, None], tuple[Any, Array | None]]
+"""``step(carry, None) -> (carry, seen)``: one inner step, and what is to be kept of it."""
+_UNROLL_UP_TO = 5
+
+
+def loop(step: Step, start: Any, steps: int, *, remat: bool = False) -> tuple[Any, Any]:
+    """The carry after ``steps`` inner steps, and what each of them showed.
+
+    A few steps are unrolled, which is faster; more are a loop, so that the program does not grow with them.
+
+    Args:
+      remat: keep every sqrt(steps)-th carry for the derivative, and go through the steps between a second time.
+    """
+    if not remat:
+        return jax.lax.scan(step, start, None, length=steps, unroll=max(steps, 1) if steps <= _UNROLL_UP_TO else 1)
+    size = max(1, round(steps**0.5))
+    segment = jax.checkpoint(lambda carry, _: loop(step, carry, size), prevent_cse=False)
+    carry, seen = jax.lax.scan(segment, start, None, length=steps // size)
+    carry, rest = loop(step, carry, steps % size)
+    return carry, jnp.concatenate([seen.reshape(-1), rest])

@@ -16,10 +16,9 @@ import numpy as np
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import _support as shows
+from metarec_jax.learners._inner import loop
 from metarec_jax.models.networks import encoder
 from metarec_jax.options import POSITIVE, Bounds, bounded
-
-_UNROLL_UP_TO = 5
 
 
 @bounded
@@ -100,8 +99,7 @@ def leo(
             return code - rate * jax.grad(support_loss)(code), None
 
         start = code.astype(jnp.result_type(code, rate))
-        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
-        return {"code": jax.lax.scan(step, start, None, length=inner_steps, unroll=unroll)[0]}
+        return {"code": loop(step, start, inner_steps)[0]}
 
     def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
         return decoded(params, adapted["code"], model.apply(params, inputs), vectors(params, inputs))

@@ -18,10 +18,9 @@ from metarec_jax import losses, rows, tree
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 from metarec_jax.learners import _low_rank as thin
 from metarec_jax.learners._inner import inner as choose
+from metarec_jax.learners._inner import loop
 from metarec_jax.learners.rules import MakeRule, Rule
 from metarec_jax.options import Bounds, bounded
-
-_UNROLL_UP_TO = 5
 
 
 @bounded
@@ -123,7 +122,7 @@ def maml(
             return (moving, state), jnp.zeros(()) if visit is None else visit(tree.merge(body, moving))
 
         start = (moving, inner.start(params["rule"], moving))
-        (moving, _), seen = _scan_in_segments(step, start, inner_steps) if remat else _scan(step, start, inner_steps)
+        (moving, _), seen = loop(step, start, inner_steps, remat=remat)
         return tree.merge(body, moving), seen
 
     def together(seen: Array) -> tuple[Array, dict[str, Array]]:
@@ -177,19 +176,6 @@ def maml(
         return model.apply(*laid_over(params, adapted, inputs, seen_tables))
 
     return Learner(init, adapt, predict, meta_loss, adapted_tables)
-
-
-def _scan(step: Callable[[Any, None], tuple[Any, Array]], start: Any, length: int) -> tuple[Any, Array]:
-    return jax.lax.scan(step, start, None, length=length, unroll=max(length, 1) if length <= _UNROLL_UP_TO else 1)
-
-
-def _scan_in_segments(step: Callable[[Any, None], tuple[Any, Array]], start: Any, length: int) -> tuple[Any, Array]:
-    """`_scan`, of which only every sqrt(length)-th carry is kept for the derivative."""
-    size = max(1, round(length**0.5))
-    segment = jax.checkpoint(lambda carry, _: _scan(step, carry, size), prevent_cse=False)
-    carry, seen = jax.lax.scan(segment, start, None, length=length // size)
-    carry, rest = _scan(step, carry, length % size)
-    return carry, jnp.concatenate([seen.reshape(-1), rest])
 
 
 def laid_over(

@@ -15,14 +15,13 @@ import numpy as np
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
 from metarec_jax.learners import _support as shows
-from metarec_jax.learners._inner import PRIOR
+from metarec_jax.learners._inner import PRIOR, loop
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _SHORT = 1e-4
 """Added to squared lengths: a profile of which nothing is known is 0, and alike all slots."""
 _LONGEST = 5.0
 """Longest inner gradient, as in MAMO: P and d are multiplied, and steps on both run away without it."""
-_UNROLL_UP_TO = 5
 
 
 @bounded
@@ -117,8 +116,7 @@ def memory(
             rates = params["memory"]["log_rate"]
             return jax.tree.map(lambda p, rate, g: p - jnp.exp(rate) * shrink * g, moving, rates, grads), None
 
-        unroll = max(inner_steps, 1) if inner_steps <= _UNROLL_UP_TO else 1
-        return jax.lax.scan(step, read(params, support.inputs), None, length=inner_steps, unroll=unroll)[0]
+        return loop(step, read(params, support.inputs), inner_steps)[0]
 
     def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
         return score(model.apply(params, inputs), vectors(params, inputs), adapted)

@@ -79,15 +79,6 @@ def gather(word: str) -> list[str]:
     return [hear(f"{name}/{k}") for k in range(count())]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether ``flag`` is set in any of the processes; the same answer in all.
-
-    >>> any_of(False)
-    False
-    """
-    return "yes" in gather("yes" if flag else "no")
-
-
 def turn() -> str:
     """A name for the next thing said, the same in all processes."""
     return f"metarec/{next(_turns)}"
