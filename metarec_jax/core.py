@@ -93,6 +93,8 @@ class Learner(NamedTuple):
       predict: ``predict(params, adapted, inputs) -> scores [n]``: the meta-parameters with the change laid over them.
       loss: ``loss(params, task, key) -> (loss, metrics)``: the meta-objective of ONE task; metrics are scalars.
       tables: what the engine may gather, by name.
+      user_rows: how users enter training tasks: "prior", as new ones do, with the unknown row; "own": ``loss`` reads the
+        row of a user, who must enter with it.
     """
 
     init: Callable[[Array], Params]
@@ -100,6 +102,7 @@ class Learner(NamedTuple):
     predict: Callable[[Params, Any, Inputs], Array]
     loss: Callable[[Params, Task, Array], tuple[Array, Mapping[str, Array]]]
     tables: Mapping[str, Table]
+    user_rows: Literal["prior", "own"] = "prior"
 
 
 class Method(NamedTuple):

@@ -253,6 +253,15 @@ def test_clicks_get_negatives_by_default():
     assert 0.1 < float(target.mean()) < 0.3
 
 
+def test_a_gaussian_process_is_trained_on_users_it_knows_to_have_counted():
+    """`fit` on interactions draws tasks as the learner requires: of users with rows of their own, not of new ones."""
+    process = learners.gaussian_process(DATA.columns)
+    start = learners.gaussian_process_start(process.init(jax.random.key(0)), DATA)
+    own, prior = (task_source(DATA, user_rows=rows) for rows in ("own", "prior"))
+    losses = [fit(process, data, steps=1, params=start).history[0]["loss"] for data in (DATA, own, prior)]
+    assert losses[0] == losses[1] > losses[2] + 0.01
+
+
 def test_resuming_without_a_best_checkpoint_returns_living_parameters(tmp_path):
     """The best checkpoint is gone and nothing later is better: the parameters resumed from come back, not freed buffers."""
 

@@ -160,13 +160,12 @@ def settled(config: Config, train: Interactions) -> tuple[str, ...]:
 
 
 def build_source(config: Config, train: Interactions) -> TaskSource:
-    """Tasks drawn from the training part; a Gaussian process must know whom it counted."""
+    """Tasks drawn from the training part, of users with rows of their own where the learner's loss reads these rows."""
     from metarec_jax.data.tasks import task_source
 
     given = _drawing(config.tasks, train, _longest(train))
-    counts = registry.row(config.learner.name).start == "counts"
-    counted = {"user_rows": "own", "user_drop": 0.0} if counts else {}
-    return task_source(train, **given | counted)
+    own = {"user_rows": "own", "user_drop": 0.0} if build_learner(config, train).user_rows == "own" else {}
+    return task_source(train, **given | own)
 
 
 def build_model(config: ModelConfig, data: Interactions) -> Model:

@@ -47,8 +47,9 @@ def gaussian_process(
     the item's, drawn towards what its content says, plus what users with the same features thought of it, plus how near
     the item is to what the user has rated at all.
 
-    Train it on tasks of users with rows of their own (``task_source(..., user_rows="own")``): by its row a user is
-    known to have been counted, and ``loss`` takes out what he gave. ``adapt`` and ``predict`` take users for new ones.
+    It is trained on tasks of users with rows of their own (`core.Learner.user_rows`; ``task_source(...,
+    user_rows="own")``): a user with a row has been counted, and ``loss`` takes out what this user gave. ``adapt`` and
+    ``predict`` treat every user as new.
 
     Args:
       columns: of the data (`Interactions.columns`). Item features are used, and categorical user features of up to
@@ -77,7 +78,7 @@ def gaussian_process(
         value = task_loss(params["weights"], params["fixed"], task, loss=loss)
         return value, {"query_loss": value}
 
-    return Learner(init, adapt, predict, meta_loss, {})
+    return Learner(init, adapt, predict, meta_loss, {}, user_rows="own")
 
 
 def gaussian_process_start(params: Params, train: Interactions, *, seed: int = 0) -> Params:
