@@ -61,7 +61,7 @@ def clicks_of(data: Interactions) -> Interactions:
 
 
 def tasks_of(part: Interactions, seed: int) -> dict[str, TaskSet]:
-    return {f"{n} clicks": make_tasks(part, query=100_000, support=(n, n), seed=seed) for n in SUPPORTS}
+    return {f"{n} clicks": make_tasks(part, query=100_000, support=(n, n), negatives=0, seed=seed) for n in SUPPORTS}
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -191,7 +191,7 @@ def fitted(
             settings = found["10 clicks"][1]
     if "two_tower" not in without:
         began = time.perf_counter()
-        few = {n: make_tasks(world.held, query=10, support=(k, k), seed=seed) for n, k in zip(world.validation, SUPPORTS, strict=True)}  # fmt: skip
+        few = {n: make_tasks(world.held, query=10, support=(k, k), negatives=0, seed=seed) for n, k in zip(world.validation, SUPPORTS, strict=True)}  # fmt: skip
         tower = fit_plain("two_tower", train, known, few, steps=steps, seed=seed, say=say)
         tell("two_tower", dict.fromkeys(world.validation, tower), began)
 

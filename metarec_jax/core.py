@@ -93,8 +93,8 @@ class Learner(NamedTuple):
       predict: ``predict(params, adapted, inputs) -> scores [n]``: the meta-parameters with the change laid over them.
       loss: ``loss(params, task, key) -> (loss, metrics)``: the meta-objective of ONE task; metrics are scalars.
       tables: what the engine may gather, by name.
-      user_rows: how users enter training tasks: "prior", as new ones do, with the unknown row; "own": ``loss`` reads the
-        row of a user, who must enter with it.
+      user_rows: how users enter training tasks: "prior": as new ones do, with the unknown row; "own": with rows of
+        their own, which ``loss`` reads.
     """
 
     init: Callable[[Array], Params]

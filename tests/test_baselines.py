@@ -352,7 +352,7 @@ def test_the_quality_of_a_method_for_clicks_is_its_ndcg_among_the_training_items
     """By a loop over tasks; three users a block. Item 20 is in no training row, so it does not compete."""
     monkeypatch.setattr("metarec_jax.evaluation.scoring._SCORES", 3 * CLICKED.items.num_rows)
     known, train = catalogue(CLICKED), CLICKED.take(CLICKED.item != 20)
-    tasks = make_tasks(CLICKED, query=2, seed=0).take(np.arange(7))
+    tasks = make_tasks(CLICKED, query=2, negatives=0, seed=0).take(np.arange(7))
     for method in (popularity(train, known), als(train, known, size=3)):
         each = []
         for k in range(len(tasks)):

@@ -143,6 +143,9 @@ def one_user_of_five() -> Interactions:
     return clicks(np.ones(5, int), np.arange(1, 6), 1, 5)
 
 
+PLAIN = {"item_drop": 0.0, "cold_tasks": 0.0, "negatives": 0}
+
+
 def items_of(source, count: int, part: str = "query") -> np.ndarray:
     """Item ids ``[count, tasks, slots]`` of many draws."""
     draws = jax.jit(jax.vmap(lambda k: getattr(source.draw(source.data, k), part).inputs["item_id"]))
@@ -151,7 +154,7 @@ def items_of(source, count: int, part: str = "query") -> np.ndarray:
 
 def test_tasks_of_a_batch_are_independent():
     """One user of 5 items, two tasks of one query item: 25 pairs over 20,000 draws, all alike."""
-    source = draw.task_source(one_user_of_five(), tasks=2, support=(1, 1), query=1, item_drop=0.0, cold_tasks=0.0)
+    source = draw.task_source(one_user_of_five(), tasks=2, support=(1, 1), query=1, **PLAIN)
     first, second = items_of(source, 20_000)[:, :, 0].T
     assert evenly((first - 1) * 5 + second - 1, 25) > TOO_UNLIKELY
 
@@ -175,7 +178,7 @@ def test_the_moment_is_uniform_in_time_order():
     data = Interactions(
         np.ones(6, int), np.arange(1, 7), None, np.arange(6), Vocabulary(np.arange(1)), Vocabulary(np.arange(6))
     )
-    source = draw.task_source(data, tasks=8000, support=(2, 2), query=1, order="time", item_drop=0.0, cold_tasks=0.0)
+    source = draw.task_source(data, tasks=8000, support=(2, 2), query=1, order="time", **PLAIN)
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
     last = np.asarray(task.query.inputs["item_id"])[:, 0]
     assert (np.asarray(task.support.inputs["item_id"]) == last[:, None] + [-2, -1]).all()
@@ -197,6 +200,7 @@ def test_ids_are_dropped_at_the_rates_asked_for():
         user_drop=0.4,
         item_drop=0.1,
         cold_tasks=0.25,
+        negatives=0,
     )
     task = jax.jit(source.draw)(source.data, jax.random.key(4))
     there = np.concatenate([np.asarray(part.inputs["item_id"]) > 0 for part in task], axis=1)
@@ -214,7 +218,7 @@ def test_ids_are_dropped_at_the_rates_asked_for():
 @pytest.mark.parametrize(("item_drop", "cold", "left"), [(0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)])
 def test_ids_at_the_ends_of_the_rates(item_drop, cold, left):
     source = draw.task_source(
-        one_user_of_five(), tasks=50, support=(2, 2), query=1, item_drop=item_drop, cold_tasks=cold
+        one_user_of_five(), tasks=50, support=(2, 2), query=1, item_drop=item_drop, cold_tasks=cold, negatives=0
     )
     assert (items_of(source, 2) > 0).mean() == left
 
@@ -255,7 +259,7 @@ def test_negatives_against_the_set_of_free_items():
 
 
 def test_the_draw_is_a_function_of_the_key():
-    source = draw.task_source(one_user_of_five(), tasks=30, support=(1, 3), query=1)
+    source = draw.task_source(one_user_of_five(), tasks=30, support=(1, 3), query=1, negatives=0)
     once, again, other = (jax.jit(source.draw)(source.data, jax.random.key(k)) for k in (0, 0, 1))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), once, again)
     assert all(jax.tree.leaves(same))

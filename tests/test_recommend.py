@@ -12,6 +12,7 @@ import pytest
 
 from metarec_jax.baselines.closed_form import als, bias, item_knn, popularity, user_mean
 from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.draw import CLICK_NEGATIVES
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.tasks import catalogue
 from metarec_jax.serving.history import Names, parse_history, spoken
@@ -224,9 +225,11 @@ def test_negatives_stand_in_the_support_of_clicks_and_are_not_dropped_from_the_l
     def predict(params, adapted, inputs):
         return inputs["item_id"] * 0.0 + 100 * adapted[0] + adapted[1]
 
-    out = Recommender(Method({}, adapt, predict), CLICKS, known, negatives=4).recommend(["m3", "m7"], n=100, explain=0)
-    assert out[0].score == 100 * 8 + 2
+    out = Recommender(Method({}, adapt, predict), CLICKS, known, negatives=3).recommend(["m3", "m7"], n=100, explain=0)
+    assert out[0].score == 100 * 6 + 2
     assert len(out) == 48
+    usual = Recommender(Method({}, adapt, predict), CLICKS, known).recommend(["m3", "m7"], n=1, explain=0)
+    assert usual[0].score == 100 * CLICK_NEGATIVES * 2 + 2
 
 
 def test_many_users_get_what_each_gets_alone():

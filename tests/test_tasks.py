@@ -12,6 +12,7 @@ from scipy import stats
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import tasks as t
+from metarec_jax.data.draw import CLICK_NEGATIVES
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 
 LENGTHS = [4, 9, 30, 2, 15]
@@ -120,6 +121,19 @@ def test_fixed_negatives_were_never_had(kept):
             assert set(negative) <= pool
             assert len(set(negative)) == len(negative) == min(3 * int((target == 1).sum()), len(pool - had))
             assert (target[: int((target == 1).sum())] == 1).all()
+
+
+@pytest.mark.parametrize(("rated", "each"), [(False, CLICK_NEGATIVES), (True, 0)])
+def test_training_and_fixed_tasks_draw_as_many_negatives_by_default(rated, each):
+    """For each click of a support as many in both, none for ratings, and a number that is given is kept."""
+    data = history(rated=rated)
+    source = t.task_source(data, support=(1, 1), query=3)
+    drawn = jax.jit(source.draw)(source.data, jax.random.key(0)).support
+    assert drawn.mask.sum(1).tolist() == [1 + each] * 64
+    fixed = t.make_tasks(data, query=3, support=(1, 1))
+    assert set(fixed.support_mask.sum(1).tolist()) == {1 + each}
+    none = t.make_tasks(data, query=3, support=(1, 1), negatives=0)
+    assert set(none.support_mask.sum(1).tolist()) == {1}
 
 
 def test_fixed_negatives_are_uniform():

@@ -273,7 +273,6 @@ def _trained(
         user_drop=0.1,
         item_drop=0.1 if content else 0.0,
         cold_tasks=0.3 if content else 0.0,
-        negatives=4 if train.implicit else 0,
     )
     learner = served.tuned("nothing", 0).learner
     schedule = optax.cosine_decay_schedule(settings.get("lr", served.plain.lr), max(steps, 1), 0.1)

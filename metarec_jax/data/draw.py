@@ -21,6 +21,8 @@ from metarec_jax.core import Array, Examples, Inputs, MetarecError, Task
 from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.interactions import Interactions, group_by_user
 
+CLICK_NEGATIVES = 4
+"""Negatives for each click by default, in training, in fixed tasks and in serving; for ratings there are none."""
 _ROUNDS, _ROUNDS_AT_ONCE = 12, 3
 
 
@@ -72,7 +74,7 @@ def task_source(
     user_drop: float = 0.0,
     item_drop: float = 0.1,
     cold_tasks: float = 0.3,
-    negatives: int = 0,
+    negatives: int | None = None,
 ) -> TaskSource:
     """Draw batches of user tasks on the device.
 
@@ -87,7 +89,8 @@ def task_source(
       user_drop, item_drop: chance that a task's user id, or an example's item id, is replaced by the unknown id, so
         that priors and content are trained for those never seen.
       cold_tasks: chance that all items of a task are unknown, as they are to a user of new items.
-      negatives: items the user never had, target 0, drawn for each positive, in support and query.
+      negatives: items the user never had, target 0, drawn for each positive, in support and query; by default
+        `CLICK_NEGATIVES` for clicks and 0 for ratings.
 
     Returns:
       A source of tasks with ``support[1] * (1 + negatives)`` support and ``query * (1 + negatives)`` query slots.
@@ -96,7 +99,7 @@ def task_source(
       MetarecError: no user has ``support[0] + 1`` interactions, ``order="time"`` without timestamps, a number out of
         its range, or more interactions than int32 can count.
     """
-    low, high = support
+    (low, high), negatives = support, negatives_of(negatives, train.implicit)
     _check_ranges(len(train), tasks, support, query, negatives)
     for name, chance in (("user_drop", user_drop), ("item_drop", item_drop), ("cold_tasks", cold_tasks)):
         if not 0 <= chance <= 1:
@@ -147,6 +150,15 @@ def task_source(
         return Task(support=examples(query, query + high, slot_s[:, :high] < s), query=examples(0, query, slot_q < q))
 
     return TaskSource(data, draw, tasks)
+
+
+def negatives_of(negatives: int | None, implicit: bool) -> int:
+    """Negatives for each positive: as given; by default `CLICK_NEGATIVES` for clicks and 0 for ratings.
+
+    >>> negatives_of(None, True), negatives_of(None, False), negatives_of(2, True)
+    (4, 0, 2)
+    """
+    return negatives if negatives is not None else CLICK_NEGATIVES if implicit else 0
 
 
 def _on_device(

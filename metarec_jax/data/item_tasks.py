@@ -144,12 +144,14 @@ def item_task_source(
     order: Literal["random", "time"] = "time",
     user_drop: float = 0.0,
     item_drop: float = 0.0,
+    negatives: int | None = None,
 ) -> TaskSource:
     """Batches of item tasks, drawn on the device as `data.draw.task_source` draws those of users.
 
     Args:
       tasks, support, query, order: as there, of an item's interactions. ``"time"``: the query comes after the support.
       user_drop, item_drop: chance that an example's user, or a task's item, is replaced by the unknown id.
+      negatives: users who never had the item, for each who had it; by default as in `task_source`.
 
     Returns:
       A source whose tasks have ``item_id`` and the item's content with leading axis 1; users vary.
@@ -167,6 +169,7 @@ def item_task_source(
         user_drop=item_drop,
         item_drop=user_drop,
         cold_tasks=0.0,
+        negatives=negatives,
     )
 
     def draw(data: TaskData, key: Array) -> Task:

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 
 from metarec_jax.core import Examples, MetarecError, Task
 from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
-from metarec_jax.data.draw import TaskData, TaskSource, draw_negatives, permuted, task_source
+from metarec_jax.data.draw import TaskData, TaskSource, draw_negatives, negatives_of, permuted, task_source
 from metarec_jax.data.interactions import Interactions, group_by_user
 
 __all__ = [
@@ -80,7 +80,7 @@ def make_tasks(
     support: tuple[int, int] = (1, 100),
     ratings: tuple[int, int] | None = None,
     order: Literal["random", "time"] = "random",
-    negatives: int = 0,
+    negatives: int | None = None,
     seed: int = 0,
 ) -> TaskSet:
     """One task a user of ``data``: the last ``query`` interactions (of a shuffle, or in time), the rest support.
@@ -91,8 +91,8 @@ def make_tasks(
       query: query examples at the most; a user with few keeps ``support[0]`` for the support first.
       support: fewest and most support examples; the most recent are kept. A user with fewer is left out.
       ratings: only users with this many interactions (low, high) in ``data``.
-      negatives: implicit feedback: this many items that the user has neither in ``data`` nor in ``history``, target 0,
-        for each support positive; fewer where there are no more.
+      negatives: this many items that the user has neither in ``data`` nor in ``history``, target 0, for each support
+        positive; fewer where there are no more. By default as in `task_source`: 4 for clicks, 0 for ratings.
 
     Raises:
       MetarecError: ``order="time"`` without timestamps, or a support or query size out of its range.
@@ -127,8 +127,8 @@ def make_tasks(
         keep &= (ratings[0] <= size) & (size <= ratings[1])
     users, end, end_s, size_q, size_s = (a[keep] for a in (users, end, end_s, size_q, size_s))
     support_part = _part(source, rows[0], end_s - size_s, size_s)
-    if negatives:
-        support_part = _with_negatives(support_part, users, data, history, negatives, rng)
+    if count := negatives_of(negatives, data.implicit):
+        support_part = _with_negatives(support_part, users, data, history, count, rng)
     query_part = _part(data, own[0], end - size_q, size_q)
     past = history if past is None else past
     had = None if past is None else _had(past, users)

@@ -115,7 +115,9 @@ def build_mesh(sizes: Mapping[str, int]) -> Mesh | None:
 
 def negatives(config: TaskConfig, data: Interactions) -> int:
     """Negatives for each positive: as configured, or by the kind of feedback."""
-    return config.negatives if config.negatives is not None else 4 if data.implicit else 0
+    from metarec_jax.data.draw import negatives_of
+
+    return negatives_of(config.negatives, data.implicit)
 
 
 def support(config: TaskConfig, longest: int) -> tuple[int, int]:

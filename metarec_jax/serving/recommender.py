@@ -12,6 +12,7 @@ import numpy as np
 
 from metarec_jax.core import MetarecError, Method
 from metarec_jax.data.catalogue import Catalogue, check_method
+from metarec_jax.data.draw import negatives_of
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.messages import printable, shown
 from metarec_jax.serving.catalogue_scores import Best, Plan, Users, best, contributions
@@ -164,7 +165,8 @@ class Recommender:
       chunk: items scored at a time; None chooses by the device. The whole catalogue in one product for one user of a
         method whose ``tables`` are known and whose scores are linear in an item's row.
       negatives: implicit feedback: items that the user did not give, drawn as support with target 0 for each one given;
-        as many as the method met in training. The same history draws the same ones.
+        as many as the method met in training, by default as many as `data.draw.task_source` draws by default. The same
+        history draws the same ones.
       predicts_ratings: whether scores are ratings; those of a popularity, or of a loss of ranks, are not.
       seed: of the key that `adapt` gets.
 
@@ -182,7 +184,7 @@ class Recommender:
         known: Catalogue,
         *,
         chunk: int | None = None,
-        negatives: int = 0,
+        negatives: int | None = None,
         predicts_ratings: bool = True,
         seed: int = 0,
     ) -> None:
@@ -191,7 +193,7 @@ class Recommender:
         check_method(method, known)
         self.method, self.data, self.known = method, data, known
         self._names = Names(data)
-        self._negatives = negatives if data.implicit else 0
+        self._negatives = negatives_of(negatives, True) if data.implicit else 0
         self._pool = np.unique(data.item) if self._negatives else np.zeros(0, np.int32)
         self._key = jax.random.key(seed)
         self._chunk = chunk

@@ -100,8 +100,8 @@ def fit(
     ``checkpoints`` changes a bit of it.
 
     Args:
-      train: interactions (then tasks are drawn by `task_source` with its defaults, and with ``learner.user_rows``; 4
-        negatives for each positive where there are no ratings), or a source of tasks.
+      train: interactions (then tasks are drawn by `task_source` with its defaults, and with
+        ``learner.user_rows``), or a source of tasks.
       steps: outer steps.
       lr: rate of both default optimisers, decayed to a tenth by a cosine.
       optimizer: of the dense parameters; default Adam.
@@ -341,7 +341,7 @@ def _fits(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bool) -> s
 def _source(learner: Learner, train: Interactions | TaskSource) -> TaskSource:
     """The source of tasks, its catalogue within the learner's tables."""
     if isinstance(train, Interactions):
-        train = task_source(train, user_rows=learner.user_rows, negatives=4 if train.implicit else 0)
+        train = task_source(train, user_rows=learner.user_rows)
     if not isinstance(train, TaskSource):
         raise MetarecError(
             f"fit() was given a {type(train).__name__} to train on; give Interactions or a task_source()"

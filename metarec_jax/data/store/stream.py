@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Task
-from metarec_jax.data.draw import TaskSource, _chance, _check_ranges, _streams, _words
+from metarec_jax.data.draw import TaskSource, _chance, _check_ranges, _streams, _words, negatives_of
 from metarec_jax.data.store.opened import Store, lengths, read_events
 
 _ROUNDS = 12
@@ -33,7 +33,7 @@ def stream_source(
     user_drop: float = 0.0,
     item_drop: float = 0.1,
     cold_tasks: float = 0.3,
-    negatives: int = 0,
+    negatives: int | None = None,
     seed: int = 0,
     ahead: int = 64,
     threads: int = 2,
@@ -59,7 +59,7 @@ def stream_source(
     Raises:
       MetarecError: as `task_source`; no grain; while streaming, a damaged store.
     """
-    low, high = support
+    (low, high), negatives = support, negatives_of(negatives, store.implicit)
     _check_ranges(0, tasks, support, query, negatives)
     for name, chance in (("user_drop", user_drop), ("item_drop", item_drop), ("cold_tasks", cold_tasks)):
         if not 0 <= chance <= 1:
