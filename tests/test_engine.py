@@ -253,6 +253,22 @@ def test_clicks_get_negatives_by_default():
     assert 0.1 < float(target.mean()) < 0.3
 
 
+@pytest.mark.parametrize(
+    ("names", "best"), [(("error",), 1), (("loss",), 2), (("loss", "error"), 1)], ids=lambda given: str(given)
+)
+def test_the_validators_error_selects_by_default(names, best):
+    """What `validator` returns needs no ``monitor``; a function that returns a loss alone is selected by that."""
+    rows, seen = iter([{"loss": 3, "error": 3}, {"loss": 2, "error": 1}, {"loss": 1, "error": 2}]), []
+
+    def validate(params):
+        seen.append(jax.tree.map(jnp.copy, params))
+        row = next(rows)
+        return {name: row[name] for name in names}
+
+    found = fit(learner(), source(), steps=3, validate=validate, validate_every=1)
+    assert largest_difference(found.params, seen[best]) == 0.0
+
+
 def test_a_gaussian_process_is_trained_on_users_it_knows_to_have_counted():
     """`fit` on interactions draws tasks as the learner requires: of users with rows of their own, not of new ones."""
     process = learners.gaussian_process(DATA.columns)

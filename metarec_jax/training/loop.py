@@ -82,7 +82,7 @@ def fit(
     chunk: int = 50,
     validate: Validate | None = None,
     validate_every: int = 250,
-    monitor: str = "loss",
+    monitor: str | None = None,
     patience: int | None = 8,
     checkpoints: Saver | None = None,
     save_every: int = 250,
@@ -111,7 +111,8 @@ def fit(
       chunk: outer steps a call of the compiled program, at the most; the host is idle inside. One program serves all
         lengths.
       validate: ``validate(params) -> {metric: value}``, called every ``validate_every`` steps and at the end.
-      monitor: the validation metric that selects; smaller is better.
+      monitor: the validation metric that selects; smaller is better. By default "error", which `validator` returns, or
+        "loss" where ``validate`` returns no "error".
       patience: validations without a better value before stopping early; None never stops.
       checkpoints: saves every ``save_every`` steps, at each validation that is the best so far, and at the end (an
         early stop and an interruption included); resumes from the newest. A validation that is not saved is repeated
@@ -213,12 +214,13 @@ def fit(
         state, better = state._replace(train=after), False
         if validate and (done % validate_every == 0 or done == steps):
             values = _validated(validate, after.params)
-            if monitor not in values:
+            metric = monitor or ("error" if "error" in values else "loss")
+            if metric not in values:
                 raise MetarecError(
-                    f"validate() returned no {monitor!r}; it returned {sorted(values)}; set monitor= to one of them"
+                    f"validate() returned no {metric!r}; it returned {sorted(values)}; set monitor= to one of them"
                 )
             row |= {f"validation_{name}": value for name, value in values.items()}
-            value = np.float32(row[f"validation_{monitor}"])  # as it is kept, so that like is compared with like
+            value = np.float32(row[f"validation_{metric}"])  # as it is kept, so that like is compared with like
             better = bool(value < state.best)
             state = (
                 state._replace(best=value, stale=np.int32(0))
