@@ -361,7 +361,11 @@ def test_a_run_that_may_not_be_read_is_not_called_damaged(trained, capsys, monke
     assert "damaged" not in said
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["recommend", "runs/stars", "--rate", "film 3=5"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["doctor"], marks=pytest.mark.slow), ["recommend", "runs/stars", "--rate", "film 3=5"]],
+    ids=lambda c: c[0],
+)
 def test_a_platform_that_is_not_there_is_one_line(trained, command):
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
     program = [sys.executable, "-m", "metarec_jax.cli", *command]
@@ -569,7 +573,8 @@ def uninterrupted(trained):
     return "runs/whole"
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_resumed_is_as_if_never_stopped(uninterrupted, capsys, number):
     """SIGTERM saves and exits with 143, after SIGKILL the last checkpoint serves; either way the same bits come out."""
     out = f"runs/{number.name}"

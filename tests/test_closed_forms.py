@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from derivatives import KEY, agree_with_finite_differences
 from worlds import content, double, largest_difference, one, seed_model, tasks
 
 from metarec_jax import learners
 from metarec_jax.core import Examples, MetarecError, Model, Task
 from metarec_jax.learners.ridge import solve
 
-KEY = jax.random.key(0)
 H = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.5]])
 """Hessian of the support loss below."""
 A_SUPPORT = np.linalg.cholesky(H / 2 * 3).T
@@ -79,7 +79,7 @@ def test_reptile_with_one_support_example_and_a_shared_user():
     few = Task(jax.tree.map(lambda a: a[:1], task.support), task.query)
     spread = lambda e: e._replace(inputs={**e.inputs, "user_id": jnp.repeat(e.inputs["user_id"], len(e.mask))})  # noqa: E731
     learner = learners.reptile(model, inner_steps=2)
-    gradient = jax.grad(lambda p, t: learner.loss(p, t, KEY)[0])
+    gradient = jax.jit(jax.grad(lambda p, t: learner.loss(p, t, KEY)[0]))
     params = learner.init(KEY)
     full = Task(spread(few.support), spread(few.query))
     assert largest_difference(gradient(params, few), gradient(params, full)) < 1e-6
@@ -132,17 +132,7 @@ def test_meta_gradients_agree_with_finite_differences(make, float64):
     model, task = seed_world()
     task = double(task)
     learner = make(model)
-    params = double(learner.init(KEY))
-    loss = jax.jit(lambda p: learner.loss(p, task, KEY)[0])
-    gradient = jax.jit(jax.grad(lambda p: learner.loss(p, task, KEY)[0]))(params)
-    leaves, form = jax.tree.flatten(params)
-    for seed in range(3):
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        d = form.unflatten([jax.random.normal(k, leaf.shape, np.float64) for k, leaf in zip(keys, leaves, strict=True)])
-        moved = lambda e: jax.tree.map(lambda p, q: p + e * q, params, d)  # noqa: B023, E731
-        numeric = (loss(moved(1e-5)) - loss(moved(-1e-5))) / 2e-5
-        exact = sum(jnp.vdot(g, q) for g, q in zip(jax.tree.leaves(gradient), jax.tree.leaves(d), strict=True))
-        assert float(numeric) == pytest.approx(float(exact), rel=1e-6, abs=1e-9)
+    agree_with_finite_differences(lambda p: learner.loss(p, task, KEY)[0], double(learner.init(KEY)))
 
 
 def test_second_order_differs_from_first():
@@ -170,8 +160,8 @@ def test_ridge_without_support_predicts_the_prior():
     params = learner.init(KEY)
     task = one(tasks(KEY, 2))
     empty = task.support._replace(mask=jnp.zeros_like(task.support.mask))
-    scores = learner.predict(params, learner.adapt(params, empty, KEY), task.query.inputs)
-    np.testing.assert_allclose(scores, model.apply(params, task.query.inputs), rtol=1e-6)
+    served = jax.jit(lambda params: learner.predict(params, learner.adapt(params, empty, KEY), task.query.inputs))
+    np.testing.assert_allclose(served(params), model.apply(params, task.query.inputs), rtol=1e-6)
 
 
 def test_meta_sgd_with_constant_rates_is_maml():

@@ -232,6 +232,7 @@ def test_a_disk_that_fills_under_metarec_fit(tmp_path):
     assert "resuming at step 30" in err
 
 
+@pytest.mark.slow
 def test_sigterm_saves_at_the_step(tmp_path):
     """Between two saves: the step that it stops at is none that is saved anyway."""
     run = tmp_path / "run"

@@ -48,14 +48,23 @@ SMALL = {
     "written_head": lambda model: learners.hypernetwork(model, hidden=4, width=5),
     "memory": lambda model: learners.memory(model, slots=2, inner_steps=2),
 }
-each = pytest.mark.parametrize("name", SMALL)
+VARIANTS = ("relation", "cnp", "written_head")
+each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in SMALL]
+)
 
 
-def shaken(params, seed: int = 1):
+def shaken(learner, seed: int = 1):
     """Parameters away from their start, where last layers are 0 and much would hold for no reason."""
-    leaves, form = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return form.unflatten([leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+    @jax.jit
+    def made():
+        leaves, form = jax.tree.flatten(learner.init(KEY))
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        moved = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+        return double(form.unflatten(moved))
+
+    return made()
 
 
 def parts(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,7 +78,7 @@ def test_the_support_is_a_set(name, float64):
     """Trained or not: no order, no padding (be its target nan and its item any), and queries that do not see each other."""
     model, task = world()
     learner = SMALL[name](model)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
 
     @jax.jit
     def scores(support, inputs):
@@ -98,7 +107,7 @@ def test_no_support_is_the_models_own_score(name, float64):
     """Exactly. Of `memory` it is what the memories tell of the profile: nothing, before training."""
     model, task = world()
     learner = SMALL[name](model)
-    params = double(learner.init(KEY) if name == "memory" else shaken(learner.init(KEY)))
+    params = double(learner.init(KEY)) if name == "memory" else shaken(learner)
     empty = task.support._replace(mask=jnp.zeros(5))
     scores = learner.predict(params, learner.adapt(params, empty, KEY), task.query.inputs)
     assert largest_difference(scores, model.apply(params, task.query.inputs)) < 1e-14
@@ -109,7 +118,7 @@ def test_a_fractional_weight_has_a_derivative(name, float64):
     """Reasons of clicks are derivatives with respect to the mask: finite, and those of finite differences to 1e-5."""
     model, task = world()
     learner = SMALL[name](model)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
 
     @jax.jit
     def total(mask):
@@ -265,7 +274,7 @@ def test_relation_is_a_network_of_both_vectors(float64):
     model, task = world(7, 5)
     x, e, q = parts(task)
     learner = learners.matching(model, similarity="relation", hidden=4)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     own = jax.tree.map(np.asarray, params["matching"])
     q4, x4 = np.exp(own["log_scale"]) * q, np.exp(own["log_scale"]) * x
     a = q4 @ own["net"]["query"]["kernel"] + own["net"]["query"]["bias"]
@@ -289,7 +298,7 @@ def test_a_hypernetwork_writes_the_users_weights(hidden, float64):
     model, task = world()
     x, e, q = parts(task)
     learner = learners.hypernetwork(model, hidden=hidden, width=5)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     own = jax.tree.map(np.asarray, params["hypernetwork"])
     x, h = np.exp(own["log_scale"]) * x, np.exp(own["log_scale"]) * q
     written = encoded(own["net"], np.concatenate([x, e[:, None], e[:, None] * x], 1))
@@ -307,7 +316,7 @@ def test_leo_steps_in_its_code(float64):
     model, task = world()
     x, e, q = parts(task)
     learner = learners.leo(model, latent=2, inner_lr=0.05, inner_steps=2, width=5)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     own = jax.tree.map(np.asarray, params["leo"])
     read = np.exp(own["log_scale"]) * x
     code = encoded(own["net"], np.concatenate([read, e[:, None], e[:, None] * read], 1))
@@ -326,7 +335,7 @@ def test_a_conditional_neural_process_by_hand(float64):
     model, task = world()
     x, e, q = parts(task)
     learner = learners.neural_process(model, size=3, width=5, hidden=(4,), prior_weight=0.25)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     own = jax.tree.map(np.asarray, params["neural_process"])
     net, scale = own["decoder"], np.exp(own["log_scale"])
     z = encoded(own["to_z"], np.concatenate([scale * x, e[:, None], e[:, None] * scale * x], 1))
@@ -362,7 +371,7 @@ def test_the_bound_of_a_latent_neural_process(float64):
     of = lambda weight: learners.neural_process(  # noqa: E731
         model, latent=True, clusters=2, size=3, width=5, hidden=(4,), kl_weight=weight
     )
-    params = double(shaken(of(0.0).init(KEY)))
+    params = shaken(of(0.0))
     (without, metrics), (with_kl, _) = (of(weight).loss(params, task, KEY) for weight in (0.0, 2.0))
     assert float(metrics["kl"]) > 1e-4
     assert float(with_kl - without) == pytest.approx(2.0 * float(metrics["kl"]) / 3)
@@ -386,7 +395,7 @@ def test_in_context_is_a_masked_transformer(float64):
     model, task = world()
     x, e, q = parts(task)
     learner = learners.in_context(model, width=6, heads=2)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     own = jax.tree.map(np.asarray, params["in_context"])
     net, every = own["net"], np.exp(own["log_scale"]) * np.concatenate([x, q])
     dense = lambda at, a: a @ at["kernel"] + at.get("bias", 0)  # noqa: E731
@@ -422,7 +431,7 @@ def test_memory_reads_by_profile_and_takes_one_step_by_hand(float64):
     model, task = world()
     x, e, q = parts(task)
     learner = learners.memory(model, slots=2, inner_steps=1, prior=15.0)
-    params = double(shaken(learner.init(KEY)))
+    params = shaken(learner)
     params["tables"]["user_group"] = params["tables"]["user_group"].at[1].set(jnp.array([1.0, 2.0]))
     own = jax.tree.map(np.asarray, params["memory"])
     key, profile = own["key"], np.array([1.0, 2.0])

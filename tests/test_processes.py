@@ -94,7 +94,8 @@ def test_processes_are_one(ratings, tmp_path, count):
     assert "step" not in said(tmp_path / "many", 1)  # but for a line of Gloo's own
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_the_others_end_when_one_dies_and_the_run_goes_on(ratings, tmp_path, victim):
     """SIGKILL for one of two: the other exits with 75 and one line. The same command again resumes from what was saved
     (to the same bits: benchmarks/chaos.py)."""
@@ -123,6 +124,7 @@ def test_an_error_of_one_alone_ends_all(ratings, tmp_path):
     assert "error: process 0 of 2 has gone; start all of them again" in said(out, 1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(ratings, tmp_path):
     """SIGTERM reaches the second process alone: both save the same step and exit with 143."""
     out = tmp_path / "run"

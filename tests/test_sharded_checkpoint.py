@@ -210,6 +210,7 @@ def test_a_full_disk_of_one_process_is_told_in_all_and_the_last_step_stays(toget
         assert checkpoints.restore(child.device_state(0, child.make_mesh(1, 4), 9600))[0] == 1
 
 
+@pytest.mark.slow
 def test_four_processes_resume_what_two_saved_and_one_resumes_from_them(together):
     run = together.run / "two"
     with open_run(run) as checkpoints:
@@ -222,7 +223,8 @@ def test_four_processes_resume_what_two_saved_and_one_resumes_from_them(together
         child.check(checkpoints.restore(like)[1], step + 1, like)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_sigkill_of_one_of_two_processes_in_the_middle_of_saving(tmp_path, victim):
     """Whatever moment it strikes, the step found is whole, and at most two behind the last that was asked for."""
     run, last, draw = tmp_path / "run", 0, random.Random(victim)
@@ -244,6 +246,7 @@ def test_sigkill_of_one_of_two_processes_in_the_middle_of_saving(tmp_path, victi
     child.check(restored, step, like)
 
 
+@pytest.mark.slow
 def test_a_directory_in_which_a_process_of_the_run_before_still_lives_is_refused(tmp_path, monkeypatch):
     """The first is killed and the second, stopped here, could still write: into the save of whoever resumes."""
     monkeypatch.setattr(run_directory, "PATIENCE", 0.0)

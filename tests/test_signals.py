@@ -67,7 +67,7 @@ class Child:
         return self.process.returncode, "".join(self.lines) + rest
 
 
-@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_during_a_computation_that_never_ends(number):
     """The main thread waits in XLA, where Python runs no handler."""
     program = """
