@@ -247,13 +247,15 @@ def test_features_are_wanted(make):
 @pytest.mark.parametrize(
     "given",
     [
-        *({"name": "maml", "rule": rule} for rule in ("lslr", "meta_curvature", "lstm")),
+        {"name": "maml", "rule": "lstm"},
         {"name": "maml_plus_plus", "first_order_until": 0.3},
-        {"name": "imaml", "proximal": 2.0},
         {"name": "cavia", "size": 3, "first_order": True},
-        {"name": "protomaml", "only": None},
-        {"name": "protomaml", "inner_steps": 0},
         {"name": "logistic", "precision": 2.0},
+        pytest.param({"name": "maml", "rule": "lslr"}, marks=pytest.mark.slow),
+        pytest.param({"name": "maml", "rule": "meta_curvature"}, marks=pytest.mark.slow),
+        pytest.param({"name": "imaml", "proximal": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"name": "protomaml", "only": None}, marks=pytest.mark.slow),
+        pytest.param({"name": "protomaml", "inner_steps": 0}, marks=pytest.mark.slow),
     ],
     ids=lambda given: "-".join(map(str, given.values())),
 )

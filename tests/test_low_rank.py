@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,8 @@ def both(model: Model, batch: Task, **options) -> tuple[list, list]:
     found = []
     for thin in (True, False):
         learner = learners.maml(model, inner_lr=0.05, inner_steps=1, low_rank=thin, **options)
-        params = double(learner.init(jax.random.key(0)))
-        (loss, _), grads, _ = loss_and_grads(learner, params, batch, jax.random.key(1))
+        params = double(jax.jit(learner.init)(jax.random.key(0)))
+        (loss, _), grads, _ = jax.jit(partial(loss_and_grads, learner))(params, batch, jax.random.key(1))
         found.append([loss, grads])
     return found[0], found[1]
 

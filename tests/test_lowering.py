@@ -32,6 +32,7 @@ VENDOR_CALLS: dict[str, set[str]] = {"cuda": {"cusolver_potrf_ffi"}, "tpu": set(
 DATA = synthetic(60, 40, ratings_per_user=(8, 20), seed=0).data
 DOT = models.content_model(DATA.columns, size=4)
 MLP = models.content_model(DATA.columns, size=4, head="mlp", hidden=(16, 16))
+VARIANTS = ("maml_net_full_rank", "meta_sgd", "reptile")
 LEARNERS = {
     "maml_seed": learners.maml(
         models.meta_recommender(DATA.users.num_rows, DATA.items.num_rows, size=4), inner_steps=1
@@ -42,7 +43,9 @@ LEARNERS = {
     "ridge": learners.ridge(DOT),
     "reptile": learners.reptile(DOT, inner_steps=2),
 }
-each_learner = pytest.mark.parametrize("name", LEARNERS)
+each_learner = pytest.mark.parametrize(
+    "name", ["maml_seed", "maml_net", "ridge", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS)]
+)
 
 
 def lower(function, *arguments) -> None:
@@ -94,7 +97,7 @@ def test_evaluation(name):
     lower(rank, params, adapted, known, users, jax.ShapeDtypeStruct((16,), jnp.int32))
 
 
-@pytest.mark.parametrize("users", [1, 4])
+@pytest.mark.parametrize("users", [1, pytest.param(4, marks=pytest.mark.slow)])
 @each_learner
 def test_recommending(name, users):
     """`Recommender`'s programs: adapt, score the catalogue, take the best 5; and the reasons."""
