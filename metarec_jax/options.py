@@ -1,4 +1,4 @@
-"""Options of a run as fields of plain dataclasses: default, help and bounds; a bad value is refused, with a remedy."""
+"""Options of a run as fields of plain dataclasses: default, help and bounds; bad values are refused, with a remedy."""
 
 from __future__ import annotations
 
@@ -43,40 +43,49 @@ class Bounds(NamedTuple):
 
 
 POSITIVE = Bounds(1e-12, 1e12)
-"""Of numbers whose logarithm is learned, or that a closed form divides by: 0 would give NaN."""
+"""For numbers whose logarithm is learned, or by which a closed form divides: 0 would give NaN."""
 
 
 def bounded(factory: F) -> F:
-    """A factory that refuses numbers beyond the `Bounds` in its signature.
+    """A factory that refuses arguments outside of the `Bounds` and the ``Literal`` choices in its signature.
 
     >>> @bounded
-    ... def steps(count: Annotated[int, Bounds(1)] = 5):
+    ... def steps(count: Annotated[int, Bounds(1)] = 5, kind: Literal["short", "long"] = "short"):
     ...     return count
     >>> steps(0)
     Traceback (most recent call last):
     metarec_jax.core.MetarecError: steps: count must be 1 or more, got 0; correct it
+    >>> steps(kind="lang")
+    Traceback (most recent call last):
+    metarec_jax.core.MetarecError: steps: kind: 'lang' is not known; perhaps you meant 'long'
     """
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
     def build(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        for name, bounds in _bounds_of(factory).items():
-            if name in given and isinstance(given[name], int | float | tuple):
-                _check_numbers(f"{factory.__name__}: {name}", given[name], bounds.low, bounds.high)
+        arguments = signature.bind(*args, **kwargs).arguments
+        bounds, choices = _limits_of(factory)
+        for name, value in arguments.items():
+            if name in bounds and isinstance(value, int | float | tuple):
+                _check_numbers(f"{factory.__name__}: {name}", value, *bounds[name])
+            if name in choices:
+                _check_choice(f"{factory.__name__}: {name}", value, choices[name])
         return factory(*args, **kwargs)
 
     return typing.cast("F", build)
 
 
 @functools.cache
-def _bounds_of(factory: Callable[..., Any]) -> dict[str, Bounds]:
+def _limits_of(factory: Callable[..., Any]) -> tuple[dict[str, Bounds], dict[str, tuple[Any, ...]]]:
+    """The bounds and the choices of the arguments of a factory, by name."""
+    hints = typing.get_type_hints(factory, include_extras=True)
     marks = {
         name: [mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Bounds)]
-        for name, hint in typing.get_type_hints(factory, include_extras=True).items()
+        for name, hint in hints.items()
         if typing.get_origin(hint) is Annotated
     }
-    return {name: found[0] for name, found in marks.items() if found}
+    choices = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    return {name: bounds[0] for name, bounds in marks.items() if bounds}, choices
 
 
 class Checked:
@@ -93,8 +102,8 @@ class Checked:
 def arguments_of(function: Callable[..., Any], named: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> dict[str, Any]:
     """The keyword arguments of a factory that can be written as text, as fields with default, help and bounds.
 
-    The signature is the one place where they are defined: defaults are its defaults, bounds are its `Bounds`, the help
-    is the entry of the docstring's ``Args:``. An argument that takes an object (a function, an array) is left out.
+    They are defined only in the factory: defaults are those of its signature, bounds are its `Bounds`, the help is the
+    entry in ``Args:`` of its docstring. An argument that takes an object (a function, an array) is left out.
 
     Args:
       named: arguments that take an object in Python and one of these names here, as pairs of name and choices; the
@@ -116,7 +125,7 @@ def arguments_of(function: Callable[..., Any], named: tuple[tuple[str, tuple[str
     """
     hints = typing.get_type_hints(function, include_extras=True)
     choices, helps = dict(named), _described(function.__doc__ or "")
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for p in inspect.signature(function).parameters.values():
         if p.kind is not p.KEYWORD_ONLY:
             continue
@@ -131,12 +140,12 @@ def arguments_of(function: Callable[..., Any], named: tuple[tuple[str, tuple[str
             hint = functools.reduce(operator.or_, parts) if set(parts) - {NoneType} else object
         if _is_text(hint):
             metadata = {"help": helps.get(p.name, ""), "flag": None, **bounds._asdict()}
-            found[p.name] = (hint, field(default=default, metadata=metadata))
-    return found
+            fields[p.name] = (hint, field(default=default, metadata=metadata))
+    return fields
 
 
 def checked(owner: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All of ``fields`` (of `arguments_of`) by name: ``values`` where given, each checked, else the default.
+    """All of ``fields`` (from `arguments_of`) by name: ``values``, each checked, and the defaults of the others.
 
     Raises:
       MetarecError: a name that is not among the fields (the message lists them), or a value that does not fit.
@@ -145,13 +154,13 @@ def checked(owner: str, fields: Mapping[str, Any], values: Mapping[str, Any]) ->
         if name not in fields:
             own = ", ".join(fields) or "none"
             raise error(f"{owner} has no option {shown(name)}; {_close(name, fields)}its options are: {own}")
-    found = {}
+    complete = {}
     for name, (hint, f) in fields.items():
         value = values.get(name, f.default)
         value = tuple(value) if isinstance(value, list) else value
         _check(f"{owner}:{name}", value, hint, f.metadata)
-        found[name] = value
-    return found
+        complete[name] = value
+    return complete
 
 
 def parsed(text: str, hint: Any) -> Any:
@@ -179,7 +188,7 @@ def parsed(text: str, hint: Any) -> Any:
 
 
 def spelled(value: Any) -> str:
-    """A value as `parsed` reads it.
+    """A value as text that `parsed` reads.
 
     >>> spelled(("net", "tables")), spelled(True), spelled(0.5)
     ('net+tables', 'true', '0.5')
@@ -216,8 +225,8 @@ def error(message: str) -> Exception:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and not the whole of one that is long."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to spell the longest
+    """A value for a message: on one line, and cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print the longest
         return f"a number of {value.bit_length()} bits"
     text = repr(value[:100] if isinstance(value, str | list | tuple | bytes) else value)
     return text if len(text) <= 100 else f"{text[:100]}..."
@@ -229,14 +238,18 @@ def _section(kind: type) -> str:
 
 def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise error(f"{name}: {shown(value)} is not known; {meant(value, typing.get_args(hint))}")
+        _check_choice(name, value, typing.get_args(hint))
         return
     if not _fits(value, hint):
-        raise error(f"{name} expected {_spoken(hint)}, got {shown(value)}; correct it")
+        raise error(f"{name} expected {_described_type(hint)}, got {shown(value)}; correct it")
     if isinstance(value, str) and "\0" in value:
         raise error(f"{name} has a zero byte in it: {shown(value)}; correct it")
     _check_numbers(name, value, metadata["low"], metadata["high"])
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise error(f"{name}: {shown(value)} is not known; {meant(value, choices)}")
 
 
 def _check_numbers(name: str, value: Any, low: float | None, high: float | None) -> None:
@@ -244,10 +257,11 @@ def _check_numbers(name: str, value: Any, low: float | None, high: float | None)
         if isinstance(number, bool | str | NoneType):
             continue
         if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high):
-            bounds = f"{low} or more" if high is None else f"between {low} and {high}"
+            least, most = (f"{bound:g}" if isinstance(bound, float) else bound for bound in (low, high))
+            bounds = f"{least} or more" if high is None else f"between {least} and {most}"
             raise error(f"{name} must be {bounds}, got {shown(number)}; correct it")
         if not abs(number) <= (_LARGEST if isinstance(number, int) else sys.float_info.max):
-            raise error(f"{name} is {shown(number)}, beyond what can be counted with; correct it")
+            raise error(f"{name} must fit into 32 bits (a fraction: into 64), got {shown(number)}; correct it")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -264,13 +278,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _spoken(hint: Any) -> str:
+def _described_type(hint: Any) -> str:
     """
-    >>> _spoken(tuple[int, int]), _spoken(str | None)
+    >>> _described_type(tuple[int, int]), _described_type(str | None)
     ('a list of 2 whole numbers', 'text or nothing')
     """
     if isinstance(hint, UnionType):
-        return " or ".join(_spoken(part) for part in typing.get_args(hint))
+        return " or ".join(_described_type(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         plural = {int: "whole numbers", float: "numbers", str: "texts"}[parts[0]]
@@ -278,16 +292,21 @@ def _spoken(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}[hint]
 
 
-def entries(value: Any, where: str) -> Mapping[str, Any]:
-    """A mapping, and nothing else."""
+def entries(value: Any, owner: str) -> Mapping[str, Any]:
+    """The value, which must be a mapping.
+
+    Raises:
+      MetarecError: it is not one; the message names ``owner``.
+    """
     if not isinstance(value, Mapping):
-        raise error(f"{where} expected names with values, got {shown(value)}; correct it")
+        raise error(f"{owner} expected names with values, got {shown(value)}; correct it")
     return value
 
 
-def known(name: Any, names: Any, where: str) -> None:
+def known(name: Any, names: Any, owner: str) -> None:
+    """Raise MetarecError where ``name`` is not among the ``names`` of ``owner``."""
     if name not in names:
-        raise error(f"{where} has no {shown(name)}; {meant(name, names)}")
+        raise error(f"{owner} has no {shown(name)}; {meant(name, names)}")
 
 
 def meant(name: Any, names: Any) -> str:
@@ -312,6 +331,6 @@ def mesh_sizes(text: str | None) -> dict[str, int]:
     for part in (text or "").split(",") if text is not None else []:
         name, _, number = part.strip().partition("=")
         if name not in ("data", "model") or name in sizes or not number.isdecimal() or not 1 <= int(number) < 2**31:
-            raise error(f"mesh: {text!r} is not understood at {part.strip()!r}; write --mesh data=4,model=2")
+            raise error(f"--mesh cannot be read at {part.strip()!r}, got {text!r}; write it like --mesh data=4,model=2")
         sizes[name] = int(number)
     return sizes

@@ -33,5 +33,5 @@ def test_scores_are_the_weighted_mean():
 def test_bad_weights_are_refused(names, weights):
     data = synthetic(30, 20, ratings_per_user=(5, 10), seed=0).data
     methods = fit_baselines(data, catalogue(data), names=names) if names else {}
-    with pytest.raises(MetarecError, match=r"give (one|at least one)"):
+    with pytest.raises(MetarecError, match=r"give (one for each|at least one)"):
         ensemble(methods, weights)

@@ -169,7 +169,7 @@ def test_it_beats_what_does_not_adapt(world):
 def test_clicks_and_what_does_not_fit_are_refused(world):
     train = world[1]
     params = gaussian_process(train.columns).init(KEY)
-    with pytest.raises(MetarecError, match="wants ratings"):
+    with pytest.raises(MetarecError, match="requires ratings"):
         gaussian_process_start(params, replace(train, rating=None))
     with pytest.raises(MetarecError, match="41 item rows"):
         gaussian_process(train.columns, dense_limit=40)

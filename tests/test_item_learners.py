@@ -328,17 +328,20 @@ def test_users_can_be_made_as_well():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: learners.meta_embedding(MODEL, CONTENT, alpha=2.0), "alpha is 2.0"),
+        (lambda: learners.meta_embedding(MODEL, CONTENT, alpha=2.0), "alpha must be between 0 and 1, got 2.0"),
         (lambda: learners.meta_embedding(MODEL, CONTENT, column="item_shelf"), "no table for the column 'item_shelf'"),
-        (lambda: learners.meta_embedding(MODEL, MODEL._replace(features=None)), "the content model has no features"),
-        (lambda: learners.mwuf(MODEL, CONTENT, hidden=0), "hidden is 0"),
-        (lambda: learners.cvar(MODEL, CONTENT, distance="cosine"), "distance 'cosine'.*give one of wasserstein, kl"),
-        (lambda: learners.dropout_net(MODEL, drop=1.0), "drop is 1.0"),
-        (lambda: learners.dropout_net(MODEL, start="mean"), "start 'mean'"),
-        (lambda: made_rows.with_cold_loss(LEARNERS["cvar"], MODEL, 1.5), "alpha is 1.5"),
+        (
+            lambda: learners.meta_embedding(MODEL, MODEL._replace(features=None)),
+            "requires a content model with features",
+        ),
+        (lambda: learners.mwuf(MODEL, CONTENT, hidden=0), "hidden must be 1 or more, got 0"),
+        (lambda: learners.cvar(MODEL, CONTENT, distance="cosine"), "distance: 'cosine'.*choose from wasserstein, kl"),
+        (lambda: learners.dropout_net(MODEL, drop=1.0), "drop must be below 1, got 1"),
+        (lambda: learners.dropout_net(MODEL, start="mean"), "start: 'mean' is not known"),
+        (lambda: made_rows.with_cold_loss(LEARNERS["cvar"], MODEL, 1.5), "alpha must be between 0 and 1, got 1.5"),
     ],
 )
-def test_a_setting_out_of_its_range_is_told(make, message):
+def test_a_setting_out_of_bounds_is_refused(make, message):
     with pytest.raises(MetarecError, match=message):
         make()
 
@@ -363,7 +366,7 @@ def test_a_made_row_of_a_table_over_two_columns():
 
 def test_a_column_of_two_tables_has_no_one_row_to_make():
     for learner in (learners.meta_embedding, learners.mwuf, learners.cvar, made_rows.made):
-        with pytest.raises(MetarecError, match=r"2 tables for the column 'item_id', \['deep', 'wide'\]"):
+        with pytest.raises(MetarecError, match=r"2 tables for the column 'item_id' \(deep, wide\)"):
             learner(wide_only(), CONTENT)
 
 

@@ -143,7 +143,7 @@ def test_bad_numbers_are_refused():
         support_map(DATA, support=2, reg=1.0, size=8)
     with pytest.raises(MetarecError, match="8 x 8 item rows, and dense_limit is 7"):
         started(dense_limit=7)
-    with pytest.raises(MetarecError, match="item_map: size is 0"):
+    with pytest.raises(MetarecError, match="item_map: size must be 1 or more, got 0"):
         learners.item_map(8, size=0)
 
 

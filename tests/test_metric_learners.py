@@ -132,18 +132,18 @@ def test_a_fractional_weight_has_a_derivative(name, float64):
 
 @each
 def test_without_item_vectors_it_says_so(name):
-    with pytest.raises(MetarecError, match=r"wants a model with features \(item vectors\), such as content_model"):
+    with pytest.raises(MetarecError, match=r"requires a model with features \(item vectors\); give .* content_model"):
         SMALL[name](world()[0]._replace(features=None))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: learners.protonet(m, classes=0), "protonet: classes is 0; give 1 or more"),
-        (lambda m: learners.matching(m, similarity="cosin"), "'cosin' is not known; use one of cosine, dot"),
-        (lambda m: learners.in_context(m, width=9, heads=2), "the width a multiple of heads"),
-        (lambda m: learners.hypernetwork(m, hidden=-1), "hidden is -1"),
-        (lambda m: learners.leo(m, latent=0), "latent is 0"),
+        (lambda m: learners.protonet(m, classes=0), "protonet: classes must be 1 or more, got 0"),
+        (lambda m: learners.matching(m, similarity="cosin"), "'cosin' is not known; perhaps you meant 'cosine'"),
+        (lambda m: learners.in_context(m, width=9, heads=2), r"width must be a multiple of heads \(2\), got 9"),
+        (lambda m: learners.hypernetwork(m, hidden=-1), "hidden must be 0 or more, got -1"),
+        (lambda m: learners.leo(m, latent=0), "latent must be 1 or more, got 0"),
         (lambda m: learners.neural_process(m, size=0), "size 0"),
         (lambda m: learners.memory(m, slots=0), "slots is 0"),
     ],

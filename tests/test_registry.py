@@ -71,7 +71,7 @@ def test_the_command_lists_them(capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in registry.ROWS)
     assert cli.main(["learners", "leo"]) == 0
-    assert "numbers of a code (default: 8)" in capsys.readouterr().out
+    assert "length of the code (default: 8)" in capsys.readouterr().out
 
 
 def test_three_hunks_add_a_learner(tmp_path):

@@ -1,7 +1,7 @@
 """Meta-learners: one file per idea, each with one factory that returns a `core.Learner`; `registry` lists them.
 
-A learner's file and its factory have the same name: ``learners.maml`` is the factory. Each is imported when it is first
-used, so that the registry can be read without importing JAX.
+A learner's file and its factory have the same name: ``learners.maml`` is the factory. Each is imported on first use,
+so that the registry can be read without importing JAX.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = sorted(_HOME)
 
 
 class _Learners(ModuleType):
-    """This package: Python sets a submodule as an attribute once it is imported; its factory is set in its place."""
+    """This package: where Python sets an imported submodule as an attribute, its factory is set instead."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, getattr(value, name) if isinstance(value, ModuleType) and name in _HOME else value)

@@ -1,13 +1,13 @@
-"""Rows made for one id: what the learners of cold items share.
+"""Rows generated for one id: what the learners of cold items share.
 
-A task is of one id (an item with many users, or a user with many items), in a column that all its examples share. Its
-row in the model's table is replaced by a vector ``[size]`` that was made for it. So the row is all that a task owns.
+A task has one id (an item with many users, or a user with many items), in a column that all its examples share. Its
+row in the model's table is replaced by a vector ``[size]`` that was generated for it: that row is all a task owns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,20 @@ import jax.numpy as jnp
 from metarec_jax import losses, rows
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 from metarec_jax.learners._inner import loop
+from metarec_jax.options import Bounds, bounded
 
 CONTENT = "content_"
-"""Tables of a content reader are called so, and after it as the reader calls them."""
+"""Prefix of the names of a content reader's tables."""
 
 WithRow = Callable[[Params, Array, Inputs], Array]
 
 
 class Reader(NamedTuple):
-    """What is known of a task's id beside interactions, as a vector.
+    """The content of a task's id, as a vector.
 
     Attributes:
-      init: ``init(key) -> (tables, net)``; the tables join those of the model, the net is ``params["content"]``.
+      init: ``init(key) -> (tables, net)``; the tables are added to those of the model, the net is
+        ``params["content"]``.
       read: ``read(params, inputs) -> [D]``.
       tables: what the engine may gather.
       size: D.
@@ -39,25 +41,28 @@ class Reader(NamedTuple):
 
 
 def table_of(model: Model, column: str, learner: str) -> tuple[str, int]:
-    """Name and row length of the table that ``column`` indexes. Raises MetarecError where there is none, or several."""
+    """Name and row length of the table that ``column`` indexes. Raises MetarecError unless there is exactly one."""
     names = [name for name, table in model.tables.items() if column in table.columns]
     if len(names) > 1:
         raise MetarecError(
-            f"{learner}: the model has {len(names)} tables for the column {column!r}, {sorted(names)}, and one row is "
-            "made; give a model with one table for it"
+            f"{learner}: the model has {len(names)} tables for the column {column!r} ({', '.join(sorted(names))}), and "
+            "only one row is generated; give a model with one table for it"
         )
     if not names:
-        columns = sorted(c for table in model.tables.values() for c in table.columns)
-        raise MetarecError(f"{learner}: the model has no table for the column {column!r}; its columns are {columns}")
+        columns = ", ".join(sorted(c for table in model.tables.values() for c in table.columns)) or "none"
+        raise MetarecError(
+            f"{learner}: the model has no table for the column {column!r}, its columns are: {columns}; "
+            "give a model with a table for it"
+        )
     return names[0], model.tables[names[0]].size
 
 
 def with_row(
     function: Callable[[Params, Inputs], Array], tables: Mapping[str, Table], table: str, column: str
 ) -> WithRow:
-    """``f(params, row, inputs)``: the function with ``row [size]`` as what ``column`` looks up in its table.
+    """``f(params, row, inputs)``: the function, where ``column`` looks up ``row [size]`` instead of its table's row.
 
-    No other table may have that column (`table_of`). Other columns of the table look up its own rows, also where they
+    No other table may have that column (`table_of`). Other columns of the table look up its own rows, even where they
     hold the same id.
 
     >>> score = lambda params, inputs: params["tables"]["item"][inputs["item_id"], 0] + inputs["user_x"]
@@ -83,7 +88,9 @@ def reader(content: Model, learner: str) -> Reader:
     """The reader of a model over content columns: its ``features`` of the first example, which all share."""
     features = content.features
     if features is None:
-        raise MetarecError(f"{learner}: the content model has no features; give content_model(columns, head='mlp')")
+        raise MetarecError(
+            f"{learner} requires a content model with features; give one such as content_model(columns, head='mlp')"
+        )
 
     def init(key: Array) -> tuple[dict[str, Array], Any]:
         params = content.init(key)
@@ -121,7 +128,7 @@ def affine(weights: Mapping[str, Array], x: Array) -> Array:
 
 
 def frozen(params: Params, *own: str) -> Params:
-    """Parameters of which only those named ``own``, the reader's net and the reader's tables are learned."""
+    """The parameters, with a gradient only in those named ``own``, the reader's net and the reader's tables."""
     learned = {"content", *own}
     held = {name: part if name in learned else jax.lax.stop_gradient(part) for name, part in params.items()}
     tables = params["tables"]
@@ -130,12 +137,12 @@ def frozen(params: Params, *own: str) -> Params:
 
 
 def unmoved(*tables: Mapping[str, Table]) -> dict[str, Table]:
-    """All these tables, none of whose rows changes in a task."""
+    """All these tables, marked as not adapted: no row of them changes in a task."""
     return {name: table._replace(adapted=False) for part in tables for name, table in part.items()}
 
 
 def on_base(params: Params, base: Params) -> Params:
-    """``params`` of a learner with the model's part of them taken from a trained ``base``.
+    """``params`` of a learner, with the model's part taken from a trained ``base``.
 
     >>> on_base({"tables": {"a": 0, "content_a": 1}, "net": 2, "content": 3}, {"tables": {"a": 7}, "net": 8})
     {'tables': {'a': 7, 'content_a': 1}, 'net': 8, 'content': 3}
@@ -148,7 +155,7 @@ def on_base(params: Params, base: Params) -> Params:
 def support_loss(
     scores: WithRow, loss: Callable[..., Array], params: Params, examples: Examples
 ) -> Callable[[Array], Array]:
-    """The loss of some examples as a function of the row."""
+    """The loss of the examples as a function of the row."""
 
     def value(row: Array) -> Array:
         return loss(scores(params, row, examples.inputs), examples.target, where=examples.mask)
@@ -157,13 +164,13 @@ def support_loss(
 
 
 def made(model: Model, content: Model, *, column: str = "item_id") -> Model:
-    """The model with the row of ``column`` made of content: ``row = own kernel of reader(content) + bias``.
+    """The model with the row of ``column`` computed from content: ``row = reader(content) @ kernel + bias``.
 
-    Any learner runs on it: with `logistic` an item is that row, and a closed form for what its first clicks add. The
-    model's own rows of the column are not read, so that items that were never rated and others are trained for alike.
+    Any learner runs on it: with `logistic` an item is that row, plus the closed-form change from its first clicks. The
+    model's own rows of the column are not read, so items with and without ratings are treated alike in training.
 
     Args:
-      model: with a table for ``column``.
+      model: a model with a table for ``column``.
       content: a model with ``features`` over the content columns of that side, ``content_model(columns, head="mlp")``.
 
     Raises:
@@ -188,27 +195,30 @@ def made(model: Model, content: Model, *, column: str = "item_id") -> Model:
     return Model(init, laid(model.apply), tables, None if features is None else laid(features), model.num_features)
 
 
+@bounded
 def with_cold_loss(
-    learner: Learner, model: Model, alpha: float = 0.5, loss: Callable[..., Array] = losses.bce
+    learner: Learner,
+    model: Model,
+    alpha: Annotated[float, Bounds(0.0, 1.0)] = 0.5,
+    loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """``alpha L_query(model) + (1 - alpha) loss``: the learner, also asked to be good before it has seen anything.
+    """The learner with the loss ``alpha L_query(model) + (1 - alpha) loss``, so that cold predictions are trained, too.
 
-    Where supports are of 0 to 40 examples, one task in 41 is cold: what is made of content alone is hardly trained for.
+    With supports of 0 to 40 examples only one task in 41 is cold: predictions from content alone are hardly trained.
 
     Args:
-      model: that which the learner adapts, such as one of `made`.
-      loss: of the model's own score, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      model: the model that the learner adapts, such as one of `made`.
+      alpha: weight of the loss before adaptation, from 0 to 1.
+      loss: loss of the model's own score, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 
     Raises:
       MetarecError: ``alpha`` is not in [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise MetarecError(f"alpha is {alpha}; give 0 to 1")
 
     def both(params: Params, task: Task, key: Array) -> tuple[Array, Mapping[str, Array]]:
-        value, told = learner.loss(params, task, key)
+        value, metrics = learner.loss(params, task, key)
         inputs, target, mask = task.query
         cold = loss(model.apply(params, inputs), target, where=mask)
-        return (1 - alpha) * value + alpha * cold, {**told, "cold_loss": cold}
+        return (1 - alpha) * value + alpha * cold, {**metrics, "cold_loss": cold}
 
     return learner._replace(loss=both)

@@ -1,8 +1,8 @@
 """The inner loop of all learners that take gradient steps, and what its steps do by default.
 
 Where a task moves only what the model names for it (`core.Model.adapts`: the user's row of a dot product), a context or
-a head, each number has a learned rate (`meta_sgd`) that starts at 0.3, and the loss of n support examples counts
-``n / (n + 30)``: chosen on validation users (docs/decisions.md). Everything else moves by plain gradient steps at 0.1.
+a head, each number has a learned rate (`meta_sgd`) that starts at 0.3, and the loss of n support examples is multiplied
+by ``n / (n + 30)``: chosen on validation users (docs/decisions.md). All else moves by plain gradient steps at 0.1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from metarec_jax.core import Array, Model
 from metarec_jax.learners.rules import MakeRule, Rule, meta_sgd, sgd
 
 PRIOR = 30.0
-"""Support examples at which a step is half as long as on any number of them."""
+"""Number of support examples at which a step has half of its full length."""
 
 
 class Inner(NamedTuple):
-    """How a task moves: the rule, the paths that move (None: all), the prior in examples, and the rate at the start."""
+    """How a task adapts: the rule, the paths that adapt (None: all), the prior in examples, and the initial rate."""
 
     rule: Rule
     only: tuple[str, ...] | None
@@ -39,12 +39,12 @@ def inner(
     only: Sequence[str] | None = (),
     alone: bool = False,
 ) -> Inner:
-    """The arguments of a learner with what is not given filled in.
+    """The arguments of a learner, with defaults where they are None.
 
     Args:
       lr, prior, rule: None for the default; a function is called as ``rule(lr, steps)``.
       only: () for what the model names, None for everything.
-      alone: whether what moves is small and of the task alone, whatever ``only`` says (a context, a head).
+      alone: whether only small parameters of the task itself adapt (a context, a head), whatever ``only`` says.
     """
     chosen = model.adapts if only is not None and not tuple(only) else only
     paths = None if chosen is None else tuple(chosen)

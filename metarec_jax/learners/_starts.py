@@ -1,8 +1,8 @@
 """Start the tables of a dot-product content model from a quick matrix factorisation.
 
-The factors of the items that training has seen are regressed on their content; the content rows start from that fit,
-and an item's own row from what the fit leaves, so that the model scores a known item as the factorisation does and an
-item never rated by its content. Users start from their factors, and what is known of them beside ratings from 0.
+The factors of the items in training are regressed on their content; the content rows start from that regression, and an
+item's own row from its residual, so that the model scores a known item as the factorisation does and an unrated item by
+its content. Users start from their factors, and the rows of their features from 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from metarec_jax.factorization import als_factors, implicit_als_factors
 from metarec_jax.options import POSITIVE, bounded
 
 _POPULARITY = 20.0
-"""Ratings at which an item counts half in the regression on content."""
+"""Number of ratings with which an item has half of the full weight in the regression on content."""
 
 
 @bounded
@@ -36,10 +36,11 @@ def warm_start(
     """Parameters of a dot-product `content_model`, started from ALS on ``train``.
 
     Args:
-      params: from ``init``; the size of the factors is read off the item table.
+      params: parameters from ``init``; the size of the factors is that of the item table.
       reg: ridge of the factorisation, in units of one rating.
-      content_reg: ridge of the regression of factors on content, in units of one well-known item.
-      iterations: sweeps of ALS.
+      content_reg: ridge of the regression of factors on content, in units of one item with many ratings.
+      iterations: number of sweeps of ALS.
+      seed: seed of the factorisation.
 
     Raises:
       MetarecError: the parameters are not those of a dot-product `content_model`, or a ridge is not above 0.
@@ -47,7 +48,7 @@ def warm_start(
     tables = params["tables"]
     if "item_id" not in tables or "mean" not in params["net"].get("params", {}):
         raise MetarecError(
-            "warm_start wants the parameters of content_model(head='dot'); train others without warm start"
+            "warm_start requires the parameters of content_model(head='dot'); train other models without warm start"
         )
     size = tables["item_id"].shape[1] - 1
     if train.rating is None:
@@ -71,7 +72,7 @@ def warm_start(
 
 
 def content_blocks(train: Interactions) -> tuple[list[str], list[sparse.csr_matrix]]:
-    """For each categorical or multi-valued item feature, the matrix [items, values] that averages as the model does."""
+    """For each categorical or multi-valued item feature, the matrix [items, values] of the model's averages."""
     names, blocks = [], []
     for name, feature in train.item_features.items():
         if feature.vocabulary is None:

@@ -1,7 +1,7 @@
-"""What a support shows beyond the model's own score: what the metric, amortised and memory learners read.
+"""Item vectors and residuals of a support, as the metric, amortised and memory learners read them.
 
-Each of them predicts ``apply(params, x) + change(x)``, where the change is made of the item vectors and the residuals
-of the support and is 0 where the support is empty: the model's own score is the prior, as for `ridge`.
+Each of them predicts ``apply(params, x) + change(x)``, where the change is computed from the item vectors and the
+residuals of the support and is 0 where the support is empty: the model's own score is the prior, as in `ridge`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Table, Task
 
 Expected = Callable[[Array], Array]
-"""The target that a score expects: the score itself for ratings (`itself`), ``jax.nn.sigmoid`` for clicks."""
+"""The target that a score predicts: the score itself for ratings (`itself`), ``jax.nn.sigmoid`` for clicks."""
 LOG_SCALE = float(np.log(4.0))
-"""Where `scaled` starts: rows start with a deviation of 0.1, and a network learns slowly from such small numbers."""
+"""Initial value for `scaled`: rows start with a deviation of 0.1, too small for a network to learn from quickly."""
 
 
 class Evidence(NamedTuple):
-    """Of S support examples: item vectors ``[S, D]``, residuals ``[S]``, weights ``[S]``. Padding is 0 in all three."""
+    """Item vectors ``[S, D]``, residuals ``[S]`` and weights ``[S]`` of S support examples; padding is 0 in all."""
 
     vectors: Array
     residual: Array
@@ -34,14 +34,14 @@ def itself(scores: Array) -> Array:
 
 
 def features_of(model: Model, learner: str) -> Callable[[Params, Inputs], Array]:
-    """The model's item vectors; raises where it has none."""
+    """The model's item vectors, on which its score is linear. Raises MetarecError where it has none."""
     if model.features is None:
-        raise MetarecError(f"{learner} wants a model with features (item vectors), such as content_model")
+        raise MetarecError(f"{learner} requires a model with features (item vectors); give one such as content_model")
     return model.features
 
 
 def scaled(model: Model, learner: str) -> Model:
-    """The model with its item vectors times ``exp(params[learner]["log_scale"])``, which is learned."""
+    """The model with its item vectors multiplied by ``exp(params[learner]["log_scale"])``, which is learned."""
     features = features_of(model, learner)
     return model._replace(
         features=lambda params, inputs: jnp.exp(params[learner]["log_scale"]) * features(params, inputs)
@@ -84,8 +84,8 @@ def learner(
 ) -> Learner:
     """A learner that only reads the support and moves no row: its objective is the loss of the query after `adapt`.
 
-    With ``prior_weight`` that many times the loss of the score before adaptation is added (of the model's own score, or
-    of ``before(params, inputs)``): training on supports alone does not ask it to be good.
+    ``prior_weight`` times the loss of the score before adaptation (the model's own, or ``before(params, inputs)``) is
+    added: the loss after adaptation alone does not make it good.
     """
     first = model.apply if before is None else before
 
@@ -99,5 +99,5 @@ def learner(
 
 
 def unmoved(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """Tables of which no row changes while a task adapts."""
+    """The tables, marked as not adapted: no row of them changes in a task."""
     return {name: table._replace(adapted=False) for name, table in tables.items()}

@@ -1,4 +1,4 @@
-"""CAVIA: a task adapts a short context vector alone; what the context means is shared by all tasks and meta-learned.
+"""CAVIA: a task adapts only a short context vector; the meaning of the context is meta-learned and shared by all tasks.
 
 Source: Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, "Fast Context Adaptation via Meta-Learning", 2019.
 """
@@ -18,7 +18,7 @@ from metarec_jax.learners.rules import MakeRule, Rule
 from metarec_jax.options import Bounds, bounded
 
 START = "context/start"
-"""Path of the context, as `maml` sees it."""
+"""Path of the context in the parameters of the `maml` below."""
 
 
 @bounded
@@ -34,24 +34,31 @@ def cavia(
     loss: Callable[..., Array] = losses.mse,
     first_order: bool = False,
 ) -> Learner:
-    """Meta-train ``model`` with a context ``c [size]``, which starts at 0 for every task and alone adapts.
+    """Meta-train ``model`` with a context ``c [size]``, which starts at 0 for every task; nothing else adapts.
 
-    It enters by the user's row, ``row + c M``, with M learned: before dense layers that is to concatenate the context
-    to their input, in a dot product it moves the user's vector. What a task owns is ``size`` numbers.
+    The context is added to the user's row, ``row + c M``, with M learned: before dense layers this is the same as
+    concatenating the context to their input, in a dot product it moves the user's vector. A task owns ``size`` numbers.
 
     Args:
-      size: C, length of the context.
-      table: the table whose rows it moves.
-      inner_lr, inner_steps, prior, rule, loss, first_order: as for `maml`.
+      size: length C of the context.
+      table: name of the table whose rows the context moves.
+      inner_lr: initial rate of the inner steps; 0.3 by default.
+      inner_steps: number of gradient steps on the support.
+      prior: prior strength, in examples: the loss of n support examples is multiplied by ``n / (n + prior)``; 30 by
+        default.
+      rule: inner update rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one;
+        `meta_sgd` by default.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      first_order: treat the inner gradients as constant (FOMAML).
 
     Returns:
       A learner; ``adapted["rest"]["context/start"]`` is the context ``[C]``.
 
     Raises:
-      MetarecError: the model has no such table, or as `maml`.
+      MetarecError: the model has no such table, or as in `maml`.
     """
     if table not in model.tables:
-        raise MetarecError(f"cavia: the model has no table {table!r}, it has {sorted(model.tables)}; give one of them")
+        raise MetarecError(f"cavia: the model has no table {table!r}; choose from {', '.join(sorted(model.tables))}")
     steps = maml(
         with_context(model, size, table),
         inner_lr=inner_lr,
@@ -85,8 +92,8 @@ def cavia(
 def with_context(model: Model, size: int, table: str) -> Model:
     """``model`` with a context in its parameters: ``{"start": c [size], "map": M [size, D]}``, rows become row + c M.
 
-    M is drawn with variance ``1 / size``: ``M' M`` is about I, so that a rate for the context does what it would do to
-    the row itself.
+    M is drawn with variance ``1 / size``: ``M' M`` is about I, so that a rate of the context has the same effect as a
+    rate of the row itself.
     """
 
     seen_tables = {n: t._replace(adapted=False) for n, t in rows.linked(model.tables, (table,)).items()}

@@ -1,4 +1,4 @@
-"""CVAR: a conditional variational autoencoder between what is known of an item and its embedding.
+"""CVAR: a conditional variational autoencoder between the content of an item and its embedding.
 
 Source: Zhao, Ren, Du, Zhang and Zhang, "Improving Item Cold-start Recommendation via Model-agnostic Conditional
 Variational Autoencoder", 2022.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners import _cold_rows as made
 from metarec_jax.options import Bounds, bounded
 
@@ -25,8 +25,8 @@ def wasserstein(mean: Array, log_variance: Array, other_mean: Array, other_log_v
     >>> round(float(wasserstein(jnp.array([0.0, 2.0]), log, jnp.array([1.0, 2.0]), jnp.zeros(2))), 4)  # 1 + 4
     5.0
     """
-    apart = jnp.square(jnp.exp(0.5 * log_variance) - jnp.exp(0.5 * other_log_variance))
-    return jnp.sum(jnp.square(mean - other_mean)) + jnp.sum(apart)
+    squares = jnp.square(jnp.exp(0.5 * log_variance) - jnp.exp(0.5 * other_log_variance))
+    return jnp.sum(jnp.square(mean - other_mean)) + jnp.sum(squares)
 
 
 def kl(mean: Array, log_variance: Array, other_mean: Array, other_log_variance: Array) -> Array:
@@ -41,7 +41,7 @@ def kl(mean: Array, log_variance: Array, other_mean: Array, other_log_variance: 
 
 
 _LOG_VARIANCE = -4.0
-"""Where log variances start, with deviations of 0.14: as large as rows mostly are, noise of 1 would drown them."""
+"""Initial log variance, a deviation of 0.14: about the size of most rows, which noise of deviation 1 would hide."""
 DISTANCES = {"wasserstein": wasserstein, "kl": kl}
 
 
@@ -59,37 +59,35 @@ def cvar(
     inner_steps: Annotated[int, Bounds(0)] = 0,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """Meta-train a decoder of latents that content and a trained row agree upon; the decoded row replaces the id's.
+    """Meta-train a decoder of latents on which content and a trained row agree; the decoded row replaces the id's.
 
     - ``q(z | r)``: the encoder of an item's trained row; ``p(z | content)``: the prior. Diagonal normals, linear maps.
-    - ``row(z) = D [z, log(1 + n)] + d``, n the number of support examples: the paper conditions on frequency too.
+    - ``row(z) = D [z, log(1 + n)] + d``, n the number of support examples: the paper also conditions on frequency.
     - ``loss(task) = L_query(row(z_p)) + reconstruction_weight |row(z_q) - r|^2 / size + distance_weight dist(q, p)``,
       z_p and z_q drawn from p and q.
 
     `adapt` decodes the mean of the prior, and takes ``inner_steps`` of gradient descent on the support from there; the
-    item's own row is read in training alone. The model is trained before and stays as it is.
+    item's own row is read only in training. The model is trained before and is not changed.
 
     Args:
-      model: with a table for ``column``; take its trained parameters over with `made_rows.on_base`.
+      model: a model with a table for ``column``; insert its trained parameters with `_cold_rows.on_base`.
       content: a model with ``features`` over the content columns.
-      latent: length of z.
-      distance: "wasserstein", as in the paper, or "kl".
-      distance_weight, reconstruction_weight: of the two other terms of the loss.
-      inner_lr, inner_steps: the steps on the support; in training too, where ``query_loss`` is taken after them.
-      loss: inside and outside, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      column: the id whose rows are decoded; all examples of a task share it.
+      latent: length of the latent vector z.
+      distance: distance between encoder and prior in the loss: "wasserstein", as in the paper, or "kl".
+      distance_weight: weight of that distance in the loss.
+      reconstruction_weight: weight in the loss of the squared error with which the trained row is decoded.
+      inner_lr: rate of the gradient steps on the row.
+      inner_steps: number of gradient steps on the support, in training too; ``query_loss`` is measured after them.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 
     Returns:
       A learner whose ``adapted`` is the row, ``[size]``.
 
     Raises:
-      MetarecError: the model has no table for ``column``, ``content`` no features, or a setting is not known.
+      MetarecError: the model has no table for ``column``, ``content`` has no features, or a setting is out of bounds.
     """
-    if distance not in DISTANCES or latent < 1 or inner_steps < 0:
-        raise MetarecError(
-            f"cvar: distance {distance!r}, latent {latent}, inner_steps {inner_steps}; give one of "
-            f"{', '.join(DISTANCES)}, 1 or more, and 0 or more"
-        )
-    apart = DISTANCES[distance]
+    distance_of = DISTANCES[distance]
     table, size = made.table_of(model, column, "cvar")
     know = made.reader(content, "cvar")
     scores = made.with_row(model.apply, model.tables, table, column)
@@ -138,12 +136,12 @@ def cvar(
             mean + jnp.exp(0.5 * log_variance) * jax.random.normal(k, mean.shape, mean.dtype)
             for k, (mean, log_variance) in ((k_p, p), (k_q, q))
         )
-        of_query = made.support_loss(scores, loss, params, query)
-        value = of_query(moved(params, z_p, support))
-        again = jnp.mean(jnp.square(decoded(params, z_q, support) - row))
-        far = apart(*q, *p)
-        total = value + reconstruction_weight * again + distance_weight * far
-        told = {"reconstruction": again, "distance": far, "query_loss": of_query(adapt(params, support, key))}
-        return total, told
+        query_loss = made.support_loss(scores, loss, params, query)
+        value = query_loss(moved(params, z_p, support))
+        error = jnp.mean(jnp.square(decoded(params, z_q, support) - row))
+        far = distance_of(*q, *p)
+        total = value + reconstruction_weight * error + distance_weight * far
+        metrics = {"reconstruction": error, "distance": far, "query_loss": query_loss(adapt(params, support, key))}
+        return total, metrics
 
     return Learner(init, adapt, predict, meta_loss, made.unmoved(model.tables, know.tables))

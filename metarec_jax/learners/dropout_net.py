@@ -1,4 +1,4 @@
-"""DropoutNet: train with the id hidden at random, so that a new id is nothing unheard of.
+"""DropoutNet: train with the id hidden at random, so that a new id is an input the model was trained on.
 
 Source: Volkovs, Yu and Poutanen, "DropoutNet: Addressing Cold Start in Recommender Systems", 2017.
 """
@@ -28,35 +28,33 @@ def dropout_net(
     inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """Plain training on all examples alike, with a task's id replaced by the unknown one with chance ``drop``.
+    """Plain training on all examples alike, with a task's id replaced by the unknown id with probability ``drop``.
 
-    ``loss(task) = loss(apply(p, x'), y)`` over support and query together, where x' has row 0 in the place of some ids:
-    row 0 is trained to stand for the mean id (the paper sets the mean of all rows there). `adapt` starts from that row
-    and takes gradient steps on the support.
+    ``loss(task) = loss(apply(p, x'), y)`` over support and query together, where x' has row 0 in place of some ids:
+    row 0 is trained to represent the mean id (the paper uses the mean of all rows). `adapt` starts from that row and
+    takes gradient steps on the support.
 
     With ``drop=0`` and ``start="own"`` it is the plain model, and a new id starts from the row that `init` drew for it.
 
     Args:
-      model: with a table for ``column``.
-      column: the id that is dropped, and whose row adapts: all examples of a task to adapt to share it.
-      drop: chance of dropping the id that the examples of a task share: drawn once for its support and once for its
-        query, not for each example as in the paper. Examples with ids of their own (`data.epochs`) drop one by one.
-      start: "unknown": adapt from row 0; "own": from the id's own row.
-      inner_lr, inner_steps: the steps on the support.
-      loss: of training and of adaptation, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      model: a model with a table for ``column``.
+      column: the id that is dropped, and whose row adapts; all examples of a task to adapt to share it.
+      drop: probability, below 1, of hiding the id that the examples of a task share: drawn once for its support and
+        once for its query, not for each example as in the paper. Examples with ids of their own (`data.epochs`) are
+        dropped one by one.
+      start: row from which adaptation starts: "unknown" is row 0, "own" the id's own row.
+      inner_lr: rate of the gradient steps on the row.
+      inner_steps: number of gradient steps on the support.
+      loss: loss of training and of adaptation, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 
     Returns:
       A learner whose ``adapted`` is the row, ``[size]``.
 
     Raises:
-      MetarecError: the model has no table for ``column``, ``drop`` is not in [0, 1), ``start`` is neither of the two,
-        or ``inner_steps`` is below 0.
+      MetarecError: the model has no table for ``column``, or a setting is out of bounds.
     """
-    if not 0 <= drop < 1 or start not in ("unknown", "own") or inner_steps < 0:
-        raise MetarecError(
-            f"dropout_net: drop is {drop}, start {start!r}, inner_steps {inner_steps}; give 0 <= drop < 1, 'unknown' "
-            "or 'own', and 0 or more"
-        )
+    if drop == 1:
+        raise MetarecError("dropout_net: drop must be below 1, got 1, which hides every id; correct it")
     table, _ = made.table_of(model, column, "dropout_net")
     scores = made.with_row(model.apply, model.tables, table, column)
 
@@ -79,7 +77,7 @@ def dropout_net(
         both = jnp.concatenate([scores_of(support, keys[0]), scores_of(query, keys[1])])
         target, mask = (jnp.concatenate([getattr(part, n) for part in task]) for n in ("target", "mask"))
         value = loss(both, target, where=mask)
-        if query.inputs[column].shape[0] > 1:  # a batch of anybody's examples, as of `data.epochs`: no one to adapt to
+        if query.inputs[column].shape[0] > 1:  # examples of many ids, as in `data.epochs`: there is no task to adapt to
             return value, {"query_loss": loss(both[support.mask.shape[0] :], query.target, where=query.mask)}
         fixed = jax.lax.stop_gradient(params)
         after = made.support_loss(scores, loss, fixed, query)(adapt(fixed, support, key))

@@ -19,17 +19,17 @@ def ensemble(
     weights: Mapping[str, float] | None = None,
     unknown: Mapping[str, float] | None = None,
 ) -> Method:
-    """``score(x) = sum_m w_m score_m(x)``; methods that rate on one scale, such as ratings.
+    """``score(x) = sum_m w_m score_m(x)`` of methods with scores on the same scale, such as ratings.
 
     Args:
-      methods: by name; each adapts to the support by itself.
-      weights: by the same names, scaled here to sum 1; None: all alike.
-      unknown: weights for items unknown to training (id 0), of which methods know unlike much; None: ``weights``.
+      methods: the methods by name; each adapts to the support by itself.
+      weights: weights by the same names, scaled here to the sum 1; None for equal weights.
+      unknown: weights for items unknown to training (id 0), which methods predict unequally well; None: ``weights``.
 
-    On a CPU of few cores call `tune_cpu` first: closed forms that are solved at once need threads enough.
+    On a CPU with few cores call `tune_cpu` first: closed forms that are solved at the same time need enough threads.
 
     Raises:
-      MetarecError: no method, weights of other names, or weights that do not sum to more than 0.
+      MetarecError: there is no method, weights have other names, or weights do not sum to more than 0.
 
     >>> level = lambda r: Method(jnp.float32(r), lambda p, s, k: (), lambda p, a, x: p * jnp.ones(len(x["item_id"])))
     >>> both = ensemble({"low": level(1.0), "high": level(4.0)}, {"low": 2, "high": 1}, {"low": 0, "high": 1})
@@ -38,15 +38,16 @@ def ensemble(
     [2.0, 4.0]
     """
     if not methods:
-        raise MetarecError("an ensemble of no method; give at least one, as {'name': Method(...)}")
+        raise MetarecError("an ensemble requires a method, got none; give at least one, as {'name': Method(...)}")
     weights = dict.fromkeys(methods, 1.0) if weights is None else weights
     scaled = []
-    for given in (weights, weights if unknown is None else unknown):
-        if set(given) != set(methods) or not sum(given.values()) > 0:
+    for shares in (weights, weights if unknown is None else unknown):
+        if set(shares) != set(methods) or not sum(shares.values()) > 0:
             raise MetarecError(
-                f"weights {dict(given)} for the methods {', '.join(methods)}; give one for each, with a sum above 0"
+                f"ensemble expected a weight for each of {', '.join(methods)}, with a sum above 0, got {dict(shares)}; "
+                "give one for each"
             )
-        scaled.append({name: jnp.float32(given[name] / sum(given.values())) for name in methods})
+        scaled.append({name: jnp.float32(shares[name] / sum(shares.values())) for name in methods})
     params = {"methods": {name: m.params for name, m in methods.items()}, "known": scaled[0], "unknown": scaled[1]}
 
     def adapt(params: Params, support: Examples, key: Array) -> Any:

@@ -1,7 +1,7 @@
-"""Plain training and fine-tuning: what a model is worth without meta-learning.
+"""Plain training and fine-tuning: what a model achieves without meta-learning.
 
-Source: the usual way to serve a new user with a trained network; that it is hard to beat: Chen et al., "A Closer Look
-at Few-shot Classification", 2019.
+This is the usual way to serve a new user with a trained network. Source, that it is hard to beat: Chen et al., "A
+Closer Look at Few-shot Classification", 2019.
 """
 
 from __future__ import annotations
@@ -31,22 +31,25 @@ def fine_tune(
 ) -> Learner:
     """Train ``model`` on all examples of a task alike, and fine-tune it on the support of a new user.
 
-    ``loss(task) = loss(apply(p, x), y)`` over support and query together, nothing adapted: pooled training, in batches
-    of users. `adapt` then takes gradient steps on the support, as `maml` does: of the user's row
-    (``only=("tables/user_id",)``: the fold-in of matrix factorisation by gradients), of the last layer, of everything.
+    ``loss(task) = loss(apply(p, x), y)`` over support and query together, without adaptation: pooled training, in
+    batches of users. `adapt` then takes gradient steps on the support, as `maml` does: on the user's row
+    (``only=("tables/user_id",)``: the fold-in of matrix factorisation by gradients), the last layer, or everything.
 
     Args:
-      inner_lr, inner_steps: of fine-tuning; with 0 steps, `adapt` changes nothing.
-      rule: an inner rule, as for `maml`, by default SGD; what it would learn of its own stays as it starts.
-      loss: of training and of fine-tuning, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      only: path prefixes of the parameters that fine-tuning moves, as for `maml`. Training moves all.
+      inner_lr: rate of the fine-tuning steps; by default 0.3 where only the model's task parameters adapt (the user's
+        row of a dot product), else 0.1.
+      inner_steps: number of fine-tuning steps; with 0, `adapt` changes nothing.
+      rule: update rule of fine-tuning (`learners.rules`), SGD by default; its own parameters keep their initial values.
+      loss: loss of training and of fine-tuning, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the parameters that fine-tuning moves; () is what the model names (`Model.adapts`), None
+        is all. Training moves all parameters.
 
     Returns:
-      A learner whose ``adapted`` is that of `maml`. Its ``query_loss`` is taken after fine-tuning on the support, which
-      with many steps takes longer than training does: train with 0 steps where only the parameters are wanted.
+      A learner whose ``adapted`` is that of `maml`. Its ``query_loss`` is measured after fine-tuning on the support,
+      which with many steps takes longer than training: train with 0 steps if only the parameters are needed.
 
     Raises:
-      MetarecError: as `maml`.
+      MetarecError: as in `maml`.
 
     >>> from metarec_jax.models.content import meta_recommender
     >>> learner = fine_tune(meta_recommender(4, 6, size=2), inner_steps=0)

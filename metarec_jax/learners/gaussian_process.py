@@ -1,9 +1,9 @@
 """A user is a draw of a Gaussian process over items; its kernels come from all users, its few weights are meta-learned.
 
 The query is predicted by ``m(q) + k(q, S) (k(S, S) + D)^-1 (r - m(S))``. Mean and kernels are counted from the ratings
-of all users; what is learned is how much each of them counts, some twenty numbers, so that a few hundred users suffice.
-While they are learned, a user's own ratings are taken out of everything that was counted: without that, a kernel that
-has seen the answer would be trusted too much.
+of all users; only their weights are learned, some twenty numbers, for which a few hundred users are enough. While they
+are learned, a user's own ratings are subtracted from all counts: otherwise the weight of a kernel that has seen the
+answer would become too large.
 
 Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5; the meta-learning
 view: Harrison et al., "Meta-Learning Priors for Efficient Online Bayesian Regression", 2018.
@@ -27,9 +27,9 @@ from metarec_jax.learners._starts import content_blocks, regress
 from metarec_jax.options import Bounds, bounded
 
 DENSE_LIMIT = 10_000
-"""Item rows, at the most, for which square matrices are made."""
+"""Largest number of item rows for which square matrices are computed."""
 _GROUPS = 1000
-"""Values of a user feature, at the most, by which users are grouped: there are two numbers for each and each item."""
+"""Largest number of values of a user feature by which users are grouped: two numbers are kept per value and item."""
 
 
 @bounded
@@ -41,24 +41,24 @@ def gaussian_process(
 ) -> Learner:
     """Meta-train the weights of a mean and of kernels that `gaussian_process_start` counts. For ratings.
 
-    Kernels of items i, j, each with a learned weight: a constant (the user's bias); agreement of the residuals of those
-    who rated both, scaled by the items' norms or by their numbers of ratings; how many rated both; products of
-    popularity and of mean; shared values of each categorical item feature; nearness in each numeric one. The mean is
-    the item's, drawn towards what its content says, plus what users with the same features thought of it, plus how near
-    the item is to what the user has rated at all.
+    Kernels of items i, j, each with a learned weight: a constant (the user's bias); the products of residuals of users
+    who rated both, scaled by the items' norms or by their numbers of ratings; the number of users who rated both;
+    products of popularity and of mean; shared values of each categorical item feature; closeness in each numeric one.
+    The mean is the item's, shrunk towards a regression on its content, plus the mean deviation of users with the same
+    features, plus the closeness of the item to all that the user has rated.
 
     It is trained on tasks of users with rows of their own (`core.Learner.user_rows`; ``task_source(...,
     user_rows="own")``): a user with a row has been counted, and ``loss`` takes out what this user gave. ``adapt`` and
     ``predict`` treat every user as new.
 
     Args:
-      columns: of the data (`Interactions.columns`). Item features are used, and categorical user features of up to
-        1,000 values.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      dense_limit: most item rows; there are two matrices of item rows squared.
+      columns: columns of the data (`Interactions.columns`). Item features are used, and categorical user features of
+        up to 1,000 values.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      dense_limit: largest number of item rows; two matrices of item rows squared are kept.
 
     Returns:
-      A learner without tables: ``params["weights"]`` is learned, ``params["fixed"]`` is counted, and empty before
+      A learner without tables: ``params["weights"]`` is learned, ``params["fixed"]`` is counted, and 0 before
       `gaussian_process_start`.
 
     Raises:
@@ -67,8 +67,8 @@ def gaussian_process(
     rows = columns["item_id"].size
     if rows > dense_limit:
         raise MetarecError(
-            f"gaussian_process keeps two matrices of item rows squared, and there are {rows} item rows; give "
-            "dense_limit, or use ridge"
+            f"gaussian_process keeps two matrices of item rows squared; there are {rows} item rows, and dense_limit is "
+            f"{dense_limit}; raise dense_limit, or use ridge"
         )
 
     def init(key: Array) -> Params:
@@ -88,34 +88,38 @@ def gaussian_process_start(params: Params, train: Interactions, *, seed: int = 0
       MetarecError: implicit feedback, nothing to count, or data with other columns than the learner's.
     """
     if train.rating is None:
-        raise MetarecError("gaussian_process wants ratings, and the data is implicit feedback; use ridge or logistic")
+        raise MetarecError("gaussian_process requires ratings, and the data has clicks; use ridge or logistic")
     statistics = counted(train)
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (statistics, params["fixed"])]
     if shapes[0] != shapes[1]:
         raise MetarecError(
-            "gaussian_process_start was given data of other users, items or features than the learner's; make the "
-            "learner for the columns of this data"
+            "gaussian_process_start got data with other users, items or features than those of the learner; build the "
+            "learner from the columns of this data"
         )
     return {**params, "fixed": statistics}
 
 
 def counted(train: Interactions) -> Params:
-    """What mean and kernels are made of.
+    """The statistics of which mean and kernels are computed.
 
     Returns:
       ``gram[i, j] = sum_u e_ui e_uj`` of the residuals e of the bias model, ``pairs[i, j]`` the users who rated both,
       both ``[items, items]``; ``mu``, ``item_bias``, ``user_bias`` of the bias model; ``rest [items]`` the sum of an
-      item's ratings less ``mu``, users' biases and what its content says; ``content``: that, by feature value;
-      ``groups``: by user feature and its value, the same sums by item and the counts, ``[values, items]``.
+      item's ratings less ``mu``, users' biases and the regression on its content; ``content``: that regression's
+      coefficients, by feature value; ``groups``: by user feature and its value, the same sums and the counts per item,
+      ``[values, items]``.
+
+    Raises:
+      MetarecError: the data has no rows.
     """
     if not len(train):
-        raise MetarecError("gaussian_process wants ratings to count, and got none; give it a training part with rows")
+        raise MetarecError("gaussian_process requires ratings to count, got none; give training data with rows")
     assert train.rating is not None
     mu, item_bias, user_bias = bias_terms(train)
     shape = (train.users.num_rows, train.items.num_rows)
     residual = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
-    of_users = sparse.csr_matrix((residual, (train.user, train.item)), shape=shape)
-    who = sparse.csr_matrix((np.ones(len(train), np.float32), (train.user, train.item)), shape=shape)
+    residuals = sparse.csr_matrix((residual, (train.user, train.item)), shape=shape)
+    rated = sparse.csr_matrix((np.ones(len(train), np.float32), (train.user, train.item)), shape=shape)
     count = np.bincount(train.item, minlength=shape[1])
     level = np.bincount(train.item, train.rating - mu - user_bias[train.user], minlength=shape[1])
     names, blocks = content_blocks(train)
@@ -135,9 +139,9 @@ def counted(train: Interactions) -> Params:
             ones = sparse.csr_matrix((np.ones_like(beyond), at), shape=size).toarray()
             groups[name] = {"sum": jnp.asarray(sums), "count": jnp.asarray(ones)}
     popularity = np.log1p(count[count > 0])
-    found = {
-        "gram": (of_users.T @ of_users).toarray(),
-        "pairs": (who.T @ who).toarray(),
+    statistics = {
+        "gram": (residuals.T @ residuals).toarray(),
+        "pairs": (rated.T @ rated).toarray(),
         "rest": rest,
         "item_bias": item_bias,
         "user_bias": user_bias,
@@ -145,7 +149,8 @@ def counted(train: Interactions) -> Params:
         "base": base[0],
         "popularity": np.array([popularity.mean(), popularity.std() + 1e-3]),
     }
-    return {name: jnp.asarray(a, jnp.float32) for name, a in found.items()} | {"content": content, "groups": groups}
+    arrays = {name: jnp.asarray(a, jnp.float32) for name, a in statistics.items()}
+    return arrays | {"content": content, "groups": groups}
 
 
 def _grouping(columns: Mapping[str, Column]) -> list[str]:
@@ -159,7 +164,7 @@ def _item_features(columns: Mapping[str, Column]) -> dict[str, Column]:
 
 
 def _nothing_counted(columns: Mapping[str, Column]) -> Params:
-    """`counted` of no rating at all."""
+    """The result of `counted` without any rating."""
     items, users = columns["item_id"].size, columns["user_id"].size
     shapes = {
         "gram": (items, items),
@@ -178,7 +183,7 @@ def _nothing_counted(columns: Mapping[str, Column]) -> Params:
 
 
 def _weights(columns: Mapping[str, Column]) -> Params:
-    """Weights before learning: logarithms of what must be positive."""
+    """Weights before learning; those that must be positive are logarithms."""
     content, groups = _item_features(columns), _grouping(columns)
     numeric = [name for name, column in content.items() if column.kind == "numeric"]
     kernels = {"constant": -1.5, "gram": -0.7, "covariance": -2.0, "pairs": -1.0, "popularity": -3.0, "mean": -3.0}
@@ -206,7 +211,7 @@ def predict(params: Params, adapted: Params, inputs: Inputs) -> Array:
 
 
 def task_loss(weights: Params, statistics: Params, task: Task, *, loss: Callable[..., Array]) -> Array:
-    """Loss of the query of a user; where he was counted, and so has a row, his ratings are taken out of the counts."""
+    """Loss of a user's query; ratings of a user who was counted, and so has a row, are subtracted from the counts."""
     own_s, own_q = (_own(statistics, part) for part in (task.support, task.query))
     adapted = _condition(weights, statistics, task.support, own_s)
     scores = _posterior(weights, statistics, adapted, task.query.inputs, own_q)
@@ -214,8 +219,8 @@ def task_loss(weights: Params, statistics: Params, task: Task, *, loss: Callable
 
 
 def _own(statistics: Params, part: Examples) -> tuple[Array, Array]:
-    """What a user gave to the statistics of each item: a rating less mu and the user's bias, and 1; nothing where the
-    user or the item is unknown."""
+    """The user's share in the statistics of each item: a rating less mu and the user's bias, and the count 1; both 0
+    where the user or the item is unknown."""
     user, item = part.inputs["user_id"], part.inputs["item_id"]
     there = jnp.where((user > 0) & (item > 0) & (part.mask > 0), 1.0, 0.0)
     level = part.target - statistics["mu"] - statistics["user_bias"][user]
@@ -223,7 +228,7 @@ def _own(statistics: Params, part: Examples) -> tuple[Array, Array]:
 
 
 def _sides(weights: Params, statistics: Params, inputs: Inputs, own: tuple[Array, Array] | None) -> Params:
-    """Of each item ``[n]``: what its mean and its kernels with others are made of."""
+    """For each item ``[n]``, the terms of its mean and of its kernels with others."""
     item = inputs["item_id"]
     level, there = (jnp.zeros(item.shape),) * 2 if own is None else own
     residual = level - there * statistics["item_bias"][item]
@@ -243,14 +248,14 @@ def _sides(weights: Params, statistics: Params, inputs: Inputs, own: tuple[Array
         columns[name] = x
     beyond = level - there * content
     shrinkage = {name: jnp.exp(value) for name, value in weights["shrinkage"].items()}
-    of = weights["mean"]
+    share = weights["mean"]
     rest = (statistics["rest"][item] - beyond) / (count + shrinkage["rest"])
-    deviation = of["content"] * content + of["rest"] * rest
+    deviation = share["content"] * content + share["rest"] * rest
     for name, group in statistics["groups"].items():
         value = inputs[name][0]
-        by = group["count"][value, item] - there
-        said = group["sum"][value, item] - beyond - by * rest
-        deviation += jnp.where(value > 0, of[name] * said / (by + shrinkage[name]), 0.0)
+        members = group["count"][value, item] - there
+        total = group["sum"][value, item] - beyond - members * rest
+        deviation += jnp.where(value > 0, share[name] * total / (members + shrinkage[name]), 0.0)
     return {
         "item": item,
         "columns": columns,
@@ -258,7 +263,7 @@ def _sides(weights: Params, statistics: Params, inputs: Inputs, own: tuple[Array
         "there": there,
         "popularity": popular,
         "mean": deviation,
-        "prior": statistics["mu"] + deviation + of["popularity"] * popular,
+        "prior": statistics["mu"] + deviation + share["popularity"] * popular,
         "gram": 1 / jnp.sqrt(jnp.maximum(square, 0.0) + shrinkage["gram"]),
         "covariance": 1 / jnp.sqrt(count + shrinkage["covariance"]),
         "pairs": 1 / jnp.sqrt(count + shrinkage["pairs"]),
@@ -267,7 +272,7 @@ def _sides(weights: Params, statistics: Params, inputs: Inputs, own: tuple[Array
 
 
 def _kernel(weights: Params, statistics: Params, a: Params, b: Params) -> tuple[Array, Array]:
-    """``k(a, b)`` and how near the items are in who rated them, both ``[n, m]``."""
+    """``k(a, b)``, and the closeness of the items by the users who rated them, both ``[n, m]``."""
     outer = lambda x, y: x[:, None] * y[None]  # noqa: E731
     scale = {name: jnp.exp(value) for name, value in weights["kernels"].items()}
     at = (a["item"][:, None], b["item"][None])
@@ -287,7 +292,7 @@ def _kernel(weights: Params, statistics: Params, a: Params, b: Params) -> tuple[
 
 
 def _shared(x: Array, y: Array) -> Array:
-    """Shared values of ``x [n, f]`` and ``y [m, f]``, over the root of the numbers of values; 0 is no value."""
+    """Number of shared values of ``x [n, f]`` and ``y [m, f]`` over the root of their counts; 0 is not a value."""
     same = (x[:, None, :, None] == y[None, :, None, :]) & (x > 0)[:, None, :, None]
     counts = [jnp.maximum((z > 0).sum(1), 1).astype(jnp.float32) for z in (x, y)]
     return same.sum((2, 3)) / jnp.sqrt(counts[0][:, None] * counts[1][None])

@@ -1,6 +1,6 @@
-"""Hypernetworks: a network reads the support and writes the user's own weights.
+"""Hypernetworks: a network reads the support and outputs the user's own weights.
 
-Source: Ha, Dai and Le, "HyperNetworks", 2016; from a set of examples, with FiLM and a written last layer: Requeima et
+Source: Ha, Dai and Le, "HyperNetworks", 2016; from a set of examples, with FiLM and a generated last layer: Requeima et
 al., "Fast and Flexible Multi-Task Classification Using Conditional Neural Adaptive Processes" (CNAPs), 2019.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params
 from metarec_jax.learners import _support as shows
 from metarec_jax.models.networks import encoder
 from metarec_jax.options import POSITIVE, Bounds, bounded
@@ -30,35 +30,33 @@ def hypernetwork(
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
-    """Meta-train an encoder of the support whose output is what a user's head needs.
+    """Meta-train an encoder of the support whose output is the weights of a user's head.
 
-    - ``hidden=0``: ``score = apply + <w, [v, 1]>``: the user's vector and bias, as `ridge` solves for, in one pass.
-    - ``hidden>0``: ``score = apply + <w, [h, 1]>``, ``h = relu((1 + scale) * (A v + b) + shift)``: one layer of so many
-      units, shared by all users, which the support scales and shifts (FiLM), under a last layer that it writes.
+    - ``hidden=0``: ``score = apply + <w, [v, 1]>``: the user's vector and bias, as in `ridge`, in one forward pass.
+    - ``hidden>0``: ``score = apply + <w, [h, 1]>``, ``h = relu((1 + scale) * (A v + b) + shift)``: one layer of that
+      many units, shared by all users, scaled and shifted by the support (FiLM), and a last layer from the support.
 
-    w, scale and shift are made by `networks.encoder` of ``[v, e, e v]`` of each support example, with residuals
-    ``e = target - expected(apply)``; they are 0 where the support is empty, which therefore predicts exactly ``apply``.
+    w, scale and shift are the output of `networks.encoder` on ``[v, e, e v]`` of each support example, with residuals
+    ``e = target - expected(apply)``; they are 0 where the support is empty, which therefore predicts ``apply``.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      hidden: units of the head; width: units of the encoder.
-      prior: where the encoder's prior starts, in examples.
-      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      model: a model with ``features``, such as `content_model`.
+      hidden: units of the head's hidden layer; 0 leaves that layer out.
+      width: units of each layer of the encoder.
+      prior: initial prior strength of the encoder, in examples; learned.
+      prior_weight: weight of the loss of the model's own score in the objective; that after adaptation has weight 1.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
       A learner whose ``adapted`` is ``{"weights": [D + 1]}``, or ``{"weights": [hidden + 1], "scale": [hidden],
       "shift": [hidden]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, ``hidden`` or ``prior_weight`` is below 0, or ``prior`` is not
-        above 0.
+      MetarecError: the model has no ``features``, or a number is out of bounds.
     """
     model = shows.scaled(model, "hypernetwork")
     vectors = shows.features_of(model, "hypernetwork")
-    if hidden < 0 or width < 1:
-        raise MetarecError(f"hypernetwork: hidden is {hidden}, width {width}; give 0 or more, and 1 or more")
     size = model.num_features
     length = 3 * hidden + 1 if hidden else size + 1
     net = encoder(2 * size + 1, width, length, prior)

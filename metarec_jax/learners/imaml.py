@@ -1,4 +1,4 @@
-"""Implicit MAML: the derivative at the end of adaptation alone, whatever the path there; memory for one inner step.
+"""Implicit MAML: the derivative depends only on the end of adaptation, not on the path; memory for one inner step.
 
 Source: Rajeswaran, Finn, Kakade and Levine, "Meta-Learning with Implicit Gradients", 2019.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import jax
 
 from metarec_jax import losses, tree
-from metarec_jax.core import Array, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Learner, Model, Params, Task
 from metarec_jax.learners._inner import inner
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import Rule
@@ -32,25 +32,26 @@ def imaml(
     """Meta-train through the minimum of ``L_support(q) + proximal / 2 |q - p|^2``, reached by gradient steps from p.
 
     At the minimum q, ``dq/dp = proximal (H + proximal I)^-1`` with H the Hessian of ``L_support`` there, so that the
-    meta-gradient is ``proximal (H + proximal I)^-1 grad L_query(q)``, by conjugate gradients; and what does not adapt
-    has its derivative by the same theorem. Both are as good as q is near the minimum: a small ``proximal`` wants more
-    steps.
+    meta-gradient is ``proximal (H + proximal I)^-1 grad L_query(q)``, by conjugate gradients; the derivative of the
+    parameters that do not adapt follows from the same theorem. Both are only as accurate as q is close to the minimum:
+    a small ``proximal`` requires more steps.
 
     Args:
-      inner_lr, inner_steps: of plain gradient steps; their rate must be below ``2 / (largest curvature + proximal)``.
-      proximal: how strongly parameters are held at their start.
-      cg_steps: conjugate-gradient steps at the most, a Hessian-vector product each; exact from as many on as H has
-        different eigenvalues.
-      loss, only: as for `maml`.
+      inner_lr: rate of the inner steps, below ``2 / (largest curvature + proximal)``; by default 0.3 where only the
+        model's task parameters adapt (the user's row of a dot product), else 0.1.
+      inner_steps: number of plain gradient steps on the support.
+      proximal: strength with which parameters are held at their start.
+      cg_steps: largest number of conjugate-gradient steps, with one Hessian-vector product each; exact once it reaches
+        the number of different eigenvalues of the Hessian.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the parameters that adapt; () is what the model names (`Model.adapts`), None is all.
 
     Returns:
       A learner; ``adapt`` and ``predict`` are those of `maml` with the rule `towards_start`.
 
     Raises:
-      MetarecError: ``proximal`` not above 0, ``cg_steps`` below 1, or as `maml`.
+      MetarecError: ``proximal`` is not above 0, ``cg_steps`` is below 1, or as in `maml`.
     """
-    if not proximal > 0 or cg_steps < 1:
-        raise MetarecError(f"imaml: proximal is {proximal} and cg_steps {cg_steps}; give one above 0, and 1 or more")
     _, only, _, rate = inner(model, lr=inner_lr, steps=inner_steps, only=only)
     rule = towards_start(rate, proximal)
     steps = maml(model, inner_steps=inner_steps, prior=0.0, rule=rule, loss=loss, only=only)
@@ -67,7 +68,7 @@ def imaml(
             return jax.grad(support_loss)(moving)
 
         def slope(moving: dict[str, Array]) -> dict[str, Array]:
-            """0 at the minimum; over ``proximal``, so that it is near the identity where little is known."""
+            """0 at the minimum; divided by ``proximal``, so that it is close to the identity where H is small."""
             grads = support_gradient(moving)
             return jax.tree.map(lambda q, p, g: q - p + g / proximal, moving, start, grads)
 
@@ -93,7 +94,7 @@ def imaml(
 
 
 def towards_start(lr: float, strength: float) -> Rule:
-    """Gradient descent that is drawn back: ``moving <- moving - lr * (gradient + strength * (moving - start))``.
+    """Gradient descent with a pull to the start: ``moving <- moving - lr * (gradient + strength * (moving - start))``.
 
     >>> rule = towards_start(0.5, 2.0)
     >>> state = rule.start({}, {"a": 3.0})

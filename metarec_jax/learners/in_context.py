@@ -1,8 +1,8 @@
-"""In-context learning: a transformer reads the support, and each query looks at it.
+"""In-context learning: a transformer reads the support, and each query attends to it.
 
-Source: Müller et al., "Transformers Can Do Bayesian Inference", 2022 (which tokens see which); for ratings, Fang et
-al., "All-in-One: Heterogeneous Interaction Modeling for Cold-Start Rating Prediction" (HIRE), 2024, whose tokens are
-the pairs of several users and items; here they are one user's.
+Source: Müller et al., "Transformers Can Do Bayesian Inference", 2022 (the attention mask); for ratings, Fang et al.,
+"All-in-One: Heterogeneous Interaction Modeling for Cold-Start Rating Prediction" (HIRE), 2024, whose tokens are the
+pairs of several users and items; here they are those of one user.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ def in_context(
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
-    """Meta-train a transformer that predicts a query from the support before its eyes: adaptation is one reading.
+    """Meta-train a transformer that predicts a query from the support: adaptation is one forward pass.
 
-    ``score = apply + n / (n + prior) t(v; support)`` with n the weight of the support; ``prior``, learned, shrinks a
-    short support towards the model's own score, and an empty one predicts exactly it.
+    ``score = apply + n / (n + prior) t(v; support)`` with n the weight of the support; the learned ``prior`` shrinks
+    the change of a short support, and an empty support predicts the model's own score.
 
-    A support token is its item vector and its residual ``target - expected(apply)``. Tokens of the support see each
-    other; a query token, whose residual is masked, sees the support and no other query. No position is told, so that
-    the order of the support does not matter.
+    A support token is its item vector and its residual ``target - expected(apply)``. Tokens of the support attend to
+    each other; a query token, whose residual is masked, attends to the support and to no other query. Tokens have no
+    positions, so the order of the support does not matter.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      width: of a token, a multiple of ``heads``; layers, heads: of the transformer.
-      prior: where it starts, in examples.
-      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      model: a model with ``features``, such as `content_model`.
+      width: length of a token, a multiple of ``heads``.
+      layers: number of layers of the transformer.
+      heads: number of attention heads per layer.
+      prior: initial prior strength, in examples; learned.
+      prior_weight: weight of the loss of the model's own score in the objective; that after adaptation has weight 1.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
-      A learner whose ``adapted`` is the keys and values of the support in each layer,
+      A learner whose ``adapted`` holds the keys and values of the support in each layer,
       ``[layers, S, heads, width / heads]``, and its weights ``[S]``.
 
     Raises:
-      MetarecError: the model has no ``features``, ``width`` cannot be shared by the heads, ``prior`` is not above 0, or
-        ``prior_weight`` is below 0.
+      MetarecError: the model has no ``features``, ``width`` is not a multiple of ``heads``, or a number is out of
+        bounds.
     """
     model = shows.scaled(model, "in_context")
     vectors = shows.features_of(model, "in_context")
-    if layers < 1 or heads < 1 or width < 1 or width % heads:
-        raise MetarecError(
-            f"in_context: width {width}, layers {layers}, heads {heads}; give 1 or more, the width a multiple of heads"
-        )
+    if width % heads:
+        raise MetarecError(f"in_context: width must be a multiple of heads ({heads}), got {width}; correct one of them")
     net = transformer(model.num_features, width, layers, heads)
 
     def init(key: Array) -> Params:

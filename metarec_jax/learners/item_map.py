@@ -1,8 +1,8 @@
 """Item map: the user is the sum of the support's item vectors, learned for supports as short as a new user's.
 
 Source: asymmetric factor models (Paterek, "Improving regularized singular value decomposition for collaborative
-filtering", 2007); of the closed-form start: Steck, "Autoencoders that don't overfit towards the Identity", 2020, whose
-random drop-out of a history is here the draw of a support.
+filtering", 2007); source of the closed-form start: Steck, "Autoencoders that don't overfit towards the Identity", 2020,
+whose random drop-out of a history is here the draw of a support.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ def item_map(
     loss: Callable[..., Array] = losses.sampled_softmax,
     table_scale: Annotated[float, Bounds(0.0)] = 0.1,
 ) -> Learner:
-    """Meta-train two vectors for each item, for when it is in the support and for when it is asked for. For clicks.
+    """Meta-train two vectors per item, one for its place in a support and one for its place in a query. For clicks.
 
     ``score(j) = b_j + <sum_{i in support} t_i a_i, v_j>``
 
-    It knows ids alone: an item never seen has the unknown row. An empty support predicts ``b``, a popularity.
+    It reads only ids: an item that training never saw has the unknown row. An empty support predicts ``b``, a
+    popularity.
 
     Args:
-      num_items: rows of the table, the unknown one included (`Vocabulary.num_rows`).
-      size: length of ``a_i`` and of ``v_j``: the rank of the map from support to catalogue.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      num_items: rows of the table, the unknown row included (`Vocabulary.num_rows`).
+      size: length of an item's two vectors, which is the rank of the map from support to catalogue.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
       table_scale: standard deviation of the initial rows.
 
     Returns:
-      A learner whose ``adapted`` is ``{"vector": [size]}``. `item_map_start` has its parameters in closed form.
+      A learner whose ``adapted`` is ``{"vector": [size]}``. `item_map_start` computes its parameters in closed form.
 
     Raises:
-      MetarecError: a size below 1.
+      MetarecError: ``size`` is below 1.
 
     >>> import jax
     >>> learner = item_map(4, size=1)
@@ -55,8 +56,6 @@ def item_map(
     >>> learner.predict(params, adapted, {"item_id": jnp.array([3])}).tolist()  # 7 + (2 + 3) 10
     [57.0]
     """
-    if size < 1:
-        raise MetarecError(f"item_map: size is {size}; give 1 or more")
     tables = {"item_id": Table(num_items, 2 * size + 1, ("item_id",), adapted=False)}
 
     def init(key: Array) -> Params:
@@ -91,16 +90,16 @@ def item_map_start(
     """The parameters of an `item_map` that solve its meta-objective under squared error, in closed form.
 
     The objective is ``E sum_users |x_query - (b + x_support M)|^2 + reg |M|^2`` over random supports of ``support``
-    items and all of the catalogue, ``x_query`` the rest of the user's items: `factorization.support_map`.
-    Nothing need be trained after it; `fit` may go on from here with another loss.
+    items and the whole catalogue, ``x_query`` the rest of the user's items: `factorization.support_map`.
+    No training is required after it; `fit` may continue from here with another loss.
 
     Args:
-      params: from ``init``: the rank is read off the table.
-      support: size of the supports it is learned for; it serves others well. By default 5, or one less than the
-        longest history has.
+      params: parameters from ``init``; the rank is the size of the table.
+      support: size of the supports in the objective; others are predicted well, too. By default 5, or one less than
+        the length of the longest history.
       reg: ridge, in users.
-      dense_limit: item rows for which a square matrix is made.
-      seed: of the iteration for the best rank.
+      dense_limit: largest number of item rows for which a square matrix is computed.
+      seed: seed of the iteration for the best rank.
 
     Raises:
       MetarecError: more item rows than ``dense_limit``, or a rank above the number of items.
@@ -109,13 +108,13 @@ def item_map_start(
     rows, size = train.items.num_rows, (table.shape[1] - 1) // 2
     if rows > dense_limit:
         raise MetarecError(
-            f"item_map_start would make a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; "
-            "train item_map from random rows, or raise dense_limit"
+            f"item_map_start requires a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; "
+            "raise dense_limit, or train item_map from random rows"
         )
     if support is None:
         pairs = np.unique(np.stack([train.user, train.item]), axis=1)
         support = min(5, int(np.bincount(pairs[0]).max(initial=1)) - 1)
     bias, inward, outward = support_map(train, support=support, reg=reg, size=size, seed=seed)
-    made = np.zeros(table.shape, np.float32)
-    made[:rows] = np.column_stack([bias, inward, outward])
-    return {**params, "tables": {**params["tables"], "item_id": jnp.asarray(made)}}
+    solved = np.zeros(table.shape, np.float32)
+    solved[:rows] = np.column_stack([bias, inward, outward])
+    return {**params, "tables": {**params["tables"], "item_id": jnp.asarray(solved)}}

@@ -1,7 +1,7 @@
-"""LEO: gradient steps in a short latent code that a network reads off the support, not in the user's vector itself.
+"""LEO: gradient steps on a short latent code that a network computes from the support, not on the user's vector itself.
 
-Source: Rusu et al., "Meta-Learning with Latent Embedding Optimization", 2019, with the code and what it decodes to
-taken at their means: without the paper's sampling and its penalties.
+Source: Rusu et al., "Meta-Learning with Latent Embedding Optimization", 2019, with the code and the decoded vector at
+their means: without the paper's sampling and its penalties.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params
 from metarec_jax.learners import _support as shows
 from metarec_jax.learners._inner import loop
 from metarec_jax.models.networks import encoder
@@ -35,36 +35,33 @@ def leo(
     inner_loss: Callable[..., Array] | None = None,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
-    """Meta-train an encoder to a code, a decoder to the user's vector, and the rates of steps in the code.
+    """Meta-train an encoder to a code, a decoder to the user's vector, and the rates of gradient steps on the code.
 
     ``score = apply + <M z, [v, 1]>``, ``z <- z - rate * n / (n + prior) * grad_z L(support)`` with n the weight of the
-    support, from the ``z`` that `networks.encoder` makes of ``[s v, e, s e v]`` of each example, with residuals ``e =
+    support, from the output ``z`` of `networks.encoder` on ``[s v, e, s e v]`` of each example, with residuals ``e =
     target - expected(apply)``. Scale s and prior are learned; the prior shrinks the steps of a short support. An empty
-    one has code 0 and predicts exactly ``apply``. Without steps it is `hypernetwork` with a code.
+    support has code 0 and predicts ``apply``. Without steps it is `hypernetwork` with a code.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      latent: numbers of a code; inner_lr: where the learned rate of each of them starts; inner_steps: steps, of second
-        order outside.
-      width: units of the encoder; prior: where the encoder's prior, and that of the steps, start, in examples.
-      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; inner_loss: of the support; by default
-        squares, or cross-entropy where scores are logits.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      model: a model with ``features``, such as `content_model`.
+      latent: length of the code.
+      inner_lr: initial rate of the steps on the code, learned for each of its numbers.
+      inner_steps: number of gradient steps on the code; the meta-gradient goes through them.
+      width: units of each layer of the encoder.
+      prior: initial prior strength, in examples, of the encoder and of the steps; learned for each of the two.
+      prior_weight: weight of the loss of the model's own score in the objective; that after adaptation has weight 1.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      inner_loss: loss of the support, by default squared error, or cross-entropy where scores are logits.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
       A learner whose ``adapted`` is ``{"code": [latent]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, a size is below 1, steps or ``prior_weight`` are below 0, or
-        ``prior`` is not above 0.
+      MetarecError: the model has no ``features``, or a number is out of bounds.
     """
     vectors, model = shows.features_of(model, "leo"), shows.scaled(model, "leo")
-    if latent < 1 or width < 1 or inner_steps < 0:
-        raise MetarecError(
-            f"leo: latent is {latent}, width {width}, inner_steps {inner_steps}; give 1 or more, and steps of 0 or more"
-        )
-    of_support = inner_loss or (losses.mse if expected is shows.itself else losses.bce)
+    inner_loss = inner_loss or (losses.mse if expected is shows.itself else losses.bce)
     size = model.num_features
     net = encoder(2 * size + 1, width, latent, prior)
 
@@ -90,7 +87,7 @@ def leo(
         base, h = model.apply(params, support.inputs), vectors(params, support.inputs)
 
         def support_loss(code: Array) -> Array:
-            return of_support(decoded(params, code, base, h), support.target, where=support.mask)
+            return inner_loss(decoded(params, code, base, h), support.target, where=support.mask)
 
         code, n = net.apply(own["net"], shows.signed(shown), shown.weight), shown.weight.sum()
         rate = own["rate"] * n / (n + jnp.exp(own["log_prior"]))

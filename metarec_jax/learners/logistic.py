@@ -1,6 +1,6 @@
 """Logistic regression: for clicks, the user is the optimum of a regularised logistic loss on learned item vectors.
 
-The sibling of `learners.ridge`. Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers"
+The counterpart of `learners.ridge`. Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers"
 (LR-D2), 2019.
 """
 
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Learner, MetarecError, Model
+from metarec_jax.core import Array, Learner, Model
 from metarec_jax.learners.ridge import closed_form
 from metarec_jax.options import Bounds, bounded
 
 _HALVINGS = 8
-"""Shares of a Newton step that are tried: 1, 1/2, 1/4, ..."""
+"""Number of fractions of a Newton step that are tried: 1, 1/2, 1/4, ..."""
 
 
 @bounded
@@ -30,47 +30,48 @@ def logistic(
     newton_steps: Annotated[int, Bounds(1)] = 8,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by a few Newton steps.
+    """Meta-train item vectors, a prior for the user, and its precision; adapt by a few Newton steps.
 
     ``logit = apply(params, x) + <d, [features(params, x), 1]>``, where d minimises ``sum_support [log(1 + e^logit) -
     target * logit] + 1/2 sum_k exp(log_precision_k) d_k^2``.
 
-    The model's own score is the prior, and an empty support predicts exactly it. Precisions are learned, one a feature.
+    The model's own score is the prior, and the prediction where the support is empty. Precisions are learned, one per
+    feature.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      precision, bias_precision: initial precisions of the user's vector and of the user's bias, in units of 4 clicks
-        or more (a click weighs p (1 - p), at most 1/4).
-      newton_steps: each is a solve, shortened where a whole one would climb; from 5 to 8 reach float32 rounding.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by the
-        logistic loss.
+      model: a model with ``features``, such as `content_model`.
+      precision: initial prior precision of the user's vector, in units of 4 clicks or more (a click has the weight
+        p (1 - p), at most 1/4).
+      bias_precision: initial prior precision of the user's bias, in the same units.
+      newton_steps: number of Newton steps, one solve each, shortened where a full one would increase the loss; 5 to 8
+        reach float32 rounding.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by
+        the logistic loss.
 
     Raises:
-      MetarecError: the model has no ``features``, a precision is not above 0, or ``newton_steps`` is below 0.
+      MetarecError: the model has no ``features``, a precision is not above 0, or ``newton_steps`` is below 1.
     """
 
-    if newton_steps < 0:
-        raise MetarecError(f"logistic: newton_steps is {newton_steps}; give 0 or more")
-
-    def fit(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
+    def solve_user(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
         return optimum(phi, prior, target, weight, precision, newton_steps)
 
-    return closed_form(model, "logistic", fit, precision=precision, bias_precision=bias_precision, loss=loss)
+    return closed_form(model, "logistic", solve_user, precision=precision, bias_precision=bias_precision, loss=loss)
 
 
 def optimum(phi: Array, prior: Array, target: Array, weight: Array, precision: Array, steps: int = 8) -> Array:
     """``argmin_d sum_i w_i [log(1 + e^s_i) - t_i s_i] + 1/2 sum_k precision_k d_k^2``, ``s = prior + phi d``.
 
-    By Newton steps (iteratively reweighted least squares), then one more that alone is differentiated: at the optimum
-    its derivative is that of the optimum, by the implicit function theorem. The first derivative only.
+    By Newton steps (iteratively reweighted least squares), then one more, the only one that is differentiated: at the
+    optimum its derivative is that of the optimum, by the implicit function theorem. The first derivative only.
 
     Args:
-      phi: ``[n, d]``; prior, target, weight: ``[n]``, what has weight 0 may be nan; precision: ``[d]``, above 0.
+      phi: ``[n, d]``; prior, target, weight: ``[n]``, where the weight is 0, nan is allowed; precision: ``[d]``,
+        above 0.
 
     Returns:
       ``[d]``.
 
-    One click with a prior of even odds, ``s = d``: ``sigmoid(d) - 1 + d = 0``, and so ``d = 0.4011``.
+    One click with a prior of even odds, ``s = d``: ``sigmoid(d) - 1 + d = 0``, so ``d = 0.4011``.
 
     >>> one = jnp.ones(1)
     >>> round(float(optimum(one[None], 0 * one, one, one, one)[0]), 4)
@@ -85,8 +86,8 @@ def optimum(phi: Array, prior: Array, target: Array, weight: Array, precision: A
         curvature = (phi * (weight * chance * (1 - chance))[:, None]).T @ phi + jnp.diag(precision)
         return jax.scipy.linalg.solve(curvature, slope, assume_a="pos")
 
-    given = (phi, prior, target, weight, precision)
-    fixed = jax.lax.stop_gradient(given)
+    data = (phi, prior, target, weight, precision)
+    fixed = jax.lax.stop_gradient(data)
 
     def guarded(d: Array, _: None) -> tuple[Array, None]:
         phi, prior, target, weight, precision = fixed
@@ -96,6 +97,6 @@ def optimum(phi: Array, prior: Array, target: Array, weight: Array, precision: A
         fits = jnp.sum(weight[None] * (jax.nn.softplus(scores) - target[None] * scores), axis=1)
         return tried[jnp.argmin(fits + 0.5 * jnp.square(tried) @ precision)], None
 
-    start = jnp.zeros(precision.shape, jnp.result_type(*given))  # in bfloat16 targets and weights keep their float32
+    start = jnp.zeros(precision.shape, jnp.result_type(*data))  # in bfloat16 targets and weights keep their float32
     d, _ = jax.lax.scan(guarded, start, None, length=steps)
-    return d + newton(d, *given)
+    return d + newton(d, *data)

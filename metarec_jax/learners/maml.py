@@ -43,31 +43,31 @@ def maml(
     ``loss(task) = L_query(p_k)``, ``p_{j+1} = rule(p_j, grad L_support(p_j))``, differentiated through every step.
 
     Args:
-      inner_lr: rate at the start; by default 0.3 where only what the model names for a task adapts (the user's row of a
-        dot product), else 0.1.
-      inner_steps: k, gradient steps on the support.
-      prior: in examples: the loss of n support examples counts ``n / (n + prior)``, so that one alone does not move a
-        user as far as many do. 0 is the paper's mean. By default 30 where ``inner_lr`` is 0.3, else 0.
-      rule: an inner rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one; by default
-        `meta_sgd` where ``inner_lr`` is 0.3, else `sgd`.
-      loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
+      inner_lr: initial rate of the inner steps; by default 0.3 where only the model's task parameters adapt (the user's
+        row of a dot product), else 0.1.
+      inner_steps: number k of gradient steps on the support.
+      prior: prior strength, in examples: the loss of n support examples is multiplied by ``n / (n + prior)``, so that
+        few examples move a user less than many. 0 is the paper's mean. By default 30 where ``inner_lr`` is 0.3, else 0.
+      rule: inner update rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one; by
+        default `meta_sgd` where ``inner_lr`` is 0.3, else `sgd`.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
       only: path prefixes of the parameters that adapt, such as ``("net",)`` or
-        ``("net/params/out", "tables/user_id")``; () adapts what the model names (`Model.adapts`), None all.
-      first_order: take the inner gradients for constants (FOMAML).
-      per_step_losses: mean of the query loss after every step, in place of the last alone; or their weights ``[k]``.
+        ``("net/params/out", "tables/user_id")``, in text net/params/out+tables/user_id; () is what the model names
+        (`Model.adapts`), None is all.
+      first_order: treat the inner gradients as constant (FOMAML).
+      per_step_losses: average the query loss over all inner steps instead of taking the last; or weights ``[k]``.
       low_rank: with SGD, keep the change of a dense layer as a product of two thin matrices where that is cheaper
-        (`learners._low_rank`); the result is the same to rounding.
-      remat: keep what the derivative needs at every sqrt(k)-th step alone and go through the steps between a second
-        time (Chen et al. 2016): memory grows with sqrt(k), time by up to a third. Dense layers are then not kept
-        low-rank.
+        (`learners._low_rank`); the result is the same up to rounding.
+      remat: store only every sqrt(k)-th inner step for the derivative and recompute the others (Chen et al. 2016):
+        memory grows with sqrt(k), time by up to a third. Dense layers are then not kept low-rank.
 
     Returns:
       A learner whose ``adapted`` is what the task moved: ``{"ids": {table: [L]}, "rows": {table: [L, size]},
       "rest": {path: array}}``, with L = 1 + the ids of the support (of the columns of the table's group: `rows.view`).
 
     Raises:
-      MetarecError: ``inner_steps`` or ``prior`` below 0, weights that are not one a step, or (from ``init``) ``only``
-        names a parameter that does not exist.
+      MetarecError: ``inner_lr``, ``inner_steps`` or ``prior`` is below 0, the number of weights is not that of the
+        steps, or (from ``init``) ``only`` names a parameter that does not exist.
 
     One user row, one rating of 3, rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
 
@@ -80,12 +80,11 @@ def maml(
     >>> learner.predict(params, adapted, {"user_id": jnp.array([1, 0])}).tolist()
     [0.75, 0.0]
     """
-    if inner_steps < 0 or (prior or 0) < 0:
-        raise MetarecError(f"inner_steps and prior must be 0 or more, got {inner_steps} and {prior:g}")
     weights = None if isinstance(per_step_losses, bool) else jnp.asarray(per_step_losses)
     if weights is not None and weights.shape != (inner_steps,):
         raise MetarecError(
-            f"per_step_losses has shape {weights.shape}; give one weight for each of {inner_steps} steps"
+            f"maml: per_step_losses must have one weight for each of {inner_steps} steps, got shape {weights.shape}; "
+            "correct it"
         )
     every_step = inner_steps > 0 and per_step_losses is not False
     inner, only, prior, _ = choose(model, lr=inner_lr, steps=inner_steps, prior=prior, rule=rule, only=only)
@@ -100,17 +99,17 @@ def maml(
         params = model.init(key)
         return {**params, "rule": inner.init(tree.partition(params, only)[0])}
 
-    def of_support(scores: Array, support: Examples) -> Array:
+    def shrunk_loss(scores: Array, support: Examples) -> Array:
         value, n = loss(scores, support.target, where=support.mask), support.mask.sum()
         return value * n / (n + prior) if prior else value
 
     def inner_loop(params: Params, support: Examples, visit: Callable[[Params], Array] | None) -> tuple[Params, Array]:
-        """Parameters after the last step, and ``visit`` of the parameters after each step."""
+        """The parameters after the last step, and the values of ``visit`` at the parameters after each step."""
         body = {name: part for name, part in params.items() if name != "rule"}
         moving, _ = tree.partition(body, only)
 
         def support_loss(moving: dict[str, Array]) -> Array:
-            return of_support(model.apply(tree.merge(body, moving), support.inputs), support)
+            return shrunk_loss(model.apply(tree.merge(body, moving), support.inputs), support)
 
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             moving, state = carry
@@ -140,7 +139,7 @@ def maml(
         return value, {"query_loss": value}
 
     def thin_steps(params: Params, task: Task) -> list[Array]:
-        """Query scores after the last step (after each, with ``per_step_losses``); none where this form is dearer."""
+        """Query scores after the last step (with ``per_step_losses`` after each); empty where this form costs more."""
         body = {name: part for name, part in params.items() if name != "rule"}
         moving, _ = tree.partition(body, only)
         apply = lambda moving, body, inputs: model.apply(tree.merge(body, moving), inputs)  # noqa: E731
@@ -154,7 +153,7 @@ def maml(
         after = thin.steps(
             support,
             {name: leaf for name, leaf in moving.items() if name not in low},
-            lambda scores: of_support(scores, task.support),
+            lambda scores: shrunk_loss(scores, task.support),
             lr=inner.lr or 0.0,
             count=inner_steps,
             first_order=first_order,
@@ -181,9 +180,9 @@ def maml(
 def laid_over(
     params: Params, adapted: dict[str, Any], inputs: Inputs, tables: Mapping[str, Table]
 ) -> tuple[Params, Inputs]:
-    """Meta-parameters with a task's moved rows and dense parameters over them, and ``inputs`` that index them.
+    """Meta-parameters overlaid with a task's moved rows and dense parameters, and ``inputs`` that index them.
 
-    ``tables`` are those that the task moves rows of, and those that share columns with them.
+    ``tables`` are those whose rows the task moves, and those that share columns with them.
     """
     seen = rows.view({name: table._replace(adapted=False) for name, table in tables.items()}, inputs)
     whole, moved = params["tables"], adapted["rows"]

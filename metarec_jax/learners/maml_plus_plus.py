@@ -1,7 +1,7 @@
 """MAML++: losses after every step with weights that move to the last, learned rates, first order before second.
 
-Source: Antoniou, Edwards and Storkey, "How to Train Your MAML", 2019. Its batch normalisation by step has no place
-here, for want of batch normalisation; its cosine schedule of the outer rate is the engine's.
+Source: Antoniou, Edwards and Storkey, "How to Train Your MAML", 2019. Batch normalisation per step is left out, since
+no model here has batch normalisation; the cosine schedule of the outer rate is the engine's.
 """
 
 from __future__ import annotations
@@ -31,22 +31,27 @@ def maml_plus_plus(
     first_order_until: Annotated[float, Bounds(0.0, 1.0)] = 0.0,
     remat: bool = False,
 ) -> Learner:
-    """`maml` with the rule `lslr`, query losses after every step, and weights of them that depend on the progress.
+    """`maml` with the rule `lslr`, query losses after every step, and loss weights that depend on the progress.
 
     ``params["progress"]`` in [0, 1] has no gradient; training sets it to the share of outer steps that are done. At 0
-    all inner steps weigh the same, at 1 the last alone counts.
+    all inner steps have the same weight, at 1 only the last one counts.
 
     Args:
-      inner_lr: the first rate of every layer and step.
-      inner_steps, prior, loss, only, remat: as for `maml`.
-      first_order_until: inner gradients are constants while the progress is below this, as in `maml` with
-        ``first_order=True``; 0: never.
+      inner_lr: initial rate of every layer and step; by default 0.3 where only the model's task parameters adapt (the
+        user's row of a dot product), else 0.1.
+      inner_steps: number of gradient steps on the support.
+      prior: prior strength, in examples: the loss of n support examples is multiplied by ``n / (n + prior)``. By
+        default 30 where ``inner_lr`` is 0.3, else 0.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the parameters that adapt; () is what the model names (`Model.adapts`), None is all.
+      first_order_until: share of training, from 0 to 1, during which the inner gradients are treated as constant.
+      remat: store only every sqrt(k)-th inner step for the derivative and recompute the others, to save memory.
 
     Returns:
       A learner; ``adapt`` and ``predict`` are those of `maml`.
 
     Raises:
-      MetarecError: ``inner_steps`` below 1, or as `maml`.
+      MetarecError: ``inner_steps`` is below 1, or as in `maml`.
 
     >>> [round(float(w), 2) for w in step_weights(4, jnp.array(0.0))], step_weights(4, jnp.array(1.0)).tolist()
     ([0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0])
@@ -92,9 +97,9 @@ def maml_plus_plus(
 
 
 def step_weights(steps: int, done: Array) -> Array:
-    """``(1 - done) / k`` for every inner step but the last, which has the rest: all alike at 0, the last alone at 1.
+    """``(1 - done) / k`` for every inner step except the last, which has the rest: equal at 0, only the last at 1.
 
-    The paper keeps 0.03 / k for each until it drops them all at the end of annealing.
+    The paper keeps 0.03 / k for each, and drops them all at the end of annealing.
     """
     others = jnp.broadcast_to((1 - jnp.clip(done, 0.0, 1.0)) / steps, (steps - 1,))
     return jnp.concatenate([others, 1 - others.sum(keepdims=True)])

@@ -1,9 +1,9 @@
-"""Matching networks: a score is the attention-weighted mean of what similar support items showed.
+"""Matching networks: a score is the attention-weighted mean of the residuals of similar support items.
 
 Source: Vinyals et al., "Matching Networks for One Shot Learning", 2016; ``similarity="relation"``: Sung et al.,
-"Learning to Compare: Relation Network for Few-Shot Learning", 2018. Left out are Vinyals' full context embeddings
-(LSTMs that read the support in an order): an item's vector does not depend on the rest of the support here;
-`in_context` has vectors that do.
+"Learning to Compare: Relation Network for Few-Shot Learning", 2018. Vinyals' full context embeddings (LSTMs that read
+the support in an order) are left out: here an item's vector does not depend on the rest of the support; in `in_context`
+it does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params
 from metarec_jax.learners import _support as shows
 from metarec_jax.models.networks import attend, relation
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _SHORT = 1e-4
-"""Added to a squared length: an item of which nothing is known has the vector 0, and no direction."""
+"""Added to a squared length: an item without known features has the vector 0, and no direction."""
 
 
 @bounded
@@ -36,28 +36,30 @@ def matching(
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
-    """Meta-train item vectors whose similarity tells how far one rating speaks for another item.
+    """Meta-train item vectors whose similarity weights the residual of one item in the score of another.
 
     ``score = apply + gain sum_i w_i s_i e_i / (prior + sum_i w_i s_i)`` with the support's residuals
     ``e_i = target_i - expected(apply_i)`` and ``s_i = exp(temperature similarity(v, v_i))``; with "relation" ``s_i`` is
-    ``exp(g(v, v_i))`` of a small network g (Sung's ends in a sigmoid; that learned far slower here). ``prior`` examples
-    say that the model's own score is right, so that an empty support predicts exactly it. At temperature 0 it is the
-    (shrunken) mean residual, at infinity the nearest neighbour's; an item like none of the support keeps the model's
-    own score. Temperature, prior, gain and g are learned.
+    ``exp(g(v, v_i))`` of a small network g (Sung's ends in a sigmoid, which learned far more slowly here). The model's
+    own score has the weight of ``prior`` examples, so an empty support predicts that score. At temperature 0 the change
+    is the (shrunken) mean residual, at infinity that of the nearest neighbour; an item unlike all of the support keeps
+    the model's own score. Temperature, prior, gain and g are learned.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      similarity: "cosine" ``<v, v_i> / |v| |v_i|``, "dot" ``<v, v_i>``, "euclidean" ``-|v - v_i|^2``, or "relation".
-      temperature, prior: where they start (not used, for the first, by "relation").
+      model: a model with ``features``, such as `content_model`.
+      similarity: similarity of two item vectors: "cosine" ``<v, v_i> / |v| |v_i|``, "dot" ``<v, v_i>``, "euclidean"
+        ``-|v - v_i|^2``, or "relation", a small network.
+      temperature: initial factor on the similarity; not used by "relation".
+      prior: initial weight of the model's own score, in examples.
       hidden: units of the network of "relation".
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
       A learner whose ``adapted`` is the support's `Evidence`: vectors ``[S, D]``, residuals and weights ``[S]``.
 
     Raises:
-      MetarecError: the model has no ``features``, the similarity is not known, or a number is not above 0.
+      MetarecError: the model has no ``features``, the similarity is not one of the four, or a number is not above 0.
 
     Items are numbers, the model's own score is 0; temperature 0 and a prior of one example: ``(4 + 2) / (1 + 2)``.
 
@@ -71,11 +73,6 @@ def matching(
     2.0
     """
     vectors = shows.features_of(model, "matching")
-    known = ("cosine", "dot", "euclidean", "relation")
-    if similarity not in known:
-        raise MetarecError(f"matching: similarity {similarity!r} is not known; use one of {', '.join(known)}")
-    if hidden < 1:
-        raise MetarecError(f"matching: hidden is {hidden}; give 1 or more")
     if similarity == "relation":
         model = shows.scaled(model, "matching")
         vectors = shows.features_of(model, "matching")

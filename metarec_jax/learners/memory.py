@@ -1,4 +1,4 @@
-"""Memory: a user starts from what users with the same profile needed before, and goes on by gradient steps.
+"""Memory: a user starts from the vectors of users with a similar profile, and continues by gradient steps.
 
 Source: Dong et al., "MAMO: Memory-Augmented Meta-Optimization for Cold-start Recommendation", 2020.
 """
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params
 from metarec_jax.learners import _support as shows
 from metarec_jax.learners._inner import PRIOR, loop
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _SHORT = 1e-4
-"""Added to squared lengths: a profile of which nothing is known is 0, and alike all slots."""
+"""Added to squared lengths: the profile of an unknown user is 0, and equally similar to all slots."""
 _LONGEST = 5.0
-"""Longest inner gradient, as in MAMO: P and d are multiplied, and steps on both run away without it."""
+"""Largest norm of an inner gradient, as in MAMO: P and d are multiplied, and steps on both diverge without it."""
 
 
 @bounded
@@ -35,42 +35,41 @@ def memory(
     prior_weight: Annotated[float, Bounds(0.0)] = 0.5,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
-    """Meta-train memories that give a user of some profile a start, and the rates of the gradient steps from there.
+    """Meta-train memories that give a user with a profile a start, and the rates of the gradient steps from there.
 
-    ``score = apply + <d, [P v, 1]>`` for an item vector v. The attention of a profile p on the slots,
+    ``score = apply + <d, [P v, 1]>`` for an item vector v. The attention of a profile p over the slots,
     ``a = softmax_k(sharpness cos(p, key_k))``, reads two memories:
 
-    - the feature-specific one gives the user's vector and bias, ``d_0 = sum_k a_k user_k``,
-    - the task-specific one the matrix in which the user sees items, ``P_0 = I + sum_k a_k preference_k``.
+    - the feature-specific one holds the user's vector and bias, ``d_0 = sum_k a_k user_k``,
+    - the task-specific one holds the matrix that maps items for the user, ``P_0 = I + sum_k a_k preference_k``.
 
-    Then ``inner_steps`` gradient steps on the loss of the support, clipped to length 5, with a learned rate for each
-    number of d and one for P. The profile is the user's rows side by side: of all columns that start with ``user_`` and
-    have a table.
+    Then come ``inner_steps`` gradient steps on the loss of the support, clipped to norm 5, with a learned rate for each
+    number of d and one for P. The profile is the concatenation of the user's rows, over all columns that start with
+    ``user_`` and have a table.
 
-    What differs from MAMO: the memories and keys are meta-parameters with a gradient, where MAMO moves them by running
-    averages after each user, which a learner that is a pure function cannot; d stands for the parameters of MAMO's user
-    embedding, and the scorer is the model's own beside that product, not layers that adapt too. Numeric features of the
-    user enter through the model alone. Without a profile (users known by an unknown id only) the reading is the same
-    for all users: Meta-SGD of a user's vector and matrix.
+    Differences from MAMO: the memories and keys are meta-parameters with a gradient, where MAMO updates them by running
+    averages after each user, which a pure function cannot; d takes the place of the parameters of MAMO's user
+    embedding, and the scorer is the model's own plus that product, without layers that adapt. Numeric features of the
+    user enter only through the model. Without a profile (users with only an unknown id) the reading is the same for all
+    users: Meta-SGD on a user's vector and matrix.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      slots: of the memories.
-      inner_lr: where the rates of d start, and that of P at a tenth; inner_steps: gradient steps on the support.
-      prior: in examples: the gradient of n support examples counts ``n / (n + prior)``, as in `maml`.
-      prior_weight: of the loss before the first step in the objective, beside that after the last.
-      loss: ``loss(scores [n], target [n], where=[n]) -> scalar``, inside and outside.
+      model: a model with ``features``, such as `content_model`.
+      slots: number of slots of each memory.
+      inner_lr: initial rate of the steps on the user's vector d; that of the steps on the matrix P is a tenth of it.
+        Both are learned.
+      inner_steps: number of gradient steps on the support.
+      prior: prior strength, in examples: the gradient of n support examples is multiplied by ``n / (n + prior)``.
+      prior_weight: weight of the loss before the first step in the objective; that after the last step has weight 1.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 
     Returns:
       A learner whose ``adapted`` is ``{"user": [D + 1], "preference": [D, D]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, no slot, ``inner_lr`` is not above 0, or ``inner_steps``, ``prior``
-        or ``prior_weight`` is below 0.
+      MetarecError: the model has no ``features``, or a number is out of bounds.
     """
     vectors = shows.features_of(model, "memory")
-    if slots < 1 or inner_steps < 0:
-        raise MetarecError(f"memory: slots is {slots}, inner_steps {inner_steps}; give 1 or more, and 0 or more")
     size = model.num_features
     columns = [(table, c) for table, t in sorted(model.tables.items()) for c in t.columns if c.startswith("user_")]
 
@@ -128,7 +127,7 @@ def memory(
 
 
 def _mean_row(table: Array, ids: Array) -> Array:
-    """The row of one id, or the mean row of the values that are not padding, as the model takes it."""
+    """The row of one id, or the mean row of the values that are not padding, as in the model."""
     if ids.ndim == 0:
         return table[ids]
     real = (ids > 0).astype(table.dtype)

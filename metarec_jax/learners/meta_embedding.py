@@ -1,4 +1,4 @@
-"""Meta-Embedding: a generator makes the first embedding of a new id from its content.
+"""Meta-Embedding: a generator computes the first embedding of a new id from its content.
 
 Source: Pan, Li, Ao, Tang and He, "Warm Up Cold-start Advertisements: Improving CTR Predictions via Learning to Learn ID
 Embeddings", 2019.
@@ -12,7 +12,7 @@ from typing import Annotated
 import jax
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners import _cold_rows as made
 from metarec_jax.options import Bounds, bounded
 
@@ -32,29 +32,27 @@ def meta_embedding(
     """Meta-train a generator ``r_0 = g(content)`` of an id's row, which gradient steps on the support then move.
 
     ``loss(task) = alpha L_support(r_0) + (1 - alpha) L_query(r_k)``, ``r_{j+1} = r_j - inner_lr grad L_support(r_j)``:
-    good while the item is cold, and good to start from.
+    a row that predicts well while the item is cold, and from which it adapts well.
 
-    The model is trained before, and stays as it is: the generator alone is learned (its last layer, and ``content``,
-    which has tables of its own where the paper reads the model's).
+    The model is trained before and is not changed: only the generator is learned (its last layer, and ``content``,
+    which has tables of its own where the paper reads those of the model).
 
     Args:
-      model: with a table for ``column``; take its trained parameters over with `made_rows.on_base`.
+      model: a model with a table for ``column``; insert its trained parameters with `_cold_rows.on_base`.
       content: a model with ``features`` over the content columns, such as ``content_model(columns, head="mlp")``.
-      column: the id whose rows are made: all examples of a task share it.
-      alpha: weight of the cold phase.
-      inner_lr, inner_steps: the steps on the support, k of them.
-      loss: inside and outside, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      freeze: False trains the model as well.
+      column: the id whose rows are generated; all examples of a task share it.
+      alpha: weight of the loss before the steps (the cold phase), from 0 to 1; that after them has the rest.
+      inner_lr: rate of the gradient steps on the row.
+      inner_steps: number k of gradient steps on the support.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      freeze: keep the model's parameters as they are; False trains them as well.
 
     Returns:
       A learner whose ``adapted`` is the row, ``[size]``.
 
     Raises:
-      MetarecError: the model has no table for ``column``, ``content`` no features, ``alpha`` is not in [0, 1], or
-        ``inner_steps`` is below 0.
+      MetarecError: the model has no table for ``column``, ``content`` has no features, or a number is out of bounds.
     """
-    if not 0 <= alpha <= 1 or inner_steps < 0:
-        raise MetarecError(f"alpha is {alpha} and inner_steps {inner_steps}; give 0 to 1, and 0 or more")
     table, size = made.table_of(model, column, "meta_embedding")
     know = made.reader(content, "meta_embedding")
     scores = made.with_row(model.apply, model.tables, table, column)

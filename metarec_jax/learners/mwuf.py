@@ -1,4 +1,4 @@
-"""Meta Warm Up Framework: a cold embedding is scaled by what is known of the item and shifted by who met it.
+"""Meta Warm Up Framework: a cold embedding is scaled by the item's content and shifted by the users who met it.
 
 Source: Zhu, Xie, Zhuang, Ge, Sun, Zhang, Lin and Cao, "Learning to Warm Up Cold Item Embeddings for Cold-start
 Recommendation with Meta Scaling and Shifting Networks", 2021.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners import _cold_rows as made
 from metarec_jax.options import Bounds, bounded
 
@@ -30,30 +30,32 @@ def mwuf(
     inner_steps: Annotated[int, Bounds(0)] = 1,
     loss: Callable[..., Array] = losses.bce,
 ) -> Learner:
-    """Meta-train two networks that make a cold row a warm one: ``r' = r * scale(content) + shift(mean user row)``.
+    """Meta-train two networks that turn a cold row into a warm one: ``r' = r * scale(content) + shift(mean user row)``.
 
     - r starts from one common row, which should be the mean of the base rows (`common_row`), and moves by
-      ``inner_steps`` of gradient descent on the loss of the support with r itself in place: the paper's cold phase.
+      ``inner_steps`` of gradient descent on the loss of the support under r itself: the paper's cold phase.
     - ``scale = 1 + A reader(content) + a``; ``shift = B relu(C u + c)``, u the mean row of the support's ids in
       ``other``, weighted by the mask; 0 without support. A, a and B start at 0, so that r' is r.
     - ``loss(task) = L_query(r')``. As in the paper the model and the common row are not learned here, and no gradient
-      goes through the steps of the cold phase: the two networks alone are learned.
+      goes through the steps of the cold phase: only the two networks are learned.
 
     Args:
-      model: with tables for ``column`` and ``other``; take its trained parameters over with `made_rows.on_base`.
+      model: a model with tables for ``column`` and ``other``; insert its trained parameters with
+        `_cold_rows.on_base`.
       content: a model with ``features`` over the content columns of the task's side.
+      column: the id whose rows are warmed; all examples of a task share it.
+      other: the id of the other side, whose rows the shift reads.
       hidden: units of the shifting network.
-      inner_lr, inner_steps: of the cold phase.
-      loss: inside and outside, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      inner_lr: rate of the gradient steps of the cold phase.
+      inner_steps: number of gradient steps of the cold phase.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
 
     Returns:
       A learner whose ``adapted`` is the row r', ``[size]``.
 
     Raises:
-      MetarecError: the model lacks one of the tables, ``content`` has no features, or a number is out of its range.
+      MetarecError: the model lacks one of the tables, ``content`` has no features, or a number is out of bounds.
     """
-    if hidden < 1 or inner_steps < 0:
-        raise MetarecError(f"mwuf: hidden is {hidden} and inner_steps {inner_steps}; give 1 or more, and 0 or more")
     table, size = made.table_of(model, column, "mwuf")
     other_table, other_size = made.table_of(model, other, "mwuf")
     know = made.reader(content, "mwuf")
@@ -83,8 +85,8 @@ def mwuf(
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:
         fixed = jax.lax.stop_gradient(params)
-        of_row = made.support_loss(scores, loss, fixed, support)
-        cold = made.descend(of_row, fixed["common"], inner_lr, inner_steps)
+        loss_of_row = made.support_loss(scores, loss, fixed, support)
+        cold = made.descend(loss_of_row, fixed["common"], inner_lr, inner_steps)
         return warmed(params, jax.lax.stop_gradient(cold), support)
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
@@ -99,5 +101,5 @@ def mwuf(
 
 
 def common_row(params: Params, rows: Array, *, table: str = "item_id") -> Params:
-    """``params`` with the common row set to the mean of ``rows`` (int ``[n]``) of the table: of the base items."""
+    """``params`` with the common row set to the mean of ``rows`` (int ``[n]``) of the table, those of base items."""
     return {**params, "common": params["tables"][table][rows].mean(0)}

@@ -1,8 +1,8 @@
-"""Neural processes: a set of ratings becomes a vector, or a distribution of vectors, under which a decoder predicts.
+"""Neural processes: a decoder predicts from the encoding of a set of ratings, a vector or a distribution of vectors.
 
 Sources: Garnelo et al., "Conditional Neural Processes", 2018; "Neural Processes", 2018 (``latent=True``); Lin et al.,
-"Task-Adaptive Neural Process for User Cold-Start Recommendation" (TaNP), 2021 (``clusters``). Of TaNP the loss that
-sharpens the clusters is left out: its target is a sum over a whole batch of users, and a meta-objective is one task's.
+"Task-Adaptive Neural Process for User Cold-Start Recommendation" (TaNP), 2021 (``clusters``). TaNP's loss that sharpens
+the clusters is left out: its target is a sum over a whole batch of users, and a meta-objective is that of one task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners import _support as shows
 from metarec_jax.models.networks import decoder, encoder
 from metarec_jax.options import POSITIVE, Bounds, bounded
@@ -37,45 +37,42 @@ def neural_process(
 ) -> Learner:
     """Meta-train an encoder of sets and a decoder: ``score = apply + g(v, z) - g(v, z_0)``.
 
-    z is made by `networks.encoder` of ``[v, e, e v]`` of each support example, with residuals
-    ``e = target - expected(apply)``, and z_0 is that of no example: an empty support predicts exactly ``apply``.
+    z is the output of `networks.encoder` on ``[v, e, e v]`` of each support example, with residuals
+    ``e = target - expected(apply)``, and z_0 that of an empty support, which therefore predicts ``apply``.
 
-    The objective is the mean of ``-log N(target; score, d^2)`` over the query, with a deviation d that the decoder
-    gives too.
+    The objective is the mean of ``-log N(target; score, d^2)`` over the query, with a deviation d that is also an
+    output of the decoder.
 
     - With ``latent``, z has a distribution q, and the objective is the bound on the likelihood (ELBO), divided by the
       number of query examples, with one draw z of ``q(.|support, query)``:
       ``-log p(query | z) + kl_weight KL(q(.|support, query) || q(.|support))``. `adapt` takes the mean of
       ``q(.|support)``.
-    - With ``clusters``, a second encoding t of the support reads a pool of so many learned tasks m_k,
+    - With ``clusters``, a second encoding t of the support reads a pool of that many learned tasks m_k,
       ``o = t + sum_k c_k m_k`` with c_k in proportion to ``1 / (1 + |t - m_k|^2)``, and o scales and shifts the
       decoder's units (FiLM).
 
     Args:
-      model: with ``features``, such as `content_model`.
-      latent: a distribution of z in place of one z.
-      clusters: tasks in TaNP's pool; 0: no modulation.
-      size: length of z and of o; width: units of the encoders; hidden: of the decoder.
-      prior: where the encoders' priors start, in examples.
-      kl_weight: of the KL term.
-      prior_weight: of the loss of the model's own score in the objective, beside that after adaptation.
-      loss: of the query, in place of the Gaussian likelihood: ``loss(scores [n], target [n], where=[n]) -> scalar``,
-        such as `losses.bce` for clicks. ``query_loss`` reports it; without one it reports the mean squared error.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      model: a model with ``features``, such as `content_model`.
+      latent: encode the support as a distribution of z instead of one z.
+      clusters: number of learned tasks in TaNP's pool; 0 leaves the modulation out.
+      size: length of the code z of a support, and of the task vector o.
+      width: units of each layer of the encoders.
+      hidden: units of each layer of the decoder.
+      prior: initial prior strength of the encoders, in examples; learned.
+      kl_weight: weight of the KL term.
+      prior_weight: weight of the loss of the model's own score in the objective; that after adaptation has weight 1.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``, in place of the Gaussian
+        likelihood, such as `losses.bce` for clicks. ``query_loss`` reports it; without one, the mean squared error.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
       A learner whose ``adapted`` is ``{"z": [size], "task": [size or 0]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, or a number is below its least; ``prior`` must be above 0.
+      MetarecError: the model has no ``features``, or a number is out of bounds.
     """
     model = shows.scaled(model, "neural_process")
     vectors = shows.features_of(model, "neural_process")
-    if clusters < 0 or min(size, width, *hidden) < 1:
-        raise MetarecError(
-            f"neural_process: clusters {clusters}, size {size}, width {width}, hidden {hidden}; "
-            "give clusters 0 or more, and the others 1 or more"
-        )
     measure = losses.mse if loss is None else loss
     num_read = 2 * model.num_features + 1
     to_z = encoder(num_read, width, 2 * size if latent else size, prior)
@@ -120,11 +117,11 @@ def neural_process(
     def score(params: Params, adapted: dict[str, Array], inputs: Inputs) -> tuple[Array, Array]:
         """Scores, and the deviations of their targets, ``[n]`` each."""
         own, v = params["neural_process"], vectors(params, inputs)
-        told = decode.apply(own["decoder"], v, adapted["z"], adapted["task"])
-        nothing = customize(own, jnp.zeros_like(adapted["task"]))
-        untold = decode.apply(own["decoder"], v, jnp.zeros_like(adapted["z"]), nothing)
-        deviation = 0.1 + 0.9 * jax.nn.softplus(told[:, 1])
-        return model.apply(params, inputs) + told[:, 0] - untold[:, 0], deviation
+        after = decode.apply(own["decoder"], v, adapted["z"], adapted["task"])
+        no_task = customize(own, jnp.zeros_like(adapted["task"]))
+        before = decode.apply(own["decoder"], v, jnp.zeros_like(adapted["z"]), no_task)
+        deviation = 0.1 + 0.9 * jax.nn.softplus(after[:, 1])
+        return model.apply(params, inputs) + after[:, 0] - before[:, 0], deviation
 
     def predict(params: Params, adapted: dict[str, Array], inputs: Inputs) -> Array:
         return score(params, adapted, inputs)[0]
@@ -147,11 +144,11 @@ def neural_process(
             metrics["kl"] = kl
         scores, deviation = score(params, adapted, query.inputs)
         if loss is None:
-            fit = gaussian_nll(scores, deviation, query.target, query.mask)
+            value = gaussian_nll(scores, deviation, query.target, query.mask)
         else:
-            fit = loss(scores, query.target, where=query.mask)
+            value = loss(scores, query.target, where=query.mask)
         prior = measure(model.apply(params, query.inputs), query.target, where=query.mask)
-        return fit + kl_weight * kl / jnp.maximum(query.mask.sum(), 1.0) + prior_weight * prior, metrics
+        return value + kl_weight * kl / jnp.maximum(query.mask.sum(), 1.0) + prior_weight * prior, metrics
 
     return Learner(init, adapt, predict, meta_loss, shows.unmoved(model.tables))
 
@@ -178,5 +175,5 @@ def gaussian_kl(mean: Array, deviation: Array, of_mean: Array, of_deviation: Arr
     Array(0.5, dtype=float32)
     """
     ratio = deviation / of_deviation
-    apart = jnp.square((mean - of_mean) / of_deviation)
-    return 0.5 * jnp.sum(jnp.square(ratio) + apart - 1.0 - 2.0 * jnp.log(ratio), axis=-1)
+    distance = jnp.square((mean - of_mean) / of_deviation)
+    return 0.5 * jnp.sum(jnp.square(ratio) + distance - 1.0 - 2.0 * jnp.log(ratio), axis=-1)

@@ -2,8 +2,8 @@
 
 Source: Triantafillou et al., "Meta-Dataset: A Dataset of Datasets for Learning to Learn from Few Examples", 2020.
 There a class has a prototype c, the mean of its features, and its head starts at ``w = 2 c, b = -|c|^2``, which scores
-as a prototypical network does. Here there are two classes: what the user likes better than the prior says, and what
-less.
+as a prototypical network does. Here there are two classes: what the user likes more than the prior expects, and what
+the user likes less.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
+from metarec_jax.learners._support import features_of
 from metarec_jax.learners.maml import maml
 from metarec_jax.learners.rules import MakeRule, Rule
 from metarec_jax.options import Bounds, bounded
@@ -40,20 +41,23 @@ def protomaml(
 
     Args:
       model: with ``features``, such as `content_model`.
-      inner_lr, inner_steps, prior, rule, loss, first_order: as for `maml`; 0 steps leave the prototypes as they are.
-      only: path prefixes of the model's parameters that adapt beside the head; None adapts all of them.
+      inner_lr: initial rate of the inner steps; 0.3 by default.
+      inner_steps: number of gradient steps on the support; with 0 the head stays at the prototypes.
+      prior: prior strength, in examples: the loss of n support examples is multiplied by ``n / (n + prior)``; 30 by
+        default.
+      rule: inner update rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one;
+        `meta_sgd` by default.
+      loss: loss of the support and of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the model's parameters that adapt in addition to the head; None is all of them.
+      first_order: treat the inner gradients as constant (FOMAML).
 
     Returns:
       A learner; ``adapted["rest"]`` holds the head, ``"head/weight" [D]`` and ``"head/bias" []``.
 
     Raises:
-      MetarecError: the model has no ``features``, or as `maml`.
+      MetarecError: the model has no ``features``, or as in `maml`.
     """
-    if model.features is None:
-        raise MetarecError(
-            "protomaml wants a model with features (vectors the score is linear in), such as content_model"
-        )
-    features, beside = model.features, ("tables", "net") if only is None else only
+    features, beside = features_of(model, "protomaml"), ("tables", "net") if only is None else only
     empty = {"weight": jnp.zeros((model.num_features,)), "bias": jnp.zeros(())}
 
     def apply(params: Params, inputs: Inputs) -> Array:
@@ -104,15 +108,15 @@ def protomaml(
 def prototypes(learned: dict[str, Array], phi: Array, liking: Array, mask: Array) -> dict[str, Array]:
     """The head of two prototypes: ``w = 2 g (c+ - c-)``, ``b = g (|c-|^2 - |c+|^2) + level * sum a / (k + n)``.
 
-    ``c+ = sum_i a_i^+ phi_i / (k + sum_i a_i^+)`` is the mean of the features with positive a, weighted by it and drawn
-    to 0 by a prior weight k; and so c-. With a in {-1, 1}, ``k = 0`` and ``level = 0`` it scores ``g (|phi - c-|^2 -
-    |phi - c+|^2)``, as a prototypical network does. Without support it is 0.
+    ``c+ = sum_i a_i^+ phi_i / (k + sum_i a_i^+)`` is the mean of the features with positive a, weighted by a and shrunk
+    towards 0 by a prior weight k; c- likewise. With a in {-1, 1}, ``k = 0`` and ``level = 0`` the score is
+    ``g (|phi - c-|^2 - |phi - c+|^2)``, as in a prototypical network. Without support the head is 0.
 
     Args:
       learned: ``{"log_gain": log g, "log_prior": log k, "level"}``.
       phi: ``[n, D]``.
-      liking: a ``[n]``, how much better each example was liked than the prior says: minus the gradient of its loss with
-        respect to its score (for mse twice the residual).
+      liking: a ``[n]``, how much more each example was liked than the prior expects: minus the gradient of its loss
+        with respect to its score (for mse twice the residual).
       mask: ``[n]``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Prototypical networks: a user is the mean item vectors of what was liked more, and less, than expected.
+"""Prototypical networks: a user is the mean item vectors of the items liked more, and less, than expected.
 
 Source: Snell, Swersky and Zemel, "Prototypical Networks for Few-Shot Learning", 2017; class means as a user, for
 recommendation: Vartak et al., "A Meta-Learning Perspective on Cold-Start Recommendations for Items", 2017.
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params
 from metarec_jax.learners import _support as shows
 from metarec_jax.models.networks import attend
 from metarec_jax.options import POSITIVE, Bounds, bounded
 
 _NOTHING = -1e30
-"""A null logit that counts only where there is no example at all."""
+"""Null logit that matters only where there is no example."""
 
 
 @bounded
@@ -33,7 +33,7 @@ def protonet(
     loss: Callable[..., Array] = losses.mse,
     expected: shows.Expected = shows.itself,
 ) -> Learner:
-    """Meta-train item vectors in which nearness to a class mean tells how far a user likes an item.
+    """Meta-train item vectors in which the distance to a class mean predicts how much a user likes an item.
 
     With residuals ``e_i = target_i - expected(apply_i)`` and item vectors ``v_i`` of the support:
 
@@ -43,26 +43,27 @@ def protonet(
     - ``score = apply + gain sum_k n_k s_k r_k / (prior + sum_k n_k s_k)`` with
       ``s_k = exp(-sum_j scale_j (v_j - c_kj)^2)``.
 
-    This is Snell's softmax over distances, as the expected value of the classes; a class weighs as many examples as it
-    has, and ``prior`` examples say that the model's own score is right, so that an empty support predicts exactly it.
+    This is Snell's softmax over distances, as the expected value of the classes; the weight of a class is its number
+    of examples, and that of the model's own score is ``prior`` examples, so an empty support predicts that score.
     Centres, sharpness, scales, prior and gain are learned.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      classes: levels of liking; 2: more than expected, and less. Their centres start evenly on [-1, 1].
-      sharpness: where it starts; large: each example in one class alone.
-      prior: where the weight of the model's own score starts, in examples.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
-      expected: the target that a score expects, ``jax.nn.sigmoid`` for clicks (the score is then a logit).
+      model: a model with ``features``, such as `content_model`.
+      classes: number of levels of liking; 2 separates more than expected from less. Their centres start evenly spaced
+        on [-1, 1].
+      sharpness: initial sharpness of the classes; with a large one each example belongs to one class only.
+      prior: initial weight of the model's own score, in examples.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      expected: target that a score predicts; ``jax.nn.sigmoid`` for clicks, where the score is a logit.
 
     Returns:
       A learner whose ``adapted`` is ``{"prototype": [K, D], "count": [K], "value": [K]}``.
 
     Raises:
-      MetarecError: the model has no ``features``, fewer than 1 class, or a number is not above 0.
+      MetarecError: the model has no ``features``, ``classes`` is below 1, or a number is not above 0.
 
-    Items are numbers, the model's own score is 0. Two examples of residual 1 at 0 and 2 make the prototype 1, one of -1
-    makes 3, and the query 2 lies between: ``e^-1 (2 - 1) / (1 + e^-1 (2 + 1))``.
+    Items are numbers, the model's own score is 0. Two examples of residual 1 at 0 and 2 give the prototype 1, one of -1
+    gives 3, and the query 2 is between them: ``e^-1 (2 - 1) / (1 + e^-1 (2 + 1))``.
 
     >>> numbers = lambda params, inputs: inputs["x"]
     >>> model = Model(lambda key: {"tables": {}}, lambda params, inputs: 0.0 * inputs["x"][:, 0], {}, numbers, 1)
@@ -76,8 +77,6 @@ def protonet(
     0.1749
     """
     vectors = shows.features_of(model, "protonet")
-    if classes < 1:
-        raise MetarecError(f"protonet: classes is {classes}; give 1 or more")
 
     def init(key: Array) -> Params:
         own = {
@@ -93,9 +92,9 @@ def protonet(
     def adapt(params: Params, support: Examples, key: Array) -> dict[str, Array]:
         own = params["protonet"]
         shown = shows.evidence(model, params, support, own["log_unknown_trust"], expected)
-        apart = jnp.square(shown.residual[:, None] - own["centre"][None])
-        log_member = jax.nn.log_softmax(-jnp.exp(own["log_sharpness"]) * apart, axis=1)
-        # The mean of a class by a softmax over its examples: a class may hold less of each than a number can say.
+        squares = jnp.square(shown.residual[:, None] - own["centre"][None])
+        log_member = jax.nn.log_softmax(-jnp.exp(own["log_sharpness"]) * squares, axis=1)
+        # The mean of a class by a softmax over its examples: their shares in a class may be too small for a float.
         both = jnp.concatenate([shown.vectors, shown.residual[:, None]], axis=1)
         means = attend(log_member.T, shown.weight, both, _NOTHING)
         return {
@@ -106,8 +105,8 @@ def protonet(
 
     def predict(params: Params, adapted: dict[str, Any], inputs: Inputs) -> Array:
         own = params["protonet"]
-        apart = jnp.square(vectors(params, inputs)[:, None] - adapted["prototype"][None])
-        distance = apart @ jnp.exp(own["log_scale"])
+        squares = jnp.square(vectors(params, inputs)[:, None] - adapted["prototype"][None])
+        distance = squares @ jnp.exp(own["log_scale"])
         change = attend(-distance, adapted["count"], adapted["value"][:, None], own["log_prior"])[:, 0]
         return model.apply(params, inputs) + own["gain"] * change
 

@@ -2,7 +2,7 @@
 
 A learner is one file of this package with a factory of the same name, and one row here. Its options, their defaults and
 bounds are the factory's signature; the command line, ``mr.train``, ``compare``, the tests' contract, the help and the
-reference pages are made from the two. Nothing heavy is imported until a factory is asked for.
+reference pages are generated from the two. JAX is imported only with a factory.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ Family = Literal["closed form", "nearest", "gradient", "reader", "cold rows", "p
 FAMILIES: Mapping[Family, str] = MappingProxyType(
     {
         "closed form": "solved on learned vectors or on counts",
-        "nearest": "nearness to what the support shows",
+        "nearest": "similarity to the items of the support",
         "gradient": "gradient steps on the support",
         "reader": "networks that read the support",
-        "cold rows": "an embedding made for a new id from its content",
+        "cold rows": "an embedding of a new id, computed from its content",
         "plain": "plain training, then fine-tuning",
     }
 )
 """What the learners of a family have in common, the simplest family first."""
 LOSSES = ("auto", "mse", "mae", "bce", "bpr", "sampled_softmax")
-"""The losses by name; auto is that of the learner's row."""
+"""Names of the losses; auto is that of the learner's row."""
 RULES = ("auto", "sgd", "meta_sgd", "lslr", "meta_curvature", "lstm", "adam")
-"""The inner rules by name; auto leaves the choice to the learner."""
+"""Names of the inner rules; auto is the learner's own choice."""
 _NAMED = (("loss", LOSSES), ("rule", RULES))
 _FROM_DATA = ("column", "other", "table")
-"""Text arguments of factories that depend on the data, not on what a user wishes."""
+"""Text arguments of factories that follow from the data and are not options of a user."""
 
 
 class Row(NamedTuple):
@@ -44,16 +44,16 @@ class Row(NamedTuple):
       feedback: what it can learn from: "any", "ratings" or "clicks".
       built_from: first argument of the factory: a "model" (any), "vectors" (a model with ``features``), a model and a
         "content" model of the task's own columns, the data's "columns", or its number of "items".
-      start: where training starts: "factorisation" (`warm_start`, where the model has a place for it), "counts" (the
-        module's own start, always), "closed form" (the module's own start, for catalogues that it can hold).
-      loss: the default loss of the query, by feedback: of ratings and of clicks.
-      lr: the default outer rate; None for the usual one.
-      dense_rate: how many times faster dense parameters move than rows, from a warm start.
-      adapts_like: the learner, and what options of it, that adapts in the same way by any number of inner steps, for
-        diagnosis and serving; None for learners without inner steps.
-      alone: whether what takes inner steps is small and of the task alone, such as a context or a head.
-      compared: among the learners that a comparison takes by default.
-      small: options for a small world (the tests' contract).
+      start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "counts" (the module's own
+        start, always), "closed form" (the module's own start, for catalogues that it can hold).
+      loss: default loss of the query, for ratings and for clicks.
+      lr: default outer rate; None for the usual one.
+      dense_rate: rate of dense parameters from a warm start, as a multiple of that of rows.
+      adapts_like: the learner, with options, that adapts in the same way by any number of inner steps, for diagnosis
+        and serving; None for learners without inner steps.
+      alone: whether the inner steps move only small parameters of the task itself, such as a context or a head.
+      compared: whether a comparison includes it by default.
+      small: options for small data (the tests' contract).
     """
 
     family: Family
@@ -169,7 +169,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def complete(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a learner: ``values`` where given, else its defaults.
+    """All options of a learner: ``values``, and its defaults for the others.
 
     Raises:
       MetarecError: an option that the learner does not have (the message lists its own), or a value out of bounds.
@@ -186,11 +186,11 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     >>> parse("leo:latent=8:inner_steps=3")
     ('leo', {'latent': 8, 'inner_steps': 3})
     """
-    name, *given = text.split(":")
+    name, *parts = text.split(":")
     row(name)
-    own = options(name) if given else {}
+    own = options(name) if parts else {}
     values: dict[str, Any] = {}
-    for option in given:
+    for option in parts:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise error(f"learner {text!r}: {option!r} is not option=value; its options are: {', '.join(own)}")

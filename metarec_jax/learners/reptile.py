@@ -32,18 +32,25 @@ def reptile(
 ) -> Learner:
     """Meta-train by the surrogate ``<stop_gradient(p - adapted(p)), p>``, whose gradient is Reptile's direction.
 
-    A task adapts on support and query together, as Reptile does not split them. The reported ``query_loss`` is that of
-    adapting on the support alone; ``loss`` is the surrogate, which says nothing of quality.
+    A task adapts on support and query together, since Reptile does not split them. The reported ``query_loss`` is that
+    after adaptation on the support alone; ``loss`` is the surrogate, which does not measure quality.
 
     Args:
-      inner_lr, inner_steps, prior, rule, loss, only: as for `maml`. What a rule would learn of its own (the rates of
-        `meta_sgd`) stays as it starts: the surrogate has no gradient there.
+      inner_lr: rate of the inner steps; by default 0.3 where only the model's task parameters adapt (the user's row of
+        a dot product), else 0.1.
+      inner_steps: number of gradient steps on support and query.
+      prior: prior strength, in examples: the loss of n examples is multiplied by ``n / (n + prior)``. By default 30
+        where ``inner_lr`` is 0.3, else 0.
+      rule: inner update rule (`learners.rules`), or a function ``rule(inner_lr, inner_steps)`` that makes one. Its own
+        parameters (the rates of `meta_sgd`) keep their initial values: the surrogate has no gradient there.
+      loss: loss of the inner steps, ``loss(scores [n], target [n], where=[n]) -> scalar``.
+      only: path prefixes of the parameters that adapt; () is what the model names (`Model.adapts`), None is all.
 
     Returns:
       A learner; ``adapt`` and ``predict`` are those of `maml`.
 
     Raises:
-      MetarecError: as `maml`.
+      MetarecError: as in `maml`.
     """
     only = inner(model, lr=inner_lr, steps=inner_steps, only=only).only
     steps = maml(
@@ -77,7 +84,7 @@ def reptile(
 
 
 def _joined(task: Task) -> Examples:
-    """Support and query as one set of examples; a column that all of both share stays shared."""
+    """Support and query as one set of examples; a column that all examples of both share stays shared."""
     sizes = task.support.mask.shape[0], task.query.mask.shape[0]
 
     def join(a: Array, b: Array) -> Array:

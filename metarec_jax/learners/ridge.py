@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import losses
-from metarec_jax.core import Array, Examples, Inputs, Learner, MetarecError, Model, Params, Task
+from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
+from metarec_jax.learners._support import features_of, unmoved
 from metarec_jax.options import Bounds, bounded
 
 
@@ -25,52 +26,50 @@ def ridge(
     bias_precision: Annotated[float, Bounds(1e-6, 1e12)] = 5.0,
     loss: Callable[..., Array] = losses.mse,
 ) -> Learner:
-    """Meta-train item vectors, a prior for the user, and how far to trust it; adapt by one linear solve.
+    """Meta-train item vectors, a prior for the user, and its precision; adapt by one linear solve.
 
     ``score = apply(params, x) + <d, [features(params, x), 1]>``, where d minimises
     ``sum_support (target - score)^2 + sum_k exp(log_precision_k) d_k^2``.
 
-    The model's own score is the prior (for a new user: the unknown row and the user's content), so that an empty
-    support predicts exactly it. Precisions are learned, one a feature. The solution is linear in the targets, which
+    The model's own score is the prior (for a new user: the unknown row and the user's content), and the prediction
+    where the support is empty. Precisions are learned, one per feature. The solution is linear in the targets, which
     makes explanations exact.
 
     Args:
-      model: with ``features``, such as `content_model`.
-      precision, bias_precision: initial precisions of the user's vector and of the user's bias, in units of ratings.
-      loss: of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by
-        squares.
+      model: a model with ``features``, such as `content_model`.
+      precision: initial prior precision of the user's vector, in ratings.
+      bias_precision: initial prior precision of the user's bias, in ratings.
+      loss: loss of the query, ``loss(scores [n], target [n], where=[n]) -> scalar``; the support is always fitted by
+        least squares.
 
     Raises:
       MetarecError: the model has no ``features``, or a precision is not above 0.
     """
 
-    def fit(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
+    def solve_user(phi: Array, prior: Array, target: Array, weight: Array, precision: Array) -> Array:
         return solve(phi, target - prior, weight, precision)
 
-    return closed_form(model, "ridge", fit, precision=precision, bias_precision=bias_precision, loss=loss)
+    return closed_form(model, "ridge", solve_user, precision=precision, bias_precision=bias_precision, loss=loss)
 
 
 def closed_form(
     model: Model,
     name: str,
-    fit: Callable[[Array, Array, Array, Array, Array], Array],
+    solve_user: Callable[[Array, Array, Array, Array, Array], Array],
     *,
     precision: float,
     bias_precision: float,
     loss: Callable[..., Array],
 ) -> Learner:
-    """A learner whose user is a vector ``d`` on the model's features and a constant, found by ``fit``.
+    """A learner whose user is a vector ``d`` on the model's features and a constant, computed by ``solve_user``.
 
     Args:
-      name: of the learned precisions among the parameters, and of the learner in messages.
-      fit: ``fit(phi [n, D + 1], prior score [n], target [n], weight [n], precision [D + 1]) -> d [D + 1]``.
-      precision, bias_precision: initial ones of the vector and of the constant.
+      name: name of the learner, in messages and of its learned precisions among the parameters.
+      solve_user: ``solve_user(phi [n, D + 1], prior score [n], target [n], weight [n], precision [D + 1])``, which
+        returns ``d [D + 1]``.
+      precision, bias_precision: initial precisions of the vector and of the constant.
     """
-    if model.features is None:
-        raise MetarecError(
-            f"{name} wants a model with features (vectors the score is linear in), such as content_model"
-        )
-    vectors = model.features
+    vectors = features_of(model, name)
 
     def design(params: Params, inputs: Inputs) -> Array:
         phi = vectors(params, inputs)
@@ -91,7 +90,7 @@ def closed_form(
         prior = model.apply(params, support.inputs)
         weight = support.mask * trust(params, support.inputs)
         precision = jnp.exp(params[name]["log_precision"])
-        return fit(design(params, support.inputs), prior, support.target, weight, precision)
+        return solve_user(design(params, support.inputs), prior, support.target, weight, precision)
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return model.apply(params, inputs) + design(params, inputs) @ adapted
@@ -101,11 +100,11 @@ def closed_form(
         value = loss(scores, task.query.target, where=task.query.mask)
         return value, {"query_loss": value}
 
-    return Learner(init, adapt, predict, meta_loss, {n: t._replace(adapted=False) for n, t in model.tables.items()})
+    return Learner(init, adapt, predict, meta_loss, unmoved(model.tables))
 
 
 def solve(phi: Array, residual: Array, mask: Array, precision: Array) -> Array:
-    """``(phi' M phi + diag(precision))^-1 phi' M residual`` with ``M = diag(mask)``; what has mask 0 may be nan.
+    """``(phi' M phi + diag(precision))^-1 phi' M residual``, ``M = diag(mask)``; nan is allowed where the mask is 0.
 
     Args:
       phi: ``[n, d]``; residual, mask: ``[n]``; precision: ``[d]``, above 0.

@@ -8,24 +8,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import Array, MetarecError
+from metarec_jax.options import Bounds, bounded
 
 
 class Rule(NamedTuple):
     """An inner update rule, possibly with parameters of its own that are meta-learned.
 
     Attributes:
-      init: ``init(moving) -> params``, given the parameters that adapt (a dict of arrays); {} where nothing is learned.
+      init: ``init(moving) -> params`` for the parameters that adapt (a dict of arrays); {} where nothing is learned.
       start: ``start(params, moving) -> state`` at the beginning of a task.
       update: ``update(params, grads, state, moving) -> (moving, state)``.
-      lr: where an update is exactly ``moving - lr * grads``, that rate: it lets `maml` keep changes of low rank.
-      sees_loss: ``update`` takes a fifth argument, the support loss where the gradient was taken.
+      lr: the rate where an update is exactly ``moving - lr * grads``, which lets `maml` keep changes of low rank.
+      sees_loss: whether ``update`` takes a fifth argument, the support loss at the point of the gradient.
     """
 
     init: Callable[[dict[str, Array]], Any]
@@ -36,7 +37,7 @@ class Rule(NamedTuple):
 
 
 MakeRule = Callable[[float, int], Rule]
-"""``make(lr, steps) -> Rule``: a rule that starts at a rate, for a number of steps."""
+"""``make(lr, steps) -> Rule``: a rule with an initial rate, for a number of steps."""
 
 
 def sgd(lr: float) -> Rule:
@@ -54,10 +55,10 @@ def sgd(lr: float) -> Rule:
 
 
 def from_optax(transformation: optax.GradientTransformation) -> Rule:
-    """Any optax transformation as inner rule. Adam wants ``eps_root=1e-8``: else the second derivative is NaN.
+    """Any optax transformation as inner rule. Adam requires ``eps_root=1e-8``: else the second derivative is NaN.
 
-    Where tables adapt, it must leave alone what has no gradient (no weight decay): a task owns the rows of its support
-    only, and those of the query, seen in meta-training too, would be moved there and not when the task is served.
+    Where tables adapt, it must not change rows without a gradient (no weight decay): a task owns only the rows of its
+    support, so rows of the query would be changed in meta-training, and not when the task is served.
     """
 
     def update(params: Any, grads: Any, state: Any, moving: Any) -> tuple[Any, Any]:
@@ -68,9 +69,9 @@ def from_optax(transformation: optax.GradientTransformation) -> Rule:
 
 
 def meta_sgd(lr: float) -> Rule:
-    """A learned rate for every parameter, started at ``lr``: ``moving <- moving - rate * gradient``.
+    """A learned rate for every parameter, initially ``lr``: ``moving <- moving - rate * gradient``.
 
-    The rate of a table is learned for each of its columns, not for each row: it must serve rows never seen.
+    The rate of a table is learned for each of its columns, not for each row: it must be valid for rows never seen.
     Source: Li et al., "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017.
     """
 
@@ -84,8 +85,9 @@ def meta_sgd(lr: float) -> Rule:
     return Rule(init, lambda rates, moving: (), update)
 
 
-def lslr(lr: float, steps: int) -> Rule:
-    """A learned rate for every layer at every step, started at ``lr``: ``moving <- moving - rate[step] * gradient``.
+@bounded
+def lslr(lr: float, steps: Annotated[int, Bounds(1)]) -> Rule:
+    """A learned rate for every layer at every step, initially ``lr``: ``moving <- moving - rate[step] * gradient``.
 
     A layer is one array of parameters. Steps beyond ``steps`` take the last rate.
     Source: Antoniou, Edwards and Storkey, "How to Train Your MAML", 2019 (LSLR).
@@ -96,8 +98,6 @@ def lslr(lr: float, steps: int) -> Rule:
     >>> float(moved["a"]), int(state), rates["a"].shape  # 3 - 0.5 * 4
     (1.0, 1, (2,))
     """
-    if steps < 1:
-        raise MetarecError(f"lslr wants a rate for each inner step, got {steps} steps; give 1 or more")
 
     def init(moving: dict[str, Array]) -> dict[str, Array]:
         return {name: jnp.full((steps,), lr, a.dtype) for name, a in moving.items()}
@@ -113,8 +113,8 @@ def meta_curvature(lr: float) -> Rule:
     """A learned matrix for every dimension of every parameter transforms its gradient; the identity at the start.
 
     ``moving <- moving - lr * G x_1 M_1 x_2 M_2 ...``, x_k the product along dimension k: ``M_1 G M_2'`` for a dense
-    layer. A table has a matrix for its columns alone: it must serve rows never seen. A dimension of n units takes n^2
-    parameters.
+    layer. A table has a matrix only for its columns: it must be valid for rows never seen. A dimension of n units takes
+    n^2 parameters.
 
     Source: Park and Oliva, "Meta-Curvature", 2019.
 
@@ -149,21 +149,21 @@ def lstm(lr: float, *, forget: float = 1e-4, hidden: int = 20, stop_inputs: bool
     """An LSTM whose cell is the parameter: ``moving <- f * moving - i * gradient``, with learned gates f and i.
 
     For each coordinate, with weights shared by all of them: ``h = LSTM([gradient, loss])``, both on a logarithmic scale
-    (`log_scaled`), ``i = sigmoid(w_i . [h, parameter, i before] + b_i)``, and so f. At the start ``w = 0``, so that
-    ``i = lr`` and ``f = 1 - forget``: SGD, but for ``forget * |parameter|`` a step. A table row without gradient stays
-    as it is: a task owns the rows of its support only.
+    (`log_scaled`), ``i = sigmoid(w_i . [h, parameter, previous i] + b_i)``, and f likewise. Initially ``w = 0``, so
+    ``i = lr`` and ``f = 1 - forget``: SGD, except for ``forget * |parameter|`` per step. A table row without gradient
+    does not change: a task owns only the rows of its support.
 
     Args:
-      lr: above 0 and below 1.
-      forget: above 0 and below 1; a gate of exactly 1 could not learn.
-      hidden: H, units of the first LSTM, for every coordinate that adapts; 0: the gates read gradient and loss
-        themselves.
-      stop_inputs: take what the gates read for constants, as the paper does: the logarithm of a small gradient has a
+      lr: initial input gate, above 0 and below 1.
+      forget: 1 minus the initial forget gate, above 0 and below 1; a gate of exactly 1 could not learn.
+      hidden: units H of the first LSTM, for every coordinate that adapts; with 0 the gates read gradient and loss
+        directly.
+      stop_inputs: treat the inputs of the gates as constant, as the paper does: the logarithm of a small gradient has a
         very large derivative.
-      seed: of the first LSTM's weights.
+      seed: seed of the first LSTM's weights.
 
     Raises:
-      MetarecError: a rate that is not between 0 and 1.
+      MetarecError: ``lr`` or ``forget`` is not between 0 and 1.
 
     Source: Ravi and Larochelle, "Optimization as a Model for Few-Shot Learning", 2017.
 
@@ -173,9 +173,11 @@ def lstm(lr: float, *, forget: float = 1e-4, hidden: int = 20, stop_inputs: bool
     >>> [round(x, 4) for x in moved["a"].tolist()]  # 3 - 0.5 * 4, 0 - 0.5 * 1
     [1.0, -0.5]
     """
-    for what, value in (("lr", lr), ("forget", forget)):
+    for name, value in (("lr", lr), ("forget", forget)):
         if not 0 < value < 1:
-            raise MetarecError(f"lstm: {what} is the start of a gate and must be between 0 and 1, got {value}")
+            raise MetarecError(
+                f"lstm: {name} is the initial value of a gate and must be above 0 and below 1, got {value}; correct it"
+            )
     reads = (hidden or 4) + 2
 
     def init(moving: dict[str, Array]) -> dict[str, Array]:
@@ -187,9 +189,9 @@ def lstm(lr: float, *, forget: float = 1e-4, hidden: int = 20, stop_inputs: bool
         return gates | {"kernel": kernel, "bias": jnp.zeros((4 * hidden,))}
 
     def start(params: Any, moving: dict[str, Array]) -> dict[str, Array]:
-        count, of = sum(a.size for a in moving.values()), jnp.result_type(*moving.values())
-        gates = {name: jnp.zeros((count,), of) for name in ("input", "forget")}
-        return gates | {name: jnp.zeros((count, hidden), of) for name in ("h", "cell") if hidden}
+        count, dtype = sum(a.size for a in moving.values()), jnp.result_type(*moving.values())
+        gates = {name: jnp.zeros((count,), dtype) for name in ("input", "forget")}
+        return gates | {name: jnp.zeros((count, hidden), dtype) for name in ("h", "cell") if hidden}
 
     def update(params: Any, grads: Any, state: Any, moving: Any, loss: Array) -> tuple[Any, Any]:
         flat = lambda parts: jnp.concatenate([parts[name].reshape(-1) for name in moving])  # noqa: E731
@@ -215,7 +217,8 @@ def lstm(lr: float, *, forget: float = 1e-4, hidden: int = 20, stop_inputs: bool
 
 
 def log_scaled(x: Array, p: float = 10.0) -> Array:
-    """Two numbers for one of any size: ``(log|x| / p, sign x)`` where ``|x| >= e^-p``, else ``(-1, e^p x)``.
+    """Two numbers of moderate size for one of any size: ``(log|x| / p, sign x)`` where ``|x| >= e^-p``, else
+    ``(-1, e^p x)``.
 
     Args:
       x: ``[n]``.
@@ -236,7 +239,7 @@ def log_scaled(x: Array, p: float = 10.0) -> Array:
 
 
 def _touched(name: str, grad: Array) -> Array:
-    """Where a gradient is of a row that has any; everywhere in what is no table."""
+    """Whether the row of each entry has a nonzero gradient; True everywhere outside of tables."""
     if not name.startswith("tables/"):
         return jnp.ones(grad.shape, bool)
     return jnp.broadcast_to((grad != 0).any(1, keepdims=True), grad.shape)
