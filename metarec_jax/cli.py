@@ -1,4 +1,4 @@
-"""The command line, ``metarec``. tyro stands only here; jax is imported inside commands, so that --help is quick."""
+"""The command line, ``metarec``. Only this module imports tyro; commands import jax themselves, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEARNERS = "; ".join(
 
 
 def _sections() -> type:
-    """One dataclass of all options of a run, in the groups of `config.Config`, with its names, defaults and help."""
+    """A dataclass of all options of a run, grouped as `config.Config`, with its names, defaults and help."""
     groups: list[tuple[str, Any, Any]] = []
     for name, section in _SECTIONS.items():
         hints = typing.get_type_hints(section)
@@ -65,7 +65,7 @@ def _section(options: Any, name: str) -> Any:
 
 
 def configured(options: Any, *, learner: bool = True) -> config.Config:
-    """The configuration that the options make; without ``learner``, the flags of learners are left aside."""
+    """The configuration of the options; without ``learner``, the flags of learners are ignored."""
     parts = {name: _section(options, name) for name in _SECTIONS}
     flags = parts.pop("learner")
     chosen = config.learner_of(flags.name, config.flags_given(flags)) if learner else config.LearnerConfig()
@@ -76,7 +76,9 @@ RunDir = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help
 DataDir = Annotated[
     Path | None,
     tyro.conf.arg(
-        metavar="PATH", help_behavior_hint="", help="cache of named data sets; default: METAREC_DATA_DIR, or the user's"
+        metavar="PATH",
+        help_behavior_hint="",
+        help="cache of named data sets; default: METAREC_DATA_DIR, or the user's cache",
     ),
 ]
 LikedFrom = Annotated[
@@ -84,11 +86,11 @@ LikedFrom = Annotated[
     tyro.conf.arg(
         metavar="RATING",
         help_behavior_hint="",
-        help="rating from which on an item counts as liked in rankings; default: three quarters of the scale (4 of 5), "
-        "or about the upper quarter of the ratings where few or nearly all reach that",
+        help="lowest rating that counts as relevant in rankings; default: three quarters of the scale (4 of 5), or "
+        "about the upper quartile if few or nearly all ratings reach that",
     ),
 ]
-Json = Annotated[bool, tyro.conf.arg(help="print the results as one JSON object, the last line")]
+Json = Annotated[bool, tyro.conf.arg(help="print the results as one JSON object, on the last line")]
 
 
 def fit(
@@ -96,9 +98,12 @@ def fit(
     out: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="run directory; default: runs/NAME")
     ] = None,
-    fresh: Annotated[bool, tyro.conf.arg(help="start over, whatever the run directory holds")] = False,
+    fresh: Annotated[bool, tyro.conf.arg(help="start over, and discard what the run directory holds")] = False,
     evaluate: Annotated[
-        bool, tyro.conf.arg(help="only train: no comparison with the baselines, no report", help_behavior_hint="")
+        bool,
+        tyro.conf.arg(
+            help="train only, without a comparison with the baselines and without a report", help_behavior_hint=""
+        ),
     ] = True,
     data_dir: DataDir = None,
     mesh: Annotated[
@@ -106,9 +111,9 @@ def fit(
         tyro.conf.arg(
             metavar="SIZES",
             help_behavior_hint="",
-            help="devices to use, as data=4,model=2: rows of large tables are cut in 2, and 4 groups of 2 devices hold "
-            "them and share the tasks; default: all devices, tables cut over all. Where there are only CPUs, so many "
-            "devices are made of them",
+            help="devices to use, as data=4,model=2: 4 groups of 2 devices share the tasks, and the 2 devices of a "
+            "group shard the rows of large tables; default: all devices, with tables sharded over all. Without "
+            "accelerators, that many CPU devices are created",
         ),
     ] = None,
     coordinator: Annotated[
@@ -116,19 +121,20 @@ def fit(
         tyro.conf.arg(
             metavar="HOST:PORT",
             help_behavior_hint="",
-            help="several processes: where process 0 can be reached, or auto; under srun and mpirun not needed",
+            help="multi-process: address of process 0, or auto; not needed under srun and mpirun",
         ),
     ] = None,
     num_processes: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="several processes: how many")
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="multi-process: number of processes")
     ] = None,
     process_id: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", help="several processes: which one, from 0")
+        int | None,
+        tyro.conf.arg(metavar="INT", help_behavior_hint="", help="multi-process: index of this process, from 0"),
     ] = None,
     liked_from: LikedFrom = None,
     json: Json = False,
 ) -> int:
-    """Meta-train a recommender, compare it with plain baselines, write a report. The same command again resumes.
+    """Meta-train a recommender, compare it with baselines and write a report. The same command resumes a run.
 
     For example:
 
@@ -154,18 +160,22 @@ def fit(
 
 def evaluate(
     run: RunDir,
-    seeds: Annotated[int, tyro.conf.arg(help="draws of support and query to average over")] = 1,
-    max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
+    seeds: Annotated[int, tyro.conf.arg(help="random draws of support and query to average over")] = 1,
+    max_users: Annotated[
+        int, tyro.conf.arg(help="maximum number of test users per scenario; more are sampled down")
+    ] = 1000,
     liked_from: LikedFrom = None,
     max_history: Annotated[
         int | None,
         tyro.conf.arg(
-            metavar="INT", help_behavior_hint="", help="most ratings of a user to adapt on; default: the run's"
+            metavar="INT",
+            help_behavior_hint="",
+            help="maximum number of ratings to adapt on per user; default: as in the run",
         ),
     ] = None,
     json: Json = False,
 ) -> int:
-    """Measure a trained run beside the baselines, on its held-out users and items; write report.md and report.html.
+    """Evaluate a trained run and the baselines on held-out users and items; write report.md and report.html.
 
     For example:
 
@@ -185,16 +195,16 @@ def recommend(
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(
             metavar="ITEM=RATING",
-            help="what the new user thinks of an item, by id, else by title; may be repeated. Of a title that several "
-            "items have, give the id",
+            help="a rating of the new user, of an item by its id or title; may be repeated. If several items share a "
+            "title, use the id",
         ),
     ] = (),
     user: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(
             metavar="FEATURE=VALUE",
-            help="a feature of the new user, such as age=25, in the units of the data; several values as War|Drama; "
-            "may be repeated",
+            help="a feature of the new user, such as age=25, in the units of the data; may be repeated. Several values "
+            "of a feature are separated by |, as in War|Drama",
         ),
     ] = (),
     history: Annotated[
@@ -202,41 +212,41 @@ def recommend(
     ] = None,
     user_features: Annotated[
         Path | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="table of features of new users, one row per user"),
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="table of user features, one row per new user"),
     ] = None,
     user_col: Annotated[
         str | None,
         tyro.conf.arg(
             metavar="TEXT",
             help_behavior_hint="",
-            help="column of users in these tables; by default as in the run's data, or a usual name",
+            help="column of user ids in these tables; default: as in the data of the run, or a usual name",
         ),
     ] = None,
     item_col: Annotated[
-        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of items, ids or titles")
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of item ids or titles")
     ] = None,
     rating_col: Annotated[
         str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of ratings")
     ] = None,
     timestamp_col: Annotated[
         str | None,
-        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of times, by which rows are ordered"),
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of timestamps, by which rows are ordered"),
     ] = None,
-    top: Annotated[int, tyro.conf.arg(aliases=["-n"], help="items to recommend")] = 10,
+    top: Annotated[int, tyro.conf.arg(aliases=["-n"], help="number of items to recommend")] = 10,
     out: Annotated[
         Path | None,
         tyro.conf.arg(
             metavar="PATH",
             help_behavior_hint="",
-            help="write a file instead of printing: .csv, .json, .jsonl or .parquet",
+            help="write a file (.csv, .json, .jsonl or .parquet) instead of printing",
         ),
     ] = None,
     why: Annotated[
-        bool, tyro.conf.arg(help="do not name the feedback that moved each score", help_behavior_hint="")
+        bool, tyro.conf.arg(help="do not list the feedback that most changed each score", help_behavior_hint="")
     ] = True,
     json: Json = False,
 ) -> int:
-    """Recommend items to users the model has never seen, from what they say of a few items.
+    """Recommend items to new users, from their ratings of a few items.
 
     For example:
 
@@ -261,7 +271,7 @@ def recommend(
 
 
 def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
-    """Say what is in a data set: counts, densities, ratings, cold-start facts, and what was dropped on reading.
+    """Describe a data set: counts, density, ratings, cold-start statistics, and rows dropped on reading.
 
     For example:
 
@@ -271,8 +281,8 @@ def data(options: Any, data_dir: DataDir = None, json: Json = False) -> int:
     from metarec_jax.commands import data
 
     section = config.DataConfig
-    given = {f.name: getattr(options, f.metadata["flag"] or f.name) for f in dataclasses.fields(section)}
-    return data.data(section(**given), data_dir=data_dir, as_json=json)
+    values = {f.name: getattr(options, f.metadata["flag"] or f.name) for f in dataclasses.fields(section)}
+    return data.data(section(**values), data_dir=data_dir, as_json=json)
 
 
 def compare(
@@ -283,7 +293,7 @@ def compare(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
             help="meta-learners, separated by spaces or commas; options follow the name, as maml:inner_steps=1; "
-            f"by default {', '.join(name for name, row in registry.ROWS.items() if row.compared)}, as the data allows",
+            f"default: those of {', '.join(name for name, row in registry.ROWS.items() if row.compared)} that suit the data",
         ),
     ] = None,
     baselines: Annotated[
@@ -291,35 +301,43 @@ def compare(
         tyro.conf.arg(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
-            help="baselines beside the trivial ones; by default all that suit the data in closed form. Only if named: "
-            "sgd_mf, factorization_machine, two_tower, deepfm, trained for as many steps as the learners",
+            help="baselines besides the trivial ones; default: all closed-form baselines that suit the data. Run only "
+            "if named: sgd_mf, factorization_machine, two_tower, deepfm, trained for as many steps as the learners",
         ),
     ] = None,
-    seeds: Annotated[int, tyro.conf.arg(help="splits of the users, each with a training and a draw of its own")] = 1,
-    max_users: Annotated[int, tyro.conf.arg(help="test users a scenario at the most; more are sampled")] = 1000,
+    seeds: Annotated[
+        int, tyro.conf.arg(help="random splits of the users; each is trained and evaluated separately")
+    ] = 1,
+    max_users: Annotated[
+        int, tyro.conf.arg(help="maximum number of test users per scenario; more are sampled down")
+    ] = 1000,
     support_curve: Annotated[
-        tuple[int, ...], tyro.conf.arg(metavar="[INT ...]", help="also measured with so many ratings shown")
+        tuple[int, ...], tyro.conf.arg(metavar="[INT ...]", help="support sizes to evaluate as well")
     ] = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50),
     liked_from: LikedFrom = None,
-    recommend: Annotated[bool, tyro.conf.arg(help="say which method to take, and why")] = False,
+    recommend: Annotated[bool, tyro.conf.arg(help="recommend a method, with the reason")] = False,
     max_ms: Annotated[
         float | None,
-        tyro.conf.arg(metavar="MS", help_behavior_hint="", help="with --recommend: milliseconds that a user may take"),
+        tyro.conf.arg(
+            metavar="MS", help_behavior_hint="", help="with --recommend: maximum latency per user, in milliseconds"
+        ),
     ] = None,
     max_mib: Annotated[
         float | None,
-        tyro.conf.arg(metavar="MIB", help_behavior_hint="", help="with --recommend: MiB that parameters may take"),
+        tyro.conf.arg(
+            metavar="MIB", help_behavior_hint="", help="with --recommend: maximum size of the parameters, in MiB"
+        ),
     ] = None,
     out: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="folder; default: runs/compare-NAME")
     ] = None,
-    fresh: Annotated[bool, tyro.conf.arg(help="measure everything anew, whatever the folder holds")] = False,
+    fresh: Annotated[bool, tyro.conf.arg(help="measure everything again, and discard what the folder holds")] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> int:
-    """Measure many methods on one data set, under several seeds, in one table; say which to take.
+    """Compare many methods on one data set over several seeds in one table, and recommend one of them.
 
-    Every method and seed is measured once and kept: a broken or a longer command continues.
+    The result of each method and seed is kept, so that an interrupted or extended comparison continues.
 
     For example:
 
@@ -348,7 +366,7 @@ def compare(
     )
 
 
-# The options are made, not written, so their types cannot be either.
+# The class of the options is generated, so these annotations are set here.
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.arg(name=""))
 fit.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[misc]
 compare.__annotations__["options"] = Annotated[(Options, *_FLAT)]  # type: ignore[misc]
@@ -361,16 +379,17 @@ def prepare(
         tyro.conf.arg(
             metavar="DATA [DATA ...]",
             help_behavior_hint="",
-            help="CSV or Parquet files, folders or patterns, all of one table",
+            help="CSV or Parquet files, folders or glob patterns that together hold one table",
         ),
     ],
     out: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="the store; default: stores/NAME")
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="folder of the store; default: stores/NAME"),
     ] = None,
     user_col: Annotated[
         str | None,
         tyro.conf.arg(
-            metavar="TEXT", help_behavior_hint="", help="column of user ids; found by its usual names if not given"
+            metavar="TEXT", help_behavior_hint="", help="column of user ids; default: detected by its usual names"
         ),
     ] = None,
     item_col: Annotated[
@@ -378,25 +397,26 @@ def prepare(
     ] = None,
     rating_col: Annotated[
         str | None,
-        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of ratings; '' reads clicks, not ratings"),
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of ratings; '' for clicks, without ratings"),
     ] = None,
     timestamp_col: Annotated[
-        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of times; '' reads without times")
+        str | None,
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of timestamps; '' for data without times"),
     ] = None,
-    implicit: Annotated[bool, tyro.conf.arg(help="take no notice of ratings: every row is a positive")] = False,
+    implicit: Annotated[bool, tyro.conf.arg(help="ignore ratings: every row is a positive")] = False,
     partitions: Annotated[
         int | None,
         tyro.conf.arg(
-            metavar="INT", help_behavior_hint="", help="files of histories; default: one for 5 million interactions"
+            metavar="INT", help_behavior_hint="", help="files of histories; default: one per 5 million interactions"
         ),
     ] = None,
     memory_limit: Annotated[
-        str, tyro.conf.arg(metavar="SIZE", help="memory to sort in; the process takes about 1 GB more")
+        str, tyro.conf.arg(metavar="SIZE", help="memory for sorting; the process uses about 1 GB more")
     ] = "2GB",
-    fresh: Annotated[bool, tyro.conf.arg(help="replace a store that is there")] = False,
+    fresh: Annotated[bool, tyro.conf.arg(help="replace an existing store")] = False,
     json: Json = False,
 ) -> int:
-    """Make a task store of a table that is larger than memory; metarec fit STORE then streams it.
+    """Convert a table that is larger than memory to a task store; metarec fit STORE then streams it.
 
     For example:
 
@@ -427,7 +447,7 @@ def learners(
     ] = (),
     json: Json = False,
 ) -> int:
-    """List the meta-learners: what each learns from, its source, and its options with their defaults.
+    """List the meta-learners: the feedback each requires, its source paper, and its options with their defaults.
 
     For example:
 
@@ -440,7 +460,7 @@ def learners(
 
 
 def doctor(data_dir: DataDir = None) -> int:
-    """Show versions, devices, threads, caches and disk, and what is missing and what it would bring.
+    """Show versions, devices, threads, caches and disk space, and which optional packages are missing.
 
     For example:
 
@@ -485,14 +505,14 @@ def _command(args: Sequence[str]) -> int:
         status = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
             prog="metarec",
-            description="Recommend to users never seen, from a table of interactions. Begin with: metarec fit ml-1m\n\n"
-            "With --debug, or METAREC_DEBUG=1, every command prints the traceback of an error as well.",
+            description="Recommend items to new users, from a table of interactions. Start with: metarec fit ml-1m\n\n"
+            "With --debug, or METAREC_DEBUG=1, every command also prints the traceback of an error.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -506,7 +526,7 @@ def _command(args: Sequence[str]) -> int:
 
 
 def _refusal(error: Exception) -> str | None:
-    """What a person can mend, in words; None for an error that is this program's own."""
+    """The message of an error that the user can correct; None for a fault of this program."""
     from metarec_jax.core import MetarecError
 
     if isinstance(error, MetarecError):
@@ -517,9 +537,10 @@ def _refusal(error: Exception) -> str | None:
 
 
 def run() -> None:
-    """The program `metarec`. Of several processes one that failed ends at once: the usual end waits for the others.
+    """The program `metarec`.
 
-    So does one that a signal ended: the usual end waits for threads that still compute.
+    A failed process of a multi-process run exits at once, since the normal exit would wait for the others. So does a
+    process that a signal ended, since the normal exit would wait for threads that still compute.
     """
     try:
         status = main()

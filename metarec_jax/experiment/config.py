@@ -1,7 +1,7 @@
-"""The configuration of a run, and the ONE place where a string becomes a value.
+"""The configuration of a run.
 
-Plain frozen dataclasses; every default, bound and line of help stands here and nowhere else (the command line is made
-from them). Nothing heavy is imported until something is built.
+Plain frozen dataclasses. Every default, bound and help text of a run's options is defined here only, and the command
+line is made from them. Importing this module does not import jax.
 """
 
 from __future__ import annotations
@@ -10,37 +10,35 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from metarec_jax.learners import registry
 from metarec_jax.options import Checked, entries, error, known, meant, option, spelled
 
-if TYPE_CHECKING:
-    pass
-
-
 SUPPORT = (3, 64)
-"""Fewest and most support examples, where no option and no short history decides."""
+"""Minimum and maximum number of support examples, unless an option or short histories decide."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """What to learn from: a named data set, or a file or folder and the columns in it."""
+    """The data: a named data set, or a file or folder and its columns."""
 
-    name: str = option("ml-1m", "a data set (ml-1m, ml-100k, synthetic) or the path of a file or folder", flag="data")
-    user_col: str | None = option(None, "column of user ids; found by its usual names if not given")
+    name: str = option("ml-1m", "a data set (ml-1m, ml-100k, synthetic), or the path of a file or folder", flag="data")
+    user_col: str | None = option(None, "column of user ids; default: detected by its usual names")
     item_col: str | None = option(None, "column of item ids")
-    rating_col: str | None = option(None, "column of ratings; '' reads clicks, not ratings")
-    timestamp_col: str | None = option(None, "column of times; '' reads without times")
-    title_col: str | None = option(None, "column of display names of items")
-    implicit: bool = option(False, "take no notice of ratings: every row is a positive")
-    user_features: str | None = option(None, "file with one row a user")
-    item_features: str | None = option(None, "file with one row an item")
-    unrated_items: bool = option(False, "recommend also items that only the file of item features names")
-    duplicates: Literal["last", "first", "mean", "error"] = option("last", "which rating of a repeated pair to keep")
+    rating_col: str | None = option(None, "column of ratings; '' for clicks, without ratings")
+    timestamp_col: str | None = option(None, "column of timestamps; '' for data without times")
+    title_col: str | None = option(None, "column of item titles")
+    implicit: bool = option(False, "ignore ratings: every row is a positive")
+    user_features: str | None = option(None, "file of user features, one row per user")
+    item_features: str | None = option(None, "file of item features, one row per item")
+    unrated_items: bool = option(False, "also recommend items that appear only in the file of item features")
+    duplicates: Literal["last", "first", "mean", "error"] = option(
+        "last", "which rating to keep of a user and item that occur together more than once"
+    )
     tasks_of: Literal["users", "items"] = option(
         "users",
-        "a task is a user with some items, or (items) an item with some users: users are recommended to new items",
+        "a task is a user with their items or, for items, an item with its users: it finds users for a new item",
     )
 
 
@@ -49,55 +47,60 @@ class SplitConfig(Checked):
     """Which users and items are held out."""
 
     scenarios: tuple[str, ...] | None = option(
-        None, "what to test: warm, user_cold, item_cold, both_cold; by default all that there is enough data for"
+        None, "scenarios to test: warm, user_cold, item_cold, both_cold; default: all with enough data"
     )
-    by: Literal["random", "time"] = option("random", "hold out at random, or those who came last")
-    test: float = option(0.1, "share of users, and of items, for the test", low=0.0, high=0.9)
-    validation: float = option(0.1, "share of users, and of items, for validation", low=0.0, high=0.9)
+    by: Literal["random", "time"] = option("random", "hold out users and items at random, or the latest by time")
+    test: float = option(0.1, "fraction of users, and of items, held out for the test", low=0.0, high=0.9)
+    validation: float = option(0.1, "fraction of users, and of items, held out for validation", low=0.0, high=0.9)
     seed: int = option(0, "seed of the split", flag="split_seed", low=0)
-    partition: str | None = option(None, "file of a published partition, in place of all of the above")
+    partition: str | None = option(None, "file of a published partition; it replaces all of the above")
 
 
 @dataclass(frozen=True)
 class TaskConfig(Checked):
     """How a user becomes a task."""
 
-    tasks: int = option(64, "tasks (users) a step", low=1)
+    tasks: int = option(64, "tasks (users) per step", low=1)
     support: tuple[int, int] | None = option(
-        None, "fewest and most ratings to adapt on; by default 3 64, or what short histories hold", low=0
+        None, "minimum and maximum number of support ratings; default: 3 64, or less where histories are short", low=0
     )
-    query: int = option(10, "ratings to predict", low=1)
-    order: Literal["random", "time"] = option("random", "support and query at random, or past and future")
-    user_rows: Literal["prior", "own"] = option("prior", "users enter as new ones, or with a row of their own")
-    user_drop: float = option(0.0, "chance that a user's id is hidden", low=0.0, high=1.0)
-    item_drop: float = option(0.1, "chance that an item's id is hidden, so that content is learned", low=0.0, high=1.0)
-    cold_tasks: float = option(0.3, "chance that all item ids of a task are hidden", low=0.0, high=1.0)
-    negatives: int | None = option(
-        None, "items never had, for each one had; by default 4 for clicks, 0 for ratings", low=0
+    query: int = option(10, "query ratings per task", low=1)
+    order: Literal["random", "time"] = option(
+        "random", "split a history into support and query at random, or into past and future"
     )
+    user_rows: Literal["prior", "own"] = option(
+        "prior", "treat every user as new (prior), or give training users an embedding of their own"
+    )
+    user_drop: float = option(0.0, "probability of hiding a user's id", low=0.0, high=1.0)
+    item_drop: float = option(0.1, "probability of hiding an item's id, so that content is learned", low=0.0, high=1.0)
+    cold_tasks: float = option(0.3, "probability of hiding all item ids of a task", low=0.0, high=1.0)
+    negatives: int | None = option(None, "sampled negatives per positive; default: 4 for clicks, 0 for ratings", low=0)
     max_history: int = option(
-        100, "validation and test: most ratings of a user to adapt on; all that a known user had leaves lists", low=1
+        100,
+        "validation and test: maximum number of ratings to adapt on per user; rankings of the catalogue exclude the "
+        "whole history of a known user all the same",
+        low=1,
     )
 
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The scoring function."""
+    """The model that scores a user and an item."""
 
     name: Literal["content", "meta_recommender"] = option(
-        "content", "ids and features of both sides, or two embeddings and a linear layer", flag="model"
+        "content", "ids and features of users and items, or two embeddings and a linear layer", flag="model"
     )
-    size: int = option(16, "length of the vectors", low=1, high=4096)
-    head: Literal["dot", "mlp"] = option("dot", "of the content model: dot product, or dense layers")
-    hidden: tuple[int, ...] = option((64, 64), "units of the dense layers", low=1)
+    size: int = option(16, "embedding dimension", low=1, high=4096)
+    head: Literal["dot", "mlp"] = option("dot", "head of the content model: dot product, or dense layers")
+    hidden: tuple[int, ...] = option((64, 64), "widths of the dense layers", low=1)
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The meta-learner: its name in the registry, and options of its own.
+    """The meta-learner: its name in the registry, and its options.
 
     Raises:
-      MetarecError: a name that is not in the registry, or options that the learner does not have or that do not fit.
+      MetarecError: the name is not in the registry, or an option is unknown or invalid.
 
     >>> LearnerConfig("leo", {"latent": 4}).options["latent"], str(LearnerConfig("leo", {"latent": 4}))
     (4, 'leo:latent=4')
@@ -112,54 +115,56 @@ class LearnerConfig:
         object.__setattr__(self, "options", registry.complete(self.name, options))
 
     def __str__(self) -> str:
-        """As it is written on the command line, without the options that have their default."""
+        """The learner as written on the command line; options at their defaults are omitted."""
         own = registry.options(self.name)
-        given = [f"{key}={spelled(value)}" for key, value in self.options.items() if value != own[key][1].default]
-        return ":".join([self.name, *given])
+        changed = [f"{key}={spelled(value)}" for key, value in self.options.items() if value != own[key][1].default]
+        return ":".join([self.name, *changed])
 
 
 @dataclass(frozen=True)
 class LearnerFlags(Checked):
-    """The meta-learner. Options of it follow its name, as leo:latent=8:inner_steps=3; metarec learners lists them.
+    """The meta-learner. Its options follow its name, as in leo:latent=8:inner_steps=3; metarec learners lists them.
 
-    The flags below are other names of such options, for learners that have them.
+    The flags below set the same options, for the learners that have them.
     """
 
     name: str = option("ridge", "one of: LEARNERS", flag="learner")
-    inner_lr: float | None = option(None, "inner rate")
+    inner_lr: float | None = option(None, "inner learning rate")
     inner_steps: int | None = option(None, "inner gradient steps")
-    rule: str | None = option(None, f"inner rule: {', '.join(registry.RULES)}")
-    only: tuple[str, ...] = option((), "parameters that take inner steps, such as 'net', or 'all'")
-    first_order: bool = option(False, "treat inner gradients as constants")
-    per_step_losses: bool = option(False, "mean of the losses after every inner step")
-    remat: bool | None = option(None, "recompute inner steps: less memory, up to a third more time")
-    proximal: float | None = option(None, "imaml: how strongly parameters are held at their start")
-    context: int | None = option(None, "cavia:size, leo:latent")
-    loss: str | None = option(None, f"loss of the query: {', '.join(registry.LOSSES)}")
-    precision: float | None = option(None, "ridge, logistic: initial precision of the user's vector")
-    classes: int | None = option(None, "protonet: levels of liking")
-    similarity: str | None = option(None, "matching: cosine, dot, euclidean or relation")
-    latent: bool = option(False, "neural_process: a distribution of users, not one vector")
-    clusters: int | None = option(None, "neural_process: tasks in the pool of TaNP")
-    written: int | None = option(None, "hypernetwork:hidden")
-    slots: int | None = option(None, "memory: slots of the memories")
+    rule: str | None = option(None, f"inner update rule: {', '.join(registry.RULES)}")
+    only: tuple[str, ...] = option((), "parameters that the inner loop adapts, such as 'net', or 'all'")
+    first_order: bool = option(False, "treat inner gradients as constants (first-order approximation)")
+    per_step_losses: bool = option(False, "outer loss: mean of the query losses after each inner step")
+    remat: bool | None = option(
+        None, "recompute inner steps in the backward pass: less memory, up to a third more time"
+    )
+    proximal: float | None = option(None, "imaml: strength of the proximal term")
+    context: int | None = option(None, "cavia: size of the context; leo: size of the latent code")
+    loss: str | None = option(None, f"query loss: {', '.join(registry.LOSSES)}")
+    precision: float | None = option(None, "ridge, logistic: initial prior precision of the user's vector")
+    classes: int | None = option(None, "protonet: number of classes (levels of preference)")
+    similarity: str | None = option(None, "matching: cosine, dot, euclidean or relation similarity")
+    latent: bool = option(False, "neural_process: encode a user as a distribution instead of a vector")
+    clusters: int | None = option(None, "neural_process: clusters in the task pool of TaNP")
+    written: int | None = option(None, "hypernetwork: hidden units of the head")
+    slots: int | None = option(None, "memory: number of memory slots")
 
 
 _FLAG_OF = {("cavia", "size"): "context", ("leo", "latent"): "context", ("hypernetwork", "hidden"): "written"}
-"""Options whose flag has another name; `--latent` is not leo's, which takes a number."""
+"""Options whose flag has another name; `--latent` does not set the option of leo, which is a number."""
 
 
 def flags_given(flags: LearnerFlags) -> dict[str, Any]:
-    """The flags that were given, without the name of the learner."""
-    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name != "name"}
-    return {name: value for name, value in given.items() if value not in (None, False, ())}
+    """The flags that are set, without the name of the learner."""
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name != "name"}
+    return {name: value for name, value in values.items() if value not in (None, False, ())}
 
 
 def learner_of(text: str, flags: Mapping[str, Any]) -> LearnerConfig:
-    """The learner of ``NAME:option=value``, with the ``flags`` that it has as options.
+    """The learner of ``NAME:option=value``; ``flags`` add options.
 
     Raises:
-      MetarecError: as `learners.registry.parse`; a flag that the learner does not have.
+      MetarecError: as `learners.registry.parse`, or the learner does not have an option of ``flags``.
     """
     name, values = registry.parse(text)
     mine = flags_of(name)
@@ -176,7 +181,7 @@ def learner_of(text: str, flags: Mapping[str, Any]) -> LearnerConfig:
 
 
 def flags_of(name: str) -> dict[str, str]:
-    """The flags that a learner has, and which option of it each sets."""
+    """The flags that apply to a learner, each with the option that it sets."""
     flags = {f.name for f in dataclasses.fields(LearnerFlags)} - {"name"}
     own = {_FLAG_OF.get((name, key), key): key for key in registry.options(name)}
     return {flag: key for flag, key in own.items() if flag in flags}
@@ -189,25 +194,28 @@ class TrainConfig(Checked):
     steps: int = option(1000, "outer steps", low=1)
     lr: float | None = option(
         None,
-        "outer rate, decayed to a tenth; by default 0.0005 from a warm start, else 0.003; gaussian_process 0.05",
+        "outer learning rate, decayed to a tenth; default: 0.0005 from a warm start, else 0.003 (gaussian_process: "
+        "0.05)",
         low=0.0,
     )
-    seed: int = option(0, "seed of parameters and tasks", low=0)
-    warm_start: bool = option(True, "start item vectors from a matrix factorisation")
+    seed: int = option(0, "seed of the initial parameters and of the tasks drawn", low=0)
+    warm_start: bool = option(True, "initialise item embeddings by matrix factorisation")
     validate_every: int = option(250, "steps between validations", low=1)
-    patience: int = option(8, "validations without a better one before stopping early", low=1)
+    patience: int = option(8, "validations without improvement before training stops early", low=1)
     save_every: int = option(250, "steps between checkpoints", low=1)
     micro_batches: int | None = option(
-        None, "parts of a step's tasks that adapt one after the other, for less memory; by default what is fast", low=1
+        None,
+        "micro-batches of tasks per step, one after the other, which saves memory; default: chosen for speed",
+        low=1,
     )
     dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "precision of the computation; parameters and optimisers stay float32"
+        "float32", "precision of the computation; parameters and optimiser state stay float32"
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run. ``Config()`` is what ``metarec fit`` does.
+    """All options of a run; ``Config()`` is the default of ``metarec fit``.
 
     >>> Config(learner=LearnerConfig("maml", {"inner_steps": 1})).train.steps
     1000
@@ -226,13 +234,13 @@ class Config:
         scenarios = ("warm", "user_cold", "item_cold", "both_cold")
         for name in self.split.scenarios or ():
             if name not in scenarios:
-                raise error(f"split.scenarios: {name!r} is not known; {meant(name, scenarios)}")
+                raise error(f"split.scenarios: unknown scenario {name!r}; {meant(name, scenarios)}")
         low, high = self.tasks.support or SUPPORT
         if low > high:
-            raise error(f"tasks.support: the fewest, {low}, is more than the most, {high}; swap them")
+            raise error(f"tasks.support: the minimum, {low}, is more than the maximum, {high}; swap them")
         if registry.row(self.learner.name).built_from == "vectors" and self.model.name == "meta_recommender":
             raise error(
-                f"learner {self.learner.name!r} requires model 'content'; give --model content, or --learner maml"
+                f"learner {self.learner.name!r} requires the model 'content'; use --model content or --learner maml"
             )
 
 
@@ -265,7 +273,7 @@ def configure(learner: str | LearnerConfig, data: str | None, settings: Mapping[
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dicts and lists, for JSON."""
+    """The configuration as nested plain dicts and lists, for JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -276,18 +284,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The configuration of nested dicts; what is not given has its default.
+    """The configuration from nested dicts; a missing option has its default.
 
     Raises:
-      MetarecError: an unknown name, or a value of the wrong type or out of bounds.
+      MetarecError: a name is unknown, or a value is of the wrong type or out of bounds.
     """
     sections = typing.get_type_hints(Config)
     parts = {}
-    for name, given in entries(values, "the configuration").items():
+    for name, section in entries(values, "the configuration").items():
         known(name, sections, "the configuration")
-        entries(given, f"section {name!r}")
+        entries(section, f"section {name!r}")
         names = [f.name for f in dataclasses.fields(sections[name])]
-        for key in given:
+        for key in section:
             known(key, names, f"section {name!r}")
-        parts[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        parts[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
     return Config(**parts)
