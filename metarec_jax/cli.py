@@ -293,7 +293,7 @@ def compare(
             metavar="NAME [NAME ...]",
             help_behavior_hint="",
             help="meta-learners, separated by spaces or commas; options follow the name, as maml:inner_steps=1; "
-            f"default: those of {', '.join(name for name, row in registry.ROWS.items() if row.compared)} that suit the data",
+            f"default: {', '.join(name for name, row in registry.ROWS.items() if row.compared)}, if they suit the data",
         ),
     ] = None,
     baselines: Annotated[

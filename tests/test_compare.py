@@ -111,8 +111,8 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(compared, work,
     assert work == []
     assert found(compared) == before
     said = capsys.readouterr()
-    assert "6 of 6 cells are measured already" in said.err
-    assert "MAE less that of the best baseline" in said.out
+    assert "6 of 6 cells are already measured" in said.err
+    assert "MAE minus that of the best baseline" in said.out
 
 
 def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation(compared, tmp_path, work):
@@ -299,7 +299,7 @@ def test_a_failure_that_may_pass_keeps_the_training_and_so_does_one_that_another
     assert run(*out) == 0
     assert "not measured: No space left on device; free some space" in capsys.readouterr().err
     assert found(tmp_path)["failed"]["ridge"].startswith(
-        "not measured (the same command tries it again): No space left"
+        "not measured (the same command tries again): No space left"
     )
     [training] = (tmp_path / "cells").glob("*.training")
     full = False

@@ -88,7 +88,7 @@ def test_the_best_is_taken_where_it_is_shown_to_be_better():
     assert list(choice.over_simpler) == ["bias"]
     assert choice.over_simpler["bias"].mean == pytest.approx(0.2, abs=0.01)
     said = advice(choice, report, costs(report.methods), {})
-    assert said[0].startswith("Take ridge: MAE 0.7")
+    assert said[0].startswith("Use ridge: mean MAE 0.7")
     assert "bias, the nearest, by 0.1" in said[1] or "bias, the nearest, by 0.2" in said[1]
 
 
@@ -108,7 +108,7 @@ def test_the_simpler_is_taken_where_the_advantage_may_be_none():
     loser = choice if choice.best == "maml" else reverse
     assert loser.gap.low <= 0 < loser.gap.high
     said = advice(loser, report, costs(report.methods), {"cavia": "diverged"})
-    assert f"its advantage over {loser.method}, which is simpler" in said[1]
+    assert f"its advantage over the simpler {loser.method} is" in said[1]
     assert "cavia (diverged)" in said[-1]
     assert len(said) <= 5
 
@@ -128,7 +128,7 @@ def test_budgets_leave_methods_out():
     assert choose(report, took, "mae", report.methods).method == "maml"
     choice = choose(report, took, "mae", report.methods, max_ms=2.0)
     assert choice.method == "ridge"
-    assert choice.left_out == {"popularity": "has no mae", "maml": "5 ms a user, over 2"}
+    assert choice.left_out == {"popularity": "has no mae", "maml": "5 ms per user, over 2"}
     assert choose(report, took, "mae", report.methods, max_mib=1.0).method == "bias"
     with pytest.raises(MetarecError, match="no method is within the budgets"):
         choose(report, took, "mae", report.methods, max_ms=0.01)

@@ -104,22 +104,22 @@ def test_a_dash_and_tasks_left_out_are_explained():
     text = terminal_table(Report(rows, whole.settings | {"ranking_only": ["random"]}, ("bias", "random"), whole.times))
     mae, pooled, ndcg, _, recall, gone = text.split("\n\n")[:6]
     for block in (mae, pooled):
-        assert block.endswith("-: random: scores that are not ratings have no rating error.")
+        assert block.endswith("-: the scores of random are not ratings, so they have no rating error.")
     assert "gain 2^r - 1, higher is better" in ndcg
-    why = "Tasks left out, since all query items have the lowest rating"
+    why = "Tasks excluded because all query items have the lowest rating"
     assert ndcg.endswith(f"{why}: 7 of 60 (New users), 7 of 60 (New items).")
     assert "no query item is relevant (target >= 4): 7 of 60" in recall
     assert gone == "No nDCG@10, all candidates for New items: no query item is relevant (target >= 4) in any task."
-    assert "Tasks left out" not in terminal_table(whole)
+    assert "Tasks excluded" not in terminal_table(whole)
 
 
 def test_the_gain_of_a_scale_of_its_own_is_told(tmp_path):
     whole = made_up(catalogue=False, curve=(0,), scenarios=("user_cold",))
     settings = whole.settings | {"gain": "scaled", "rating_range": [-10.0, 10.0]}
     report = Report(whole.per_task, settings, whole.baselines, whole.times)
-    assert "gain 2^g - 1 with g the rating laid on 0 to 5 from -10 to 10" in terminal_table(report)
+    assert "gain 2^g - 1, with g the rating rescaled from -10..10 to 0..5" in terminal_table(report)
     write_report(report, tmp_path)
-    assert "nDCG uses the gain scaled: 2^g - 1 with g the rating" in (tmp_path / "report.md").read_text(
+    assert "nDCG uses the gain scaled: 2^g - 1, with g the rating" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
     )
 
@@ -143,7 +143,7 @@ def test_main_metrics_are_those_that_are_there():
     [
         (0.05, "excludes zero: better."),
         (-0.05, "excludes zero: worse."),
-        (0.0, "includes zero: no difference that these tasks can show."),
+        (0.0, "includes zero: no significant difference."),
     ],
 )
 def test_words_follow_the_interval(gain, verdict):
@@ -181,22 +181,22 @@ def test_ties_between_baselines_are_told():
     rows = whole.per_task
     same = rows.assign(mae=np.where(rows["method"] == "ours", rows["mae"], 0.9))
     told = findings(Report(same, whole.settings, ("bias", "random"), whole.times))
-    assert "of the best baseline, bias (tied with random), 0.900" in told[1]
+    assert "of the best baseline, bias (tied with random), is 0.900" in told[1]
 
 
 def test_the_curve_is_told_in_words():
     """left = 0.3 / (1 + k): 0.3, 0.15, 0.06 with 0, 1, 4; half of the gain of 0.24 is 0.12, reached with 1."""
     told = adaptation_findings(made_up())[0]
     assert "median size 10" in told
-    assert "Users with 4 or more (60)" in told
-    assert "Half of that gain is there with 1." in told
-    assert "better than that of bias, shown as many: at every point." in told
+    assert "Users with 4 or more support examples (60)" in told
+    assert "Half of that gain is reached with 1." in told
+    assert "better than that of bias with the same number shown: every number." in told
 
 
 def test_no_method_to_compare_is_said():
     whole = made_up()
     only = Report(whole.per_task, whole.settings, ("ours", "bias", "random"), whole.times)
-    assert "nothing is compared" in findings(only)[0]
+    assert "no pair of a method and a baseline" in findings(only)[0]
 
 
 def test_files_are_written(page):
@@ -222,15 +222,15 @@ def test_page_stands_alone(page):
     [
         "2^r - 1",
         "target >= 4",
-        "clipped to 1 to 5",
+        "clipped to 1..5",
         "95% t-intervals over users",
         "favours the baselines",
-        "all 100 items less all that the user is known to have had",
-        "apart from the test tasks",
+        "all 100 items except the known history of the user",
+        "separate from the test tasks",
         "warm: no tasks, left out",
         "it adapts",
-        "training saw no query item, so the candidates are the 20 items unknown",
-        "the parameters of step 40, with the best error, 0.7000",
+        "the query items are new, so the candidates are the 20 items that training did not see",
+        "step 40 has the best error, 0.7000, and its parameters are used",
         "6040",
         "excludes zero: better",
     ],

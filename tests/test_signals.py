@@ -195,7 +195,7 @@ def test_compare_keeps_its_cells_and_the_training_under_way(tmp_path):
     command = ["compare", "synthetic", *SMALL, *options, "--out", tmp_path]
     assert "cells are kept in" in interrupted(signal.SIGINT, ": bias", *command)
     text = interrupted(signal.SIGTERM, "  step ", *command)
-    assert "cells are measured already" in text
+    assert "cells are already measured" in text
     [line] = [line for line in text.splitlines() if "SIGTERM: saved at step " in line]
     [training] = (tmp_path / "cells").glob("*.training")
     assert saved_metrics(training, which="latest")[0] == int(line.split()[4].rstrip(";"))

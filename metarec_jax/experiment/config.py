@@ -234,7 +234,7 @@ class Config:
         scenarios = ("warm", "user_cold", "item_cold", "both_cold")
         for name in self.split.scenarios or ():
             if name not in scenarios:
-                raise error(f"split.scenarios: unknown scenario {name!r}; {meant(name, scenarios)}")
+                raise error(f"split.scenarios: {name!r} is not known; {meant(name, scenarios)}")
         low, high = self.tasks.support or SUPPORT
         if low > high:
             raise error(f"tasks.support: the minimum, {low}, is more than the maximum, {high}; swap them")

@@ -1,4 +1,4 @@
-"""The inner loop of a trained learner, followed on validation tasks."""
+"""Convergence of the inner loop of a trained learner, measured on validation tasks."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _TASKS = 64
 
 
 def diagnose(
-    config: configs.Config, data: Interactions, params: Params, known: Catalogue, held: Mapping[str, TaskSet]
+    config: configs.Config, data: Interactions, params: Params, catalogue: Catalogue, held_out: Mapping[str, TaskSet]
 ) -> Convergence | None:
-    """Convergence on new users (else on the first scenario) of ``held``; None for learners without inner steps.
+    """Convergence on new users, else on the first scenario; None for learners without inner steps.
 
     Args:
-      held: validation tasks by scenario, of which 64 are used at the most.
+      held_out: validation tasks by scenario; at most 64 of them are used.
     """
-    given = config.learner
-    if with_inner_steps(given, 1) is None or not held:
+    trained = config.learner
+    if with_inner_steps(trained, 1) is None or not held_out:
         return None
-    tasks = held.get("user_cold") or next(iter(held.values()))
+    tasks = held_out.get("user_cold") or next(iter(held_out.values()))
     tasks = tasks.take(np.flatnonzero(tasks.support_mask.any(axis=1))[:_TASKS])
     if not len(tasks):
         return None
 
     def at(steps: int, first_order: bool = False) -> Learner:
-        changed = with_inner_steps(given, steps, first_order=first_order) or given
+        changed = with_inner_steps(trained, steps, first_order=first_order) or trained
         return build_learner(dataclasses.replace(config, learner=changed), data)
 
-    index, batch = next(batches(tasks, known, _TASKS))
-    steps = given.options["inner_steps"]
+    index, batch = next(batches(tasks, catalogue, _TASKS))
+    steps = trained.options["inner_steps"]
     return converge(
         at,
         {name: part for name, part in params.items() if name != PROGRESS},
         batch,
         trained=steps,
-        loss=build_loss(given, data),
+        loss=build_loss(trained, data),
         real=np.arange(_TASKS) < len(index),
-        orders=None if given.name == "imaml" else (at(steps, True), at(steps)),
+        orders=None if trained.name == "imaml" else (at(steps, True), at(steps)),
     )

@@ -1,4 +1,4 @@
-"""How a configuration trains and is measured: what `fit` and `compare` ask of the library alike."""
+"""How a configuration is trained and measured: the calls that `fit` and `compare` share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from metarec_jax.experiment import config as configs
 from metarec_jax.experiment.build import build_optimizers, build_params, negatives
 
 VALIDATION_USERS = 1000
-"""Validation users a scenario, at the most."""
+"""Maximum number of validation users per scenario."""
 
 
 def fixed_tasks(
     config: configs.Config, parts: Split, scenarios: Mapping[str, Interactions], *, seed: int, max_users: int
 ) -> dict[str, TaskSet]:
-    """Fixed tasks by scenario, of at most ``max_users`` users drawn with the seed.
+    """Fixed tasks by scenario, of at most ``max_users`` users per scenario, sampled with the seed.
 
-    What a user has in training leaves the candidates of a ranking of the catalogue, also what the support omits.
+    Catalogue rankings exclude every item that the user has in training, including those that the support omits.
     """
-    found = {}
+    tasks_by_scenario = {}
     for name, part in scenarios.items():
         if not len(part):
             continue
@@ -43,8 +43,8 @@ def fixed_tasks(
             chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), max_users, replace=False))
             tasks = tasks.take(chosen)
         if len(tasks):
-            found[name] = tasks
-    return found
+            tasks_by_scenario[name] = tasks
+    return tasks_by_scenario
 
 
 def training_options(
@@ -52,39 +52,44 @@ def training_options(
     learner: Learner,
     data: Interactions,
     train: Interactions,
-    known: Catalogue,
-    held: Mapping[str, TaskSet],
+    catalogue: Catalogue,
+    held_out: Mapping[str, TaskSet],
 ) -> dict[str, Any]:
-    """The arguments of `training.loop.fit` that the configuration settles.
+    """The arguments of `training.loop.fit` that the configuration determines.
 
     Args:
-      train: the training part of ``data``; held: validation tasks by scenario, none for training without validation.
+      train: the training part of ``data``.
+      held_out: validation tasks by scenario; empty for training without validation.
     """
     import jax.numpy as jnp
 
     from metarec_jax.training.validation import validator
 
-    optimizers, given = build_optimizers(config, train), config.train
+    optimizers, settings = build_optimizers(config, train), config.train
     return {
-        "steps": given.steps,
+        "steps": settings.steps,
         "optimizer": optimizers.dense,
         "rows": optimizers.rows,
-        "seed": given.seed,
+        "seed": settings.seed,
         "params": build_params(config, learner, train),
-        "validate": validator(learner, held, known, rating_range=rating_range(data)) if held else None,
-        "validate_every": given.validate_every,
+        "validate": validator(learner, held_out, catalogue, rating_range=rating_range(data)) if held_out else None,
+        "validate_every": settings.validate_every,
         "monitor": "error",
-        "patience": given.patience,
-        "save_every": given.save_every,
-        "micro_batches": given.micro_batches,
-        "dtype": None if given.dtype == "float32" else jnp.dtype(given.dtype),
+        "patience": settings.patience,
+        "save_every": settings.save_every,
+        "micro_batches": settings.micro_batches,
+        "dtype": None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
     }
 
 
 def measuring_options(
     data: Interactions, methods: Mapping[str, Method], liked_from: float | None = None
 ) -> dict[str, Any]:
-    """The arguments of `evaluation.evaluate` that the kind of feedback settles; ``liked_from``: see `relevant_from`."""
+    """The arguments of `evaluation.evaluate` that depend on the kind of feedback.
+
+    Args:
+      liked_from: as in `relevant_from`.
+    """
     return {
         "rating_range": rating_range(data),
         "relevant": relevant_from(data, liked_from),
@@ -98,20 +103,22 @@ def rating_range(data: Interactions) -> tuple[float, float] | None:
 
 
 def relevant_from(data: Interactions, liked_from: float | None = None) -> float:
-    """From what rating on an item counts as liked: three quarters of the scale, 4 on 1..5; any click.
+    """The lowest rating that counts as relevant: three quarters of the scale (4 of 1..5); 1 for clicks.
 
-    Where fewer than 5% or more than 95% of the ratings reach that (counts, hours, a scale that is used at one end): the
-    rating, other than the lowest, whose share of ratings at or above it is nearest to a quarter.
+    If fewer than 5% or more than 95% of the ratings reach that (counts, hours, a scale used at one end): the rating,
+    other than the lowest, for which the fraction of ratings at or above it is nearest to a quarter.
 
     Args:
-      liked_from: what the user chose, in place of all that.
+      liked_from: the threshold that the user chose instead.
 
     Raises:
-      MetarecError: ``liked_from`` with clicks, or such that all ratings or none are liked.
+      MetarecError: ``liked_from`` is used with clicks, or makes all ratings or none relevant.
     """
     if data.rating is None:
         if liked_from is not None:
-            raise MetarecError("--liked-from is a rating, and the data are clicks, all of them liked; leave it out")
+            raise MetarecError(
+                "--liked-from is a threshold of ratings, and the data are clicks, which are all relevant; omit it"
+            )
         return 1.0
     values, counts = np.unique(data.rating, return_counts=True)
     low, high = float(values[0]), float(values[-1])
@@ -129,7 +136,7 @@ def relevant_from(data: Interactions, liked_from: float | None = None) -> float:
 
 
 def liked(data: Interactions, liked_from: float | None = None) -> str:
-    """What counts as liked, in words."""
+    """A description of which feedback counts as relevant."""
     if data.rating is None:
         return "every click"
     point = relevant_from(data, liked_from)

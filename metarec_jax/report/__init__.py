@@ -1,1 +1,1 @@
-"""What a person reads of a report: pages, tables and plots."""
+"""Reports for people: pages, tables and plots."""

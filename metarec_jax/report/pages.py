@@ -1,4 +1,4 @@
-"""A page of sections as Markdown, or as one HTML file with its plots inside."""
+"""A page of sections, written as Markdown and as one HTML file with embedded plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Table(NamedTuple):
-    """Text cells; ``best`` are the (row, column) of the cells to mark."""
+    """Text cells; ``best`` holds the (row, column) of each cell to mark."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -20,16 +20,16 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a report: a title, what is said, then a plot or a table."""
+    """A section of a report: a title, sentences, and a plot or a table."""
 
     title: str
-    says: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     table: Table | None = None
     image: str | None = None
 
 
 def write_page(folder: Path, name: str, title: str, sections: Sequence[Section]) -> Path:
-    """Write ``NAME.md`` and ``NAME.html`` into a folder that holds the images of the sections; the latter's path."""
+    """Write ``NAME.md`` and ``NAME.html`` into the folder of the sections' images. Returns the path of the HTML."""
     (folder / f"{name}.md").write_text(markdown(title, sections), encoding="utf-8")
     path = folder / f"{name}.html"
     path.write_text(page(title, sections, folder), encoding="utf-8")
@@ -40,7 +40,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {_escaped(title)}", ""]
     for section in sections:
         lines += [f"## {_escaped(section.title)}", ""] if section.title else []
-        lines += [f"- {_escaped(said)}" for said in section.says] + ([""] if section.says else [])
+        lines += [f"- {_escaped(text)}" for text in section.sentences] + ([""] if section.sentences else [])
         lines += [f"![{_escaped(section.title) or 'plot'}]({section.image})", ""] if section.image else []
         if section.table:
             header, rows, best = section.table
@@ -55,7 +55,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def _escaped(text: str) -> str:
-    r"""Text on one line, without what Markdown would take for a tag, a link, code, emphasis or the end of a cell.
+    r"""Text on one line, with what Markdown would read as a tag, a link, code, emphasis or the end of a cell escaped.
 
     >>> print(_escaped("a | b"), _escaped("<i>"), _escaped("item_knn [0.1, 0.2]"))
     a \| b \<i> item_knn [0.1, 0.2]
@@ -68,7 +68,8 @@ def page(title: str, sections: Sequence[Section], folder: Path) -> str:
     for section in sections:
         name = html.escape(section.title)
         body += [f"<h2>{name}</h2>"] if name else []
-        body += ["<ul>", *(f"<li>{html.escape(said)}</li>" for said in section.says), "</ul>"] if section.says else []
+        listed = [f"<li>{html.escape(text)}</li>" for text in section.sentences]
+        body += ["<ul>", *listed, "</ul>"] if listed else []
         if section.image:
             data = base64.b64encode((folder / section.image).read_bytes()).decode("ascii")
             body.append(f'<figure><img alt="{name or "plot"}" src="data:image/png;base64,{data}"></figure>')

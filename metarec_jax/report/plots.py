@@ -1,4 +1,4 @@
-"""The plots of a report: learning curve, cold-start curve, scenarios. Drawn without a screen, on a white ground."""
+"""The plots of a report: learning curve, cold-start curve, scenarios; drawn without a display, on white."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from metarec_jax.evaluation.metrics import higher_is_better
 from metarec_jax.evaluation.results import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""For the methods that are no baselines: Okabe and Ito's palette, which colour-blind readers tell apart."""
+"""For the methods that are not baselines: the palette of Okabe and Ito, which colour-blind readers can distinguish."""
 _BEST, _OTHER, _INK, _SOFT = "#3C3C3C", "#8C8C8C", "#222222", "#6B6B6B"
 _DIVERGED = 2.0
-"""Where the plot of an inner loop ends, in shares of the first value."""
+"""Upper end of the plot of an inner loop, relative to the first value."""
 _SCENARIOS = {
     "user_cold": "New users",
     "item_cold": "New items",
@@ -30,7 +30,7 @@ _SCENARIOS = {
 }
 _FAMILIES = {
     "mae": "MAE",
-    "rmse": "RMSE of a user",
+    "rmse": "RMSE per user",
     "rmse_pooled": "RMSE",
     "auc": "AUC",
     "ndcg": "nDCG",
@@ -41,7 +41,7 @@ _IN_POINTS = {"mae", "rmse", "rmse_pooled"}
 
 
 def scenario_title(name: str) -> str:
-    """A scenario in words.
+    """The title of a scenario.
 
     >>> scenario_title("user_cold")
     'New users'
@@ -50,7 +50,7 @@ def scenario_title(name: str) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A metric in words.
+    """The title of a metric.
 
     >>> metric_title("catalogue_hit_rate@10"), metric_title("ndcg@5"), metric_title("mae")
     ('hit rate@10, all candidates', 'nDCG@5', 'MAE')
@@ -66,22 +66,22 @@ def _axis_title(name: str) -> str:
 
 
 def candidates(report: Report, scenario: str) -> str:
-    """How many items a scenario ranks where it ranks all candidates: "3,706 items", "741 new items"."""
+    """The number of candidates when a scenario ranks all of them: "3,706 items", "741 new items"."""
     new = scenario in report.settings.get("rank_new_items", ())
     return f"{report.settings['new_items' if new else 'catalogue_items']:,}{' new' if new else ''} items"
 
 
 def method_colors(report: Report, best: str | None) -> dict[str, str]:
-    """Colours for the methods that are no baselines, near-black for the best baseline, grey for the rest."""
+    """A colour for each method that is not a baseline, near-black for the best baseline, grey for the other ones."""
     ours = [name for name in report.methods if name not in report.baselines]
     colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(ours)}
     return {name: colors.get(name, _BEST if name == best else _OTHER) for name in report.methods}
 
 
 def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Training loss, the validation value that selects with its best step ringed, and the others by name.
+    """Plot the training loss, the validation metric that selects, with a ring at its best step, and the others by name.
 
-    False, and no file, without two steps of loss.
+    Returns False, and writes no file, with fewer than two steps of loss.
     """
     train = _series(history, "loss")
     if len(train) < 2:
@@ -94,15 +94,15 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     _title(
         figure,
         "Learning curve",
-        "training: as logged (light) and its running mean" + ("; the ring: the step that is used" if first else ""),
+        "training loss as logged (light) and its running mean" + ("; ring: the selected step" if first else ""),
     )
     step, loss = train.T
     axes[0].plot(step, loss, color=COLORS[0], alpha=0.25, lw=1)
     axes[0].plot(step, _smooth(loss), color=COLORS[0], lw=2)
-    _named(axes[0], "Training", "loss on the queries")
+    _named(axes[0], "Training", "query loss")
     low, high = np.percentile(loss, [0, 95])
     top = max(high + 0.25 * (high - low or 1), min(loss.max() + 0.05 * (high - low), high + 2 * (high - low)))
-    axes[0].set_ylim(low - 0.08 * (high - low or 1), top)  # a far higher start leaves the panel
+    axes[0].set_ylim(low - 0.08 * (high - low or 1), top)  # a much higher start is cut off
     if first:
         step, value = _series(history, first).T
         metric = first.removeprefix("validation_")
@@ -110,8 +110,8 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes[1].plot(step, value, color=COLORS[1], lw=2, marker="o", ms=3.5)
         axes[1].plot(step[best], value[best], "o", ms=11, mfc="none", mec=_INK, mew=1.4)
         axes[1].margins(y=0.15)
-        told = f"best {value[best]:.4f} at step {step[best]:,.0f}"
-        _named(axes[1], "Validation", validation_title(history, metric), told)
+        note = f"best {value[best]:.4f} at step {step[best]:,.0f}"
+        _named(axes[1], "Validation", validation_title(history, metric), note)
     if rest:
         shared = metric_title(rest[0].split("_")[1])
         ends = []
@@ -130,7 +130,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def validation_title(history: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """A validation value in words; "error" is the mean over scenarios of the value that is logged by scenario."""
+    """The title of a validation metric; "error" is the mean over scenarios of the metric logged by scenario."""
     by_scenario = [k.split("_")[1] for row in history for k in row if k.startswith("validation_") and k.count("_") > 1]
     if metric == "error" and by_scenario:
         return f"{metric_title(by_scenario[0])}, mean over scenarios"
@@ -138,27 +138,27 @@ def validation_title(history: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def rises(metric: str) -> bool:
-    """Whether a validation value is better when larger; names may end in a scenario."""
+    """Whether a larger value of a validation metric is better; its name may end in a scenario."""
     return not metric.startswith(("error", "loss", "mae", "rmse", "mse"))
 
 
 def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
-    """A metric by how many support examples were shown, a panel a scenario. False, and no file, without such rows."""
+    """Plot a metric by support size, one panel per scenario. Returns False, and writes no file, without such rows."""
     curves = {s: report.curve(metric, s) for s in report.scenarios}
     curves = {s: curve for s, curve in curves.items() if curve["shown"].nunique() > 1}
     if not curves:
         return False
     figure, axes = _figure(len(curves), 4.0)
     better = "higher" if higher_is_better(metric) else "lower"
-    told = "the same users at every point of a panel; bands: 95% intervals; each panel has its own scale"
-    _title(figure, "How many ratings until it is good", f"{metric_title(metric)}, {better} is better; {told}")
+    note = "the same users at every point of a panel; bands: 95% intervals; each panel has its own scale"
+    _title(figure, "Quality by support size", f"{metric_title(metric)}, {better} is better; {note}")
     for ax, (scenario, curve) in zip(axes, curves.items(), strict=True):
         best = report.best_baseline(metric, scenario)
         colors, points = method_colors(report, best), sorted(curve["shown"].unique())
         last = curve[curve["shown"] == points[-1]].set_index("method")["mean"]
         hidden = [m for m in _off_scale(report, metric, [last]) if m != best]
         limits: list[float] = []
-        drawn: dict[tuple[float, ...], list[str]] = {}  # lines that lie on one another are named together
+        drawn: dict[tuple[float, ...], list[str]] = {}  # lines that coincide share one label
         for name in sorted(report.methods, key=lambda n: (n not in report.baselines, n == best)):
             line = curve[curve["method"] == name].sort_values("shown")
             if line.empty or name in hidden:
@@ -177,30 +177,30 @@ def cold_start_curve(report: Report, metric: str, path: Path) -> bool:
         ax.set_xlabel(f"support examples shown{aside}", color=_SOFT)
         _named(ax, scenario_title(scenario), _axis_title(metric), f"{curve['tasks'].max():,} tasks")
         pad = 0.06 * (max(limits) - min(limits) or 1)
-        ax.set_ylim(min(limits) - pad, max(limits) + pad)  # what is weaker may leave the panel on its way
+        ax.set_ylim(min(limits) - pad, max(limits) + pad)  # weaker methods may leave the panel
         _end_labels(ax, [(line[-1], ",\n".join(names), colors[names[0]]) for line, names in drawn.items()])
     return _save(figure, path)
 
 
 def scenario_dots(report: Report, metric: str, path: Path) -> bool:
-    """Mean and 95% interval of every method, best on top, a panel a scenario. False without the metric."""
-    found = report.summary()
-    scenarios = [s for s in report.scenarios if any(metric in found[m].get(s, {}) for m in report.methods)]
+    """Plot mean and 95% interval of every method, best on top, one panel per scenario. False without the metric."""
+    summary = report.summary()
+    scenarios = [s for s in report.scenarios if any(metric in summary[m].get(s, {}) for m in report.methods)]
     if not scenarios:
         return False
-    rows = max(sum(metric in found[m].get(s, {}) for m in report.methods) for s in scenarios)
+    rows = max(sum(metric in summary[m].get(s, {}) for m in report.methods) for s in scenarios)
     figure, axes = _figure(len(scenarios), 1.9 + 0.3 * rows)
     sign = 1 if higher_is_better(metric) else -1
     _title(
         figure,
-        f"By scenario: {metric_title(metric)}",
+        f"{metric_title(metric)} by scenario",
         f"mean and 95% interval over users; {'higher' if sign > 0 else 'lower'} is better; best on top; "
         "each panel has its own scale",
     )
     for ax, scenario in zip(axes, scenarios, strict=True):
         best = report.best_baseline(metric, scenario)
         colors = method_colors(report, best)
-        values = {m: found[m][scenario][metric] for m in report.methods if metric in found[m].get(scenario, {})}
+        values = {m: summary[m][scenario][metric] for m in report.methods if metric in summary[m].get(scenario, {})}
         order = sorted(values, key=lambda m: (sign * values[m].mean, -report.methods.index(m)))
         hidden = _off_scale(report, metric, [{m: e.mean for m, e in values.items()}])
         shown = [values[m] for m in order if m not in hidden]
@@ -242,24 +242,24 @@ def scenario_dots(report: Report, metric: str, path: Path) -> bool:
     return _save(figure, path)
 
 
-def inner_loop(found: Mapping[str, Convergence], path: Path) -> bool:
-    """Support loss, query loss and gradient norm by inner step, a colour a learner; a ring where training stops.
+def inner_loop(convergence: Mapping[str, Convergence], path: Path) -> bool:
+    """Plot support loss, query loss and gradient norm by inner step, one colour per learner, relative to their start.
 
-    Losses are shares of their own value before the first step. False, and no file, without a learner.
+    A ring marks the number of steps in training. Returns False, and writes no file, without a learner.
     """
-    if not found:
+    if not convergence:
         return False
     figure, axes = _figure(3, 3.6)
-    told = "means over validation tasks; the ring: the steps trained with; what leaves a panel at its top has diverged"
-    _title(figure, "Convergence of the inner loop", told)
+    note = "means over validation tasks; ring: inner steps in training; a curve that leaves the panel has diverged"
+    _title(figure, "Convergence of the inner loop", note)
     panels = (
-        ("Support", "loss, as a share of that before adapting", "support_loss"),
-        ("Query", "loss, as a share of that before adapting", "query_loss"),
-        ("Inner gradient", "norm, as a share of the first", "gradient_norm"),
+        ("Support", "loss, relative to that before adaptation", "support_loss"),
+        ("Query", "loss, relative to that before adaptation", "query_loss"),
+        ("Inner gradient", "norm, relative to the first", "gradient_norm"),
     )
     for ax, (title, ylabel, what) in zip(axes, panels, strict=True):
         ends, highest = [], 1.0
-        for k, (name, c) in enumerate(found.items()):
+        for k, (name, c) in enumerate(convergence.items()):
             values = np.array(getattr(c, what)) / (getattr(c, what)[0] or 1.0)
             shown = np.where(np.isfinite(values), np.clip(values, None, _DIVERGED), _DIVERGED)
             color = COLORS[k % len(COLORS)]
@@ -292,7 +292,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] | Any]) -> list[str]:
-    """Baselines so much worse than the rest, and than all that are no baselines, that they would flatten the plot."""
+    """Baselines so much worse than all other methods that they would flatten the plot."""
     sign, hidden = (1 if higher_is_better(metric) else -1), set()
     for values in means:
         worth = {m: sign * float(values[m]) for m in report.methods if m in values}
@@ -307,7 +307,7 @@ def _off_scale(report: Report, metric: str, means: Sequence[Mapping[str, float] 
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels of one ``height``, at most three in a row and four in two rows: a page is about 11 inches wide."""
+    """A figure of ``panels`` panels of this height: up to 3 in one row, 4 in two rows, for a page 11 inches wide."""
     columns = panels if panels < 4 else 2 if panels == 4 else 3
     rows = -(-panels // columns)
     size = max(6.4, (4.4 if columns == 3 else 5.6) * columns), height * rows + 0.7
@@ -349,7 +349,7 @@ def _named(ax: Axes, title: str, ylabel: str, note: str = "") -> None:
 
 
 def _end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Names at the ends of the lines, inside the panel, pushed apart where they would overlap."""
+    """Write names at the ends of the lines, inside the panel, moved apart if they would overlap."""
     low, high = ax.get_ylim()
     ordered = sorted(labels)
     half = [0.029 * (high - low) * (1 + name.count("\n")) for _, name, _ in ordered]

@@ -1,6 +1,6 @@
-"""Many methods under many seeds: one report of all of them, what each costs, and a choice by a stated rule.
+"""Many methods over many seeds: one report of all of them, the cost of each, and a choice by a stated rule.
 
-The user is the unit of chance: over seeds that part the users anew, the tasks of one user stay together
+The user is the unit of sampling: over seeds with different splits of the users, the tasks of one user stay together
 (`results.merge`).
 """
 
@@ -25,13 +25,13 @@ _CALLS = 30
 
 
 class Cost(NamedTuple):
-    """What a method takes.
+    """The time and memory of a method.
 
     Attributes:
-      train_seconds: to fit it, tuning, warm start and compiling included.
-      latency_ms: median milliseconds for one user alone, compiled: adapt on the support, score the query.
-      batch_ms: milliseconds a user where many are adapted together.
-      parameters_mib: of what was fitted; user_kib: of what one user adds to it.
+      train_seconds: time to fit it, including tuning, warm start and compilation.
+      latency_ms: median milliseconds for a single user, compiled: adapt on the support, score the query.
+      batch_ms: milliseconds per user when many are adapted together.
+      parameters_mib: size of the fitted parameters; user_kib: size of the adapted state of one user.
     """
 
     train_seconds: float
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """How much better one method is than another, positive is better, with its 95% interval over ``users`` users."""
+    """The advantage of one method over another, positive if better, with its 95% interval over ``users`` users."""
 
     mean: float
     low: float
@@ -51,19 +51,19 @@ class Gap(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether it is above zero, over users enough."""
+        """Whether the interval is above zero, with enough users for a verdict."""
         return self.low > 0 and self.users >= FEWEST_USERS
 
 
 class Choice(NamedTuple):
-    """What to use, and why.
+    """The recommended method, with the reasons.
 
     Attributes:
-      method: the simplest that is not shown to be worse than ``best``; ``best``: of those within the budgets, the one
-        with the best mean.
-      gap: of ``best`` over ``method``; None where they are the same.
-      over_simpler: of ``best`` over each candidate simpler than ``method``; all above zero.
-      left_out: method -> why it was no candidate.
+      method: the simplest candidate that is not shown to be worse than ``best``.
+      best: the candidate with the best mean; candidates are the methods within the budgets.
+      gap: advantage of ``best`` over ``method``; None if they are the same.
+      over_simpler: advantage of ``best`` over each candidate simpler than ``method``; all above zero.
+      left_out: method -> why it was not a candidate.
     """
 
     method: str
@@ -75,13 +75,13 @@ class Choice(NamedTuple):
 
 
 def cost(
-    method: Method, tasks: Mapping[str, TaskSet], known: Catalogue, *, train_seconds: float, batch_ms: float
+    method: Method, tasks: Mapping[str, TaskSet], catalogue: Catalogue, *, train_seconds: float, batch_ms: float
 ) -> Cost:
-    """Latency and memory, measured on one task: of the first scenario, that with the median support."""
+    """Latency and memory, measured on the task of the first scenario that has the median support size."""
     first = next(t for t in tasks.values() if len(t))
     lengths = first.support_mask.sum(1)
     middle = np.argsort(lengths, kind="stable")[len(lengths) // 2]
-    _, one = next(batches(first.take(np.array([middle])), known, 1))
+    _, one = next(batches(first.take(np.array([middle])), catalogue, 1))
     key = jax.random.key(0)
 
     def run(params: Any, task: Task) -> Any:
@@ -102,7 +102,7 @@ def cost(
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """Means over seeds.
+    """The mean cost over seeds.
 
     >>> mean_cost([Cost(1.0, 2.0, 0.1, 3.0, 4.0), Cost(3.0, 4.0, 0.1, 3.0, 4.0)]).train_seconds
     2.0
@@ -111,17 +111,17 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def join(reports: Sequence[Report]) -> Report:
-    """One report of methods that were evaluated apart, on the same tasks with the same seed: as if in one call.
+    """One report of methods that were evaluated separately on the same tasks with the same seed, as if in one call.
 
     Raises:
-      MetarecError: no report, a method twice, or other tasks or settings.
+      MetarecError: there is no report, a method repeats, or tasks or settings differ.
     """
     if not reports:
-        raise MetarecError("no report to join; give one or more")
+        raise MetarecError("join expected at least one report, got none; pass one or more")
     first, facts = reports[0], ["scenario", "seed", "task", "user", "shown", "support", "queries"]
     methods = [name for report in reports for name in report.methods]
     if len(set(methods)) < len(methods):
-        raise MetarecError(f"methods {methods} repeat; each report to join wants methods of its own")
+        raise MetarecError(f"methods {methods} repeat; join reports of different methods")
     for other in reports[1:]:
         same = _shared(other) == _shared(first) and all(
             np.array_equal(a, b)
@@ -130,7 +130,7 @@ def join(reports: Sequence[Report]) -> Report:
         if not same:
             raise MetarecError(
                 f"{other.methods[0]!r} and {first.methods[0]!r} were not measured on the same tasks in the same way; "
-                "evaluate them alike, then join"
+                "evaluate them with the same tasks and settings, then join"
             )
     frame = pd.concat([report.per_task for report in reports], ignore_index=True)
     frame["method"] = pd.Categorical(frame["method"].astype(str), methods)
@@ -145,20 +145,20 @@ def join(reports: Sequence[Report]) -> Report:
 
 
 def over_seeds(reports: Sequence[Report]) -> Report:
-    """One report of several seeds, each with a split of its own: the number of new items becomes its mean."""
+    """One report of several seeds, each with its own split; the number of new items is the mean over seeds."""
     new = round(float(np.mean([report.settings["new_items"] for report in reports])))
     return merge([replace(report, settings=report.settings | {"new_items": new}) for report in reports])
 
 
 def overall(report: Report, method: str, metric: str) -> float | None:
-    """Mean over scenarios of a method's means; None where it lacks the metric in one of them."""
-    found = report.summary()[method]
-    means = [found[s][metric].mean for s in report.scenarios if metric in found.get(s, {})]
+    """Mean over scenarios of a method's means; None if it lacks the metric in one of them."""
+    summary = report.summary()[method]
+    means = [summary[s][metric].mean for s in report.scenarios if metric in summary.get(s, {})]
     return float(np.mean(means)) if len(means) == len(report.scenarios) else None
 
 
 def gap(report: Report, method: str, other: str, metric: str) -> Gap:
-    """How much better ``method`` is than ``other``, on the same tasks; each scenario counts alike, users are drawn."""
+    """Advantage of ``method`` over ``other`` on the same tasks, with equal weight for each scenario."""
     sign = 1.0 if higher_is_better(metric) else -1.0
     values, users, weights = [], [], []
     for scenario in report.scenarios:
@@ -180,18 +180,18 @@ def choose(
     max_ms: float | None = None,
     max_mib: float | None = None,
 ) -> Choice:
-    """The simplest method that is not shown to be worse than the best of those within the budgets.
+    """The simplest method that is not shown to be worse than the best method within the budgets.
 
-    Of the candidates, the one with the best mean over scenarios is found. Candidates are then gone through from the
-    simplest: the first over which the best one's advantage is not shown is chosen (its 95% interval reaches zero, or
-    there are too few users for a verdict).
+    The best candidate is the one with the best mean over scenarios. The choice is the first candidate, from the
+    simplest, over which the best one's advantage is not shown: the 95% interval of the advantage reaches zero, or there
+    are too few users for a verdict.
 
     Args:
-      simplicity: all methods, the simplest first.
-      max_ms: bound on `Cost.latency_ms`; max_mib: on `Cost.parameters_mib`.
+      simplicity: all methods, simplest first.
+      max_ms: bound on `Cost.latency_ms`; max_mib: bound on `Cost.parameters_mib`.
 
     Raises:
-      MetarecError: no method within the budgets.
+      MetarecError: no method is within the budgets.
     """
     left_out: dict[str, str] = {}
     means: dict[str, float] = {}
@@ -202,7 +202,7 @@ def choose(
         if mean is None:
             left_out[name] = f"has no {metric}"
         elif max_ms is not None and took.latency_ms > max_ms:
-            left_out[name] = f"{took.latency_ms:.3g} ms a user, over {max_ms:g}"
+            left_out[name] = f"{took.latency_ms:.3g} ms per user, over {max_ms:g}"
         elif max_mib is not None and took.parameters_mib > max_mib:
             left_out[name] = f"{took.parameters_mib:.3g} MiB, over {max_mib:g}"
         else:
@@ -211,7 +211,7 @@ def choose(
         least = min(costs.values(), key=lambda c: c.latency_ms).latency_ms
         small = min(c.parameters_mib for c in costs.values())
         raise MetarecError(
-            f"no method is within the budgets (the quickest takes {least:.3g} ms a user, the smallest {small:.3g} "
+            f"no method is within the budgets (the fastest takes {least:.3g} ms per user, the smallest {small:.3g} "
             "MiB); raise --max-ms or --max-mib"
         )
     sign = 1 if higher_is_better(metric) else -1
@@ -226,15 +226,15 @@ def choose(
 
 
 def by_support(report: Report, metric: str, scenario: str, names: Sequence[str]) -> list[tuple[int, str]]:
-    """Which of ``names`` has the best mean with so many support examples shown, the same users at every point."""
+    """The method of ``names`` with the best mean at each support size, on the same users at every size."""
     curve = report.curve(metric, scenario)
     curve = curve[curve["method"].isin(list(names))]
-    found = []
+    winners = []
     for shown in sorted(curve["shown"].unique()):
         at = curve[curve["shown"] == shown].set_index("method")["mean"].dropna()
         if len(at):
-            found.append((int(shown), str(at.idxmax() if higher_is_better(metric) else at.idxmin())))
-    return found
+            winners.append((int(shown), str(at.idxmax() if higher_is_better(metric) else at.idxmin())))
+    return winners
 
 
 def _shared(report: Report) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _shared(report: Report) -> dict[str, Any]:
 
 
 def _of_one(report: Report, fact: str) -> np.ndarray:
-    """A column of facts, of the report's first method; scenarios by name."""
+    """A column of the report's rows, for its first method; scenarios as names."""
     rows = report.per_task[report.per_task["method"] == report.methods[0]]
     return rows[fact].astype(str).to_numpy() if fact == "scenario" else rows[fact].to_numpy()
 

@@ -1,4 +1,4 @@
-"""What ``metarec compare`` found: tables in the terminal, a page, JSON, and which method to take."""
+"""The results of ``metarec compare``: tables in the terminal, a page, JSON, and a recommended method."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from metarec_jax.report.write import (
 )
 
 
-def tell(
+def write_and_print(
     table: Mapping[tuple[str, int], Cell],
     names: Sequence[str],
     ours: Mapping[str, configs.Config],
@@ -55,12 +55,15 @@ def tell(
     max_ms: float | None,
     max_mib: float | None,
 ) -> dict[str, Any]:
-    """Write ``compare.md``, ``compare.html`` and ``compare.json``, print the tables; what the JSON holds.
+    """Write ``compare.md``, ``compare.html`` and ``compare.json`` and print the tables.
 
     Args:
-      table: cells by method and seed; names: of the methods, the simplest first.
+      table: cells by method and seed; names: names of the methods, simplest first.
       ours: the learners, with the settings of each.
-      recommend: also say which method to take within ``max_ms`` and ``max_mib``.
+      recommend: also recommend a method within ``max_ms`` and ``max_mib``.
+
+    Returns:
+      The content of ``compare.json``.
 
     Raises:
       MetarecError: no method was measured under all seeds, or none is within the budgets.
@@ -73,25 +76,25 @@ def tell(
     curves = {name: c for name in measured if (c := table[name, seeds[0]].convergence) is not None}
     metric = main_metric(report)
     rates = {name: inner_rate(ours[name], data) for name in curves}
-    told = {name: diagnostics.remedy(c, inner_lr=rates[name]) for name, c in curves.items()}
-    warnings = {name: warning for name, warning in told.items() if warning is not None}
-    said, choice = [], None
+    remedies = {name: diagnostics.remedy(c, inner_lr=rates[name]) for name, c in curves.items()}
+    warnings = {name: remedy for name, remedy in remedies.items() if remedy is not None}
+    lines, choice = [], None
     if recommend:
         choice = choose(report, costs, metric, measured, max_ms=max_ms, max_mib=max_mib)
-        said = advice(choice, report, costs, failed)
+        lines = advice(choice, report, costs, failed)
     against = comparison_table(report, metric)
-    title = f"{metric_title(metric)} less that of the best baseline of the scenario, 95% interval, * better"
+    title = f"{metric_title(metric)} minus that of the best baseline of the scenario, 95% interval, * better"
     print("\n\n".join([*metric_blocks(report), *([f"{title}\n{aligned(against)}"] if against.rows else [])]))
     print(f"\nCost\n{aligned(cost_table(costs))}")
     for name, reason in failed.items():
         print(f"not in the table: {name}: {reason}")
     for name, warning in warnings.items():
         print(f"{name}: {warning}")
-    print("".join(f"\n{line}" for line in said), end="\n" if said else "")
+    print("".join(f"\n{line}" for line in lines), end="\n" if lines else "")
     images = folder / "plots"
     sections = [
-        *([Section("Which method to take", tuple(said))] if said else []),
-        Section("What was found", tuple(_summary(report))),
+        *([Section("Recommended method", tuple(lines))] if lines else []),
+        Section("Findings", tuple(_summary(report))),
         *measured_sections(report, images),
         Section(title.partition(",")[0], ("Paired, on the same tasks.",), against if against.rows else None),
         Section("Cost", _COST, cost_table(costs)),
@@ -102,7 +105,7 @@ def tell(
         *([facts_section("Configuration", configs.to_dict(next(iter(ours.values()))))] if ours else []),
     ]
     page = write_page(folder, "compare", f"{data.name}: {len(measured)} methods compared", sections)
-    found = report.to_json() | {
+    results = report.to_json() | {
         "main_metric": metric,
         "costs": {name: c._asdict() for name, c in costs.items()},
         "failed": failed,
@@ -111,26 +114,27 @@ def tell(
         "choice": None if choice is None else _plain(choice),
         "folder": str(folder),
     }
-    directories.write_json(folder / "compare.json", found)
+    directories.write_json(folder / "compare.json", results)
     print(f"\nreport: {page}")
-    return found
+    return results
 
 
 _COST = (
-    "Training: fitting with tuning, warm start and compiling, mean over seeds.",
-    "One user: median of 30 calls for one user alone, adapt and score the query; in batches: up to 256 users at once.",
-    "Parameters: all that was fitted; a user: what one adapted user adds.",
+    "Training: time to fit, including tuning, warm start and compilation; mean over seeds.",
+    "One user: latency to adapt to a single user and score the query, median of 30 calls. In batches: time per user "
+    "with up to 256 users at once.",
+    "Parameters: size of everything fitted. Per user: size of the adapted state of one user.",
 )
 
 
 def main_metric(report: Report) -> str:
-    """What decides: MAE for ratings, for clicks nDCG over all candidates."""
+    """The metric that decides: MAE for ratings, nDCG over all candidates for clicks."""
     metrics = [m for m in main_metrics(report) if m in report.metrics]
     return next((m for m in metrics if m == "mae"), next((m for m in metrics if "catalogue_ndcg" in m), metrics[0]))
 
 
 def cost_table(costs: Mapping[str, Cost]) -> Table:
-    """What each method takes."""
+    """Time and memory of each method."""
     rows = tuple(
         (
             name,
@@ -142,32 +146,32 @@ def cost_table(costs: Mapping[str, Cost]) -> Table:
         )
         for name, c in costs.items()
     )
-    header = ("method", "training, s", "one user, ms", "in batches, ms a user", "parameters, MiB", "a user, KiB")
+    header = ("method", "training, s", "one user, ms", "in batches, ms per user", "parameters, MiB", "per user, KiB")
     return Table(header, rows)
 
 
 def advice(choice: Choice, report: Report, costs: Mapping[str, Cost], failed: Mapping[str, str]) -> list[str]:
-    """Which method to take, in five lines."""
+    """The recommended method and the reasons, in five lines."""
     c, metric = choice, metric_title(choice.metric)
     took, mean = costs[c.method], overall(report, c.method, c.metric)
     users = int(report.per_task["user"].nunique())
     lines = [
-        f"Take {c.method}: {metric} {mean:.3f} over the scenarios, {took.latency_ms:.2g} ms for a user, "
+        f"Use {c.method}: mean {metric} {mean:.3f} over the scenarios, {took.latency_ms:.2g} ms per user, "
         f"{took.parameters_mib:.2g} MiB, trained in {took.train_seconds:.0f} s."
     ]
     if c.gap is None and c.over_simpler:
-        lines.append(f"Of the candidates it has the best mean; each simpler one is shown to be worse: {_nearest(c)}.")
+        lines.append(f"It has the best mean of all candidates; each simpler one is shown to be worse: {_nearest(c)}.")
     elif c.gap is None:
-        lines.append("Of the candidates it has the best mean, and none is simpler.")
+        lines.append("It has the best mean of all candidates, and none is simpler.")
     else:
         lines.append(
-            f"The best mean is that of {c.best}, {overall(report, c.best, c.metric):.3f}; its advantage over "
-            f"{c.method}, which is simpler, is {_spoken(c.gap)}: "
+            f"{c.best} has the best mean, {overall(report, c.best, c.metric):.3f}; its advantage over the simpler "
+            f"{c.method} is {_formatted(c.gap)}: "
             + ("not shown to be above zero." if c.gap.users >= FEWEST_USERS else f"no verdict: {too_few(c.gap.users)}.")
         )
     lines.append(
         f"Measured on {users:,} test users over {len(report.seeds)} seed{'s' * (len(report.seeds) > 1)}; more --seeds "
-        "narrow the intervals. Simplicity is the order of the tables."
+        "narrow the intervals. The tables list the methods from the simplest."
     )
     scenario = "user_cold" if "user_cold" in report.scenarios else report.scenarios[0]
     candidates = [name for name in report.methods if name not in c.left_out]
@@ -177,18 +181,18 @@ def advice(choice: Choice, report: Report, costs: Mapping[str, Cost], failed: Ma
         for name, group in groupby(along, key=lambda pair: pair[1]):
             shown = [k for k, _ in group]
             parts.append(f"{name} with {shown[0]}" + (f" to {shown[-1]}" if len(shown) > 1 else ""))
-        lines.append(f"{scenario_title(scenario)}, best mean by ratings shown: {', '.join(parts)}.")
+        lines.append(f"{scenario_title(scenario)}, best mean by support size: {', '.join(parts)}.")
     out = [f"{name} ({why})" for name, why in [*c.left_out.items(), *failed.items()]]
-    lines.append(f"No candidates: {', '.join(out)}." if out else "All methods were candidates.")
+    lines.append(f"Not candidates: {', '.join(out)}." if out else "All methods were candidates.")
     return lines
 
 
 def _nearest(choice: Choice) -> str:
     name, least = min(choice.over_simpler.items(), key=lambda pair: pair[1].mean)
-    return f"{name}, the nearest, by {_spoken(least)}"
+    return f"{name}, the nearest, by {_formatted(least)}"
 
 
-def _spoken(gap: Gap) -> str:
+def _formatted(gap: Gap) -> str:
     return f"{gap.mean:.4f} (95% interval {gap.low:+.4f} to {gap.high:+.4f})"
 
 
@@ -198,16 +202,18 @@ def _plain(choice: Choice) -> dict[str, Any]:
 
 
 def _failed(table: Mapping[tuple[str, int], Cell], names: Sequence[str], seeds: Sequence[int]) -> dict[str, str]:
-    """Methods that could not be measured under every seed, with the first reason."""
-    found = {}
+    """Methods that were not measured under every seed, with the first reason."""
+    failed = {}
     for name in names:
         reasons = [(seed, reason) for seed in seeds if (reason := table[name, seed].failed) is not None]
         if reasons:
             with_seeds = (
-                f" (in {len(reasons)} of {len(seeds)} seeds, first in {reasons[0][0]})" if len(seeds) > 1 else ""
+                f" (under {len(reasons)} of {len(seeds)} seeds, first under seed {reasons[0][0]})"
+                if len(seeds) > 1
+                else ""
             )
-            found[name] = f"{reasons[0][1]}{with_seeds}"
-    return found
+            failed[name] = f"{reasons[0][1]}{with_seeds}"
+    return failed
 
 
 def _merged(
@@ -230,11 +236,11 @@ def _cost(cell: Cell) -> Cost:
 
 
 def _summary(report: Report) -> list[str]:
-    """How often each learner wins, and which method is best in each scenario."""
+    """How often each learner is better than the best baseline, and the best method of each scenario."""
     ours = [name for name in report.methods if name not in report.baselines]
-    said = findings(report)[: len(ours)] if ours else []
+    lines = findings(report)[: len(ours)] if ours else []
     for scenario in report.scenarios:
         best = {metric_title(m): report.best(m, scenario) for m in main_metrics(report)}
         named = ", ".join(f"{metric} {name}" for metric, name in best.items() if name)
-        said.append(f"{scenario_title(scenario)}, the best mean: {named}.")
-    return said
+        lines.append(f"{scenario_title(scenario)}, best mean: {named}.")
+    return lines

@@ -1,4 +1,4 @@
-"""``metarec compare``: many methods, many seeds, one table. Each cell is measured once; a broken run continues."""
+"""``metarec compare``: many methods, many seeds, one table. Each cell is measured once; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from metarec_jax.experiment.compare.entries import (
     learners_of,
     names_of,
 )
-from metarec_jax.experiment.compare.report import tell
+from metarec_jax.experiment.compare.report import write_and_print
 from metarec_jax.experiment.compiled import compile_cache
 from metarec_jax.experiment.diagnose import diagnose
 from metarec_jax.experiment.protocol import (
@@ -55,11 +55,11 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class World(NamedTuple):
-    """What all methods of one seed share."""
+    """The split, catalogue, validation tasks and test tasks that all methods of one seed share."""
 
     parts: Split
-    known: Catalogue
-    held: Mapping[str, TaskSet]
+    catalogue: Catalogue
+    held_out: Mapping[str, TaskSet]
     tasks: Mapping[str, TaskSet]
 
 
@@ -81,25 +81,25 @@ def compare(
     data_dir: Path | None,
     as_json: bool,
 ) -> int:
-    """Measure what is not measured yet, cell by cell, then write and print the table."""
+    """Measure the missing cells one by one, then write and print the table."""
     for name, number in (("--seeds", seeds), ("--max-users", max_users)):
         if number < 1:
-            raise MetarecError(f"{name} must be 1 or more, and is {number}; leave it out for the default")
+            raise MetarecError(f"{name} must be 1 or more, got {number}; omit it for the default")
     for name, bound in (("--max-ms", max_ms), ("--max-mib", max_mib)):
         if bound is not None and not bound > 0:
-            raise MetarecError(f"{name} must be above 0, and is {bound:g}; leave it out for no bound")
+            raise MetarecError(f"{name} must be above 0, got {bound:g}; omit it for no bound")
     if any(k < 0 for k in support_curve):
-        raise MetarecError(f"--support-curve has {min(support_curve)}; give numbers of support examples, 0 or more")
+        raise MetarecError(f"--support-curve expected support sizes of 0 or more, got {min(support_curve)}; correct it")
     ours = None if learners is None else learners_of(config, names_of(learners), flags)
     plain = None if baselines is None else [baseline_of(config, name) for name in names_of(baselines)]
     compile_cache()
-    _say(f"reading {config.data.name}")
+    _log(f"reading {config.data.name}")
     data = _load(config, data_dir)
     counts = {"users": data.users.num_rows - 1, "items": data.items.num_rows - 1, "interactions": len(data)}
     print(f"{data.name}: {directories.summary({'counts': counts})}")
     for note in remarks(data):
         print(f"  note: {note}")
-    relevant_from(data, liked_from)  # refused before training
+    relevant_from(data, liked_from)  # raises before any training
     if ours is None:
         ours = learners_of(config, default_learners(data), flags)
     entries = all_entries(config, data, ours, plain)
@@ -109,9 +109,11 @@ def compare(
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MetarecError(f"{folder} cannot hold a comparison ({error.strerror}); give --out another") from error
+        raise MetarecError(
+            f"cannot write a comparison to {folder} ({error.strerror}); choose another folder with --out"
+        ) from error
     table = _measure(entries, data, seeds, max_users, tuple(support_curve), folder / "cells", liked_from)
-    found = tell(
+    results = write_and_print(
         table,
         [entry.name for entry in entries],
         {entry.name: entry.config for entry in entries if entry.kind == "learner"},
@@ -122,7 +124,7 @@ def compare(
         max_mib=max_mib,
     )
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(results))
     return 0
 
 
@@ -136,8 +138,8 @@ def _load(config: configs.Config, data_dir: Path | None) -> Interactions:
     free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
     if free is not None and needed > free / 2:
         raise MetarecError(
-            f"{store.path} would take about {memory.spoken(needed)} of memory, of {memory.spoken(free)} that are free, "
-            "and a comparison wants the data in memory; compare on a part of it, then train with metarec fit"
+            f"{store.path} requires about {memory.spoken(needed)} of memory, and {memory.spoken(free)} are free: a "
+            "comparison holds all data in memory; compare on a part of the data, then train with metarec fit"
         )
     return stores.load(store)
 
@@ -151,53 +153,53 @@ def _measure(
     folder: Path,
     liked_from: float | None,
 ) -> dict[tuple[str, int], Cell]:
-    """All cells, by name and seed: read where they are, else measured."""
-    base, wanted = directories.identity(entries[0].config, data), []
+    """All cells by name and seed, read from disk or else measured."""
+    base, to_measure = directories.identity(entries[0].config, data), []
     relevant = relevant_from(data, liked_from)
     table: dict[tuple[str, int], Cell] = {}
     for seed in range(seeds):
         for entry in entries:
             identity = _identity(entry, seed, base, max_users, curve, relevant)
-            where = cells.place(folder, entry.name, seed, identity)
-            if (known := cells.read(where, identity)) is not None:
-                table[entry.name, seed] = known
+            path = cells.place(folder, entry.name, seed, identity)
+            if (stored := cells.read(path, identity)) is not None:
+                table[entry.name, seed] = stored
             else:
-                wanted.append((entry, seed, identity, where))
-    total, done = len(entries) * seeds, len(entries) * seeds - len(wanted)
+                to_measure.append((entry, seed, identity, path))
+    total, done = len(entries) * seeds, len(entries) * seeds - len(to_measure)
     if done:
-        _say(f"{done} of {total} cells are measured already")
+        _log(f"{done} of {total} cells are already measured")
     seconds: dict[tuple[str, int], float] = {}
     built: dict[str, Learner] = {}
     world: tuple[int, World] | None = None
-    for k, (entry, seed, identity, where) in enumerate(wanted):
-        signals.keep(f"{done + k} of {total} cells are kept in {folder}, and the same command measures the others")
-        _say(f"cell {done + k + 1} of {total}: {entry.name}, seed {seed}{_left(seconds, wanted[k:])}")
+    for k, (entry, seed, identity, path) in enumerate(to_measure):
+        signals.keep(f"{done + k} of {total} cells are kept in {folder}; the same command measures the others")
+        _log(f"cell {done + k + 1} of {total}: {entry.name}, seed {seed}{_left(seconds, to_measure[k:])}")
         began = time.perf_counter()
         seeded = _seeded(entry.config, seed)
         if world is None or world[0] != seed:
             world = seed, _world(seeded, data, seed, max_users)
             for note in world[1].parts.notes:
-                _say(f"  note: {note}")
+                _log(f"  note: {note}")
         for note in settled(seeded, world[1].parts.train) if entry.kind == "learner" else ():
-            _say(f"  note: {note}")
-        training = where.with_name(f"{where.name}.training")
+            _log(f"  note: {note}")
+        training = path.with_name(f"{path.name}.training")
         cell = _cell(entry, seeded, data, world[1], seed, curve, built, training, identity, liked_from)
         if cell.passing is None:
             with signals.saving(f"the cell {entry.name}, seed {seed},"):
-                cells.write(where, cell, identity)
+                cells.write(path, cell, identity)
             _clear(training)
         seconds[entry.name, seed] = time.perf_counter() - began
         outcome = f"diverged: {cell.diverged}" if cell.diverged else "measured"
         outcome = outcome if cell.passing is None else f"not measured: {cell.passing}"
-        _say(f"  {outcome} ({seconds[entry.name, seed]:.1f} s)")
+        _log(f"  {outcome} ({seconds[entry.name, seed]:.1f} s)")
         table[entry.name, seed] = cell
     return table
 
 
 def _clear(training: Path) -> None:
-    """Delete the training of a cell that is measured; where another process trains there by now, it is that one's."""
+    """Delete the training directory of a measured cell, unless another process holds its lock."""
     if training.is_dir():
-        with contextlib.suppress(MetarecError), _held(training):
+        with contextlib.suppress(MetarecError), _locked(training):
             shutil.rmtree(training, ignore_errors=True)
 
 
@@ -205,16 +207,16 @@ def _clear_all(folder: Path) -> None:
     """Delete all cells.
 
     Raises:
-      MetarecError: another process trains one of them; then nothing is deleted.
+      MetarecError: another process is training one of them; nothing is deleted.
     """
     with contextlib.ExitStack() as stack:
         for training in folder.glob("*.training"):
-            stack.enter_context(_held(training))
+            stack.enter_context(_locked(training))
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _held(training: Path) -> Iterator[None]:
+def _locked(training: Path) -> Iterator[None]:
     handle, _ = run_directory.lock(training)
     try:
         yield
@@ -222,24 +224,24 @@ def _held(training: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _left(seconds: Mapping[tuple[str, int], float], wanted: Sequence[tuple[Entry, int, Any, Any]]) -> str:
-    """About how long the cells still to be measured will take, by those of the same method, else of all methods."""
+def _left(seconds: Mapping[tuple[str, int], float], to_measure: Sequence[tuple[Entry, int, Any, Any]]) -> str:
+    """Estimated time for the remaining cells, from earlier cells of the same method, else of all methods."""
     if not seconds:
         return ""
     every = sum(seconds.values()) / len(seconds)
     left = 0.0
-    for entry, *_ in wanted:
+    for entry, *_ in to_measure:
         own = [s for (name, _), s in seconds.items() if name == entry.name]
         left += sum(own) / len(own) if own else every
     return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
 
 
 def _seeded(config: configs.Config, seed: int) -> configs.Config:
-    """Another split of users, and another start and draw of training, for each seed."""
+    """The configuration with the seeds of its split and of its training shifted by ``seed``."""
     parts = dataclasses.replace(config.split, seed=config.split.seed + seed)
     return dataclasses.replace(
         config, split=parts, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
@@ -249,10 +251,10 @@ def _seeded(config: configs.Config, seed: int) -> configs.Config:
 def _identity(
     entry: Entry, seed: int, base: Mapping[str, Any], max_users: int, curve: tuple[int, ...], relevant: float
 ) -> dict[str, Any]:
-    """All that the numbers of a cell depend on; what a closed form does not read is no part of it.
+    """Everything that the numbers of a cell depend on; sections that a closed form does not read are left out.
 
     Args:
-      base: the identity of a run on the same data, for its digests and the version.
+      base: the identity of a run on the same data, which supplies its digests and the version.
     """
     settings = configs.to_dict(_seeded(entry.config, seed))
     settings["data"].pop("name")
@@ -267,15 +269,14 @@ def _identity(
 
 def _world(config: configs.Config, data: Interactions, seed: int, max_users: int) -> World:
     parts = build_split(config.split, data)
-    known = catalogue(data, parts.train, config.tasks.user_rows)
-    held = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+    held_out = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
     tasks = fixed_tasks(config, parts, parts.test, seed=seed, max_users=max_users)
     if not tasks:
         raise MetarecError(
-            f"no test task in {', '.join(parts.test) or 'any scenario'}; give --scenarios that the data has users for, "
-            "or a larger --test"
+            f"there are no test tasks in {', '.join(parts.test) or 'any scenario'}; choose --scenarios for which the "
+            "data has users, or a larger --test"
         )
-    return World(parts, known, held, tasks)
+    return World(parts, catalogue(data, parts.train, config.tasks.user_rows), held_out, tasks)
 
 
 def _cell(
@@ -290,12 +291,12 @@ def _cell(
     identity: Mapping[str, Any],
     liked_from: float | None,
 ) -> Cell:
-    """A cell: measured, diverged, or not measured for a reason that may pass, such as a full disk."""
+    """A cell: measured, diverged, or not measured because of a temporary fault such as a full disk."""
     from metarec_jax.evaluation.evaluate import evaluate
 
     try:
         if entry.kind == "learner":
-            if entry.name not in built:  # one for all seeds, so that evaluating compiles once
+            if entry.name not in built:  # one object for all seeds, so that evaluation compiles once
                 built[entry.name] = build_learner(config, data)
             method, seconds = _train(config, built[entry.name], data, world, training, identity)
         else:
@@ -303,8 +304,8 @@ def _cell(
             method = fit_plain(
                 entry.name,
                 world.parts.train,
-                world.known,
-                world.held,
+                world.catalogue,
+                world.held_out,
                 steps=config.train.steps,
                 seed=config.train.seed,
                 say=_indented,
@@ -314,7 +315,7 @@ def _cell(
         report = evaluate(
             {entry.name: method},
             world.tasks,
-            world.known,
+            world.catalogue,
             catalogue_ranking=True,
             curve=curve,
             baselines=() if entry.kind == "learner" else (entry.name,),
@@ -324,16 +325,16 @@ def _cell(
         took = cost(
             method,
             world.tasks,
-            world.known,
+            world.catalogue,
             train_seconds=seconds,
             batch_ms=1e3 * report.times[entry.name]["seconds_per_user"],
         )
         curves = None
         if entry.kind == "learner":
-            curves = diagnose(config, data, method.params, world.known, world.held)
+            curves = diagnose(config, data, method.params, world.catalogue, world.held_out)
     except Diverged as error:
         return Cell(None, None, diverged=_one_line(error))
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the reader has closed the pipe
         raise
     except (OSError, MemoryError) as error:
         return Cell(None, None, passing=files.cause(error))
@@ -354,44 +355,44 @@ def _train(
     folder: Path,
     identity: Mapping[str, Any],
 ) -> tuple[Method, float]:
-    """A learner trained as `metarec fit` trains it, on one device, and the seconds that took; interrupted, it resumes.
+    """Train a learner as `metarec fit` does, on one device, or resume its training; returns it with the seconds taken.
 
     Raises:
-      Interrupted: a signal came; the state is saved in ``folder``.
+      Interrupted: a signal arrived; the state is saved in ``folder``.
     """
     before, began, settings = _elapsed(folder), time.perf_counter(), config.train
 
     def spent() -> float:
         return before + time.perf_counter() - began
 
-    spoken = began
+    last_line = began
 
-    def noted(step: int, row: Mapping[str, float]) -> None:
-        nonlocal spoken
+    def progress(step: int, row: Mapping[str, float]) -> None:
+        nonlocal last_line
         directories.write_json(folder / "elapsed.json", {"seconds": spent()})
-        if time.perf_counter() - spoken > _SECONDS_BETWEEN_LINES:
-            spoken = time.perf_counter()
-            _say(f"  step {step} of {settings.steps}, {spent():.0f} s")
+        if time.perf_counter() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.perf_counter()
+            _log(f"  step {step} of {settings.steps}, {spent():.0f} s")
 
-    given = training_options(config, learner, data, world.parts.train, world.known, world.held)
+    options = training_options(config, learner, data, world.parts.train, world.catalogue, world.held_out)
     checkpoints: Any
     with signals.StopSignal() as stop, Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
-        found = fit(
+        result = fit(
             learner,
             build_source(config, world.parts.train),
             checkpoints=checkpoints,
-            progress=noted,
+            progress=progress,
             stop=lambda: bool(stop),
-            **given,
+            **options,
         )
-    if stop or found.stopped == "interrupted":
-        _say(f"  {stop.name or 'stopped'}: saved at step {found.step}; the same command again continues")
+    if stop or result.stopped == "interrupted":
+        _log(f"  {stop.name or 'stopped'}: saved at step {result.step}; the same command resumes")
         raise signals.Interrupted(stop.number or signal.SIGINT)
-    return found.method, spent()
+    return result.method, spent()
 
 
 def _elapsed(folder: Path) -> float:
-    """Seconds that earlier parts of this training took."""
+    """Seconds that earlier sessions of this training took."""
     try:
         return float(json.loads((folder / "elapsed.json").read_text())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -399,4 +400,4 @@ def _elapsed(folder: Path) -> float:
 
 
 def _indented(text: str) -> None:
-    _say(f"  {text}")
+    _log(f"  {text}")
