@@ -169,8 +169,8 @@ def test_a_cell_is_whole_or_not_there(tmp_path):
     assert again.convergence is again.failed is None
     pd.testing.assert_frame_equal(again.report.per_task, report.per_task)
     assert cells.read(where, {"seed": 1}) is None
-    cells.write(where, Cell(None, None, failed="diverged"), identity)
-    assert cells.read(where, identity) == Cell(None, None, failed="diverged")
+    cells.write(where, Cell(None, None, diverged="diverged"), identity)
+    assert cells.read(where, identity) == Cell(None, None, diverged="diverged")
     (where / "cell.json").write_text("[1")
     assert cells.read(where, identity) is None
     assert [p.name for p in tmp_path.iterdir()] == [where.name]
