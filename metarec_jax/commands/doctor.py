@@ -1,4 +1,4 @@
-"""``metarec doctor``: what is installed, what the machine offers, and what is missing."""
+"""``metarec doctor``: installed versions, the resources of the machine, and missing packages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _PARTS = (
 )
 _EXTRAS = {
     "duckdb": "metarec prepare, for data larger than memory: pip install 'metarec_jax[store]'",
-    "grain": "streaming from a store that metarec prepare wrote: pip install 'metarec_jax[store]'",
+    "grain": "streaming from a task store: pip install 'metarec_jax[store]'",
     "tensorboardX": "curves of a run in TensorBoard: pip install 'metarec_jax[tensorboard]'",
 }
 
 
 def doctor(data_dir: Path | None = None) -> int:
-    """Print the facts, one a line. Returns 0."""
+    """Print the facts, one per line. Returns 0."""
     import jax
 
     from metarec_jax.data.io.datasets import DATASETS, cache_directory
@@ -50,16 +50,17 @@ def doctor(data_dir: Path | None = None) -> int:
     line("data", f"{folder}, {_free(folder)}")
     for name, dataset in DATASETS.items():
         there = (folder / name).is_dir() and any((folder / name).iterdir())
-        line("", f"{name}: {'here' if there else f'not here; metarec data {name} fetches it'} ({dataset.title})")
+        line(
+            "", f"{name}: {'present' if there else f'not present; metarec data {name} downloads it'} ({dataset.title})"
+        )
     line("runs", f"{Path('runs').absolute()}, {_free(Path.cwd())}")
     for name, what in _EXTRAS.items():
-        found = _version(name)
-        line(name, found or f"not installed; it brings {what}")
+        line(name, _version(name) or f"not installed; required for {what}")
     return 0
 
 
 def line(name: str, text: str) -> None:
-    """Print a fact."""
+    """Print one named fact."""
     print(f"{name:<17} {text}" if len(name) < 18 else f"{name}  {text}")
 
 

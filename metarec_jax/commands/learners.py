@@ -1,4 +1,4 @@
-"""``metarec learners``: what the registry holds."""
+"""``metarec learners``: the learners of the registry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metarec_jax.options import spelled
 
 
 def learners(names: Sequence[str], *, as_json: bool) -> int:
-    """List the learners, or describe those named."""
+    """List the learners, or describe those in ``names``. Returns 0."""
     chosen = {name: registry.row(name) for name in names} if names else dict(registry.ROWS)
     if as_json:
         print(json.dumps({name: _facts(name) for name in chosen}))

@@ -1,4 +1,4 @@
-"""``metarec prepare``: a table of any size as a task store, which ``metarec fit`` streams."""
+"""``metarec prepare``: convert a table of any size to a task store, which ``metarec fit`` streams."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ def prepare(
     fresh: bool,
     as_json: bool,
 ) -> int:
-    """``metarec prepare``: sort, write, and say what is in it.
+    """Write the task store and print its size. Returns 0.
 
     Args:
-      out: default ``stores/NAME``, the name of the first path; of a Parquet half that is to be finished, that folder.
+      out: default ``stores/NAME``, with the name of the first path; a Parquet half is completed in its own folder.
       user_col, item_col, rating_col, timestamp_col, implicit, partitions, memory, fresh: as in
         `metarec_jax.data.store.prepare.prepare`.
     """
     if not paths:
-        raise MetarecError("no file of interactions was named; give a CSV or Parquet file, a folder, or a pattern")
+        raise MetarecError(
+            "expected a file of interactions, got none; name a CSV or Parquet file, a folder, or a pattern"
+        )
     first = Path(paths[0])
     half = preparing.is_half(first) and len(paths) == 1
     target = out or (first if half else Path("stores") / (first.name.lstrip("*").split(".")[0] or "store"))
-    signals.keep("no store was written; the same command begins again, and clears what this one left")
+    signals.keep("no store was written; the same command starts again and removes the partial files")
     store = preparing.prepare(
         paths,
         target,
