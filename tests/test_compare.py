@@ -298,9 +298,7 @@ def test_a_failure_that_may_pass_keeps_the_training_and_so_does_one_that_another
     out = ["--learners", "ridge", "--steps", "12", "--save-every", "4", "--out", str(tmp_path)]
     assert run(*out) == 0
     assert "not measured: No space left on device; free some space" in capsys.readouterr().err
-    assert found(tmp_path)["failed"]["ridge"].startswith(
-        "not measured (the same command tries again): No space left"
-    )
+    assert found(tmp_path)["failed"]["ridge"].startswith("not measured (the same command tries again): No space left")
     [training] = (tmp_path / "cells").glob("*.training")
     full = False
     handle, _ = run_directory.lock(training)

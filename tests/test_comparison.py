@@ -14,8 +14,9 @@ from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.results import ALL, Report
 from metarec_jax.experiment.compare import cells
 from metarec_jax.experiment.compare.cells import Cell
-from metarec_jax.experiment.compare.choice import Cost, by_support, choose, gap, join, over_seeds, overall
-from metarec_jax.experiment.compare.report import advice
+from metarec_jax.experiment.compare.choice import Choice, Cost, by_support, choose, gap, join, over_seeds, overall
+from metarec_jax.experiment.compare.report import advice, next_step
+from metarec_jax.experiment.config import Config, DataConfig
 from metarec_jax.experiment.protocol import rating_range
 
 
@@ -184,3 +185,17 @@ def test_a_cell_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         cells.write(tmp_path / "x", Cell(made_up({"ridge": 0.7}), Cost(1.0, 2.0, 3.0, 4.0, 5.0)), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_command_trains_what_is_recommended_or_the_best_learner():
+    ours = {"ridge:precision=4": Config(data=DataConfig(name="my data.csv", implicit=True))}
+    choice = Choice("ridge:precision=4", "ridge:precision=4", "mae", None, {}, {})
+    report = made_up({"als": 0.5, "ridge:precision=4": 0.6})
+    assert next_step(choice, report, ours) == ("next: metarec fit 'my data.csv' --implicit --learner ridge:precision=4")
+    plain = next_step(choice._replace(method="als"), report, ours)
+    assert plain.startswith(
+        "als is a plain method, which metarec fit does not train; Python fits and serves it (mr.fit_"
+    )
+    assert plain.endswith(
+        "The best learner here is ridge:precision=4; next: metarec fit 'my data.csv' --implicit --learner ridge:precision=4"
+    )

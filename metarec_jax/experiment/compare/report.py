@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from metarec_jax.baselines.closed_form import BASELINES
 from metarec_jax.core import MetarecError
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.evaluation import diagnostics
 from metarec_jax.evaluation.intervals import FEWEST_USERS
+from metarec_jax.evaluation.metrics import higher_is_better
 from metarec_jax.evaluation.results import Report
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
@@ -81,7 +84,7 @@ def write_and_print(
     lines, choice = [], None
     if recommend:
         choice = choose(report, costs, metric, measured, max_ms=max_ms, max_mib=max_mib)
-        lines = advice(choice, report, costs, failed)
+        lines = [*advice(choice, report, costs, failed), next_step(choice, report, ours)]
     against = comparison_table(report, metric)
     title = f"{metric_title(metric)} minus that of the best baseline of the scenario, 95% interval, * better"
     print("\n\n".join([*metric_blocks(report), *([f"{title}\n{aligned(against)}"] if against.rows else [])]))
@@ -117,6 +120,32 @@ def write_and_print(
     directories.write_json(folder / "compare.json", results)
     print(f"\nreport: {page}")
     return results
+
+
+def next_step(choice: Choice, report: Report, ours: Mapping[str, configs.Config]) -> str:
+    """The command that trains the recommended method; of a plain method, how Python fits it, and the best learner.
+
+    Args:
+      ours: the learners by name, each with its configuration.
+    """
+    if choice.method in ours:
+        return f"next: {_fit_command(choice.method, ours[choice.method])}"
+    home = "baselines" if choice.method in BASELINES else "baselines.trained"
+    plain = (
+        f"{choice.method} is a plain method, which metarec fit does not train; Python fits and serves it "
+        f"(mr.fit_baselines, mr.Recommender; metarec_jax.{home})"
+    )
+    means = {name: overall(report, name, choice.metric) for name in ours if name in report.methods}
+    known = {name: mean for name, mean in means.items() if mean is not None}
+    if not known:
+        return plain
+    best = (max if higher_is_better(choice.metric) else min)(known, key=lambda name: known[name])
+    return f"{plain}. The best learner here is {best}; next: {_fit_command(best, ours[best])}"
+
+
+def _fit_command(name: str, config: configs.Config) -> str:
+    implicit = " --implicit" if config.data.implicit else ""
+    return f"metarec fit {shlex.quote(config.data.name)}{implicit} --learner {shlex.quote(name)}"
 
 
 _COST = (
