@@ -240,3 +240,43 @@ def test_a_warm_start_and_training_draw_from_keys_of_their_own(ratings):
     of_training, root = run_keys(3)[1], jax.random.key(3)
     assert len(used) == 1
     assert not any(jnp.array_equal(jax.random.key_data(used[0]), jax.random.key_data(k)) for k in (of_training, root))
+
+
+@pytest.mark.parametrize("name", ["cvar", "dropout_net"])
+def test_a_row_that_the_loss_reads_enters_training(ratings, name):
+    """With the unknown row in its place there would be nothing to rebuild, and nothing to drop."""
+    for tasks in (TaskConfig(), TaskConfig(user_drop=1.0)):
+        source = build_source(Config(learner=LearnerConfig(name), tasks=tasks), ratings)
+        assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
+
+
+def test_the_common_row_is_the_mean_of_the_users_who_train(ratings):
+    given = Config(model=ModelConfig(size=2), learner=LearnerConfig("mwuf", {"hidden": 2}))
+    train = ratings.take(ratings.user > 5)
+    params = build_params(given, build_learner(given, ratings), train)
+    rows = np.asarray(params["tables"]["user_id"])[np.unique(train.user)]
+    assert np.abs(rows).max() > 0.1
+    np.testing.assert_allclose(params["common"], rows.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": ModelConfig(head="mlp")}, {"train": TrainConfig(warm_start=False)}], ids=["mlp", "cold"]
+)
+@pytest.mark.parametrize("name", ["meta_embedding", "mwuf", "cvar"])
+def test_rows_are_made_for_a_trained_model_only(name, options):
+    """A frozen random model would be all that the made rows could serve."""
+    with pytest.raises(MetarecError, match=f"learner '{name}' makes rows for a model that a factorisation has trained"):
+        Config(learner=LearnerConfig(name), **options)
+
+
+def test_a_generator_that_trains_its_model_too_starts_anywhere():
+    given = Config(learner=LearnerConfig("meta_embedding", {"freeze": False}), model=ModelConfig(head="mlp"))
+    assert given.learner.options["freeze"] is False
+
+
+@pytest.mark.parametrize(("tasks_of", "side"), [("users", "user"), ("items", "item")])
+def test_rows_of_content_require_features_of_the_side_of_the_tasks(ratings, tasks_of, side):
+    bare = replace(ratings, user_features={}, item_features={})
+    given = Config(data=DataConfig(tasks_of=tasks_of), learner=LearnerConfig("meta_embedding"))
+    with pytest.raises(MetarecError, match=f"the data has no {side} features; give --{side}-features"):
+        build_learner(given, bare)

@@ -68,6 +68,19 @@ def test_one_step_on_the_users_row_by_hand():
     assert set(adapted["rows"]) == {"user_id"}
 
 
+def test_what_each_rating_moved_is_the_whole_derivative():
+    """A list explains itself by it: two steps of rate r on the bias alone are 1 - (1 - 2 r)^2 of the mean target."""
+    learner = learners.fine_tune(content("mlp"), inner_lr=0.1, inner_steps=2, only=("net/params/out/bias",))
+    params, task = learner.init(KEY), one(tasks(jax.random.key(1), 2), 1)
+
+    def score(target):
+        adapted = learner.adapt(params, task.support._replace(target=target), KEY)
+        return learner.predict(params, adapted, task.query.inputs)[0]
+
+    mask = task.support.mask
+    np.testing.assert_allclose(jax.grad(score)(task.support.target), 0.36 * mask / mask.sum(), atol=1e-6)
+
+
 def test_query_loss_is_after_fine_tuning():
     learner, task = learners.fine_tune(content("dot"), inner_steps=2, inner_lr=0.05), one(tasks(jax.random.key(1), 2))
     params = learner.init(KEY)

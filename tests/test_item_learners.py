@@ -199,6 +199,19 @@ def test_mwuf_starts_as_the_model_with_the_common_row_moved(float64):
     assert np.allclose(scores, USERS[1:] @ want, atol=1e-7)
 
 
+def test_what_each_click_moved_of_a_warmed_row_is_the_whole_derivative(float64):
+    """A list explains itself by it: at scale 1 and shift 0 a target moves the row by rate / n times its user's vector."""
+    learner = learners.mwuf(*bilinear(), inner_lr=0.5)
+    params, task = double(learner.init(KEY)), double(hand_task())
+
+    def score(target):
+        adapted = learner.adapt(params, task.support._replace(target=target), KEY)
+        return learner.predict(params, adapted, task.query.inputs)[0]
+
+    want = 0.5 / 2 * USERS[:2] @ USERS[1]
+    assert np.allclose(jax.grad(score)(task.support.target), want, atol=1e-7)
+
+
 def test_mwuf_by_hand(float64):
     """r' = r (1 + A' fact + a) + B' relu(C' u + c), u the mean of users 1 and 2; without support there is no shift."""
     learner = learners.mwuf(*bilinear(), hidden=2, inner_steps=0)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from worlds import largest_difference
 
 from metarec_jax import cli, learners
 from metarec_jax.core import MetarecError
 from metarec_jax.experiment import config
+from metarec_jax.experiment.build import build_data, build_learner, build_optimizers, build_params, build_source
 from metarec_jax.learners import registry
 from metarec_jax.options import parsed, spelled
+from metarec_jax.training.loop import fit, run_keys
+from metarec_jax.tree import partition
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +34,72 @@ def test_each_learner_explains_its_options(name):
         assert f.metadata["help"], f"{name}: the docstring's Args has no entry for {key}"
         assert parsed(spelled(f.default), kind) == f.default
     registry.complete(name, registry.row(name).small)
+
+
+KINDS = {"ratings": False, "clicks": True}
+TRAINED = [
+    (name, kind)
+    for name, row in registry.ROWS.items()
+    for kind in KINDS
+    if row.feedback == kind or (row.feedback == "any" and (kind == "ratings" or row.start == "base"))
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), TRAINED)
+def test_each_learner_trains_from_a_configuration(name, kind):
+    """Built, started and stepped as `metarec fit` does: the loss is finite, something moves, and what is fixed does not."""
+    row = registry.row(name)
+    given = config.Config(
+        data=config.DataConfig("synthetic:60x30", implicit=KINDS[kind]),
+        model=config.ModelConfig(size=2),
+        learner=config.LearnerConfig(name, row.small),
+        tasks=config.TaskConfig(tasks=4, support=(2, 4), query=3),
+        train=config.TrainConfig(steps=2),
+    )
+    data = build_data(given.data)
+    learner, source = build_learner(given, data), build_source(given, data)
+    started = build_params(given, learner, data)
+    params = learner.init(run_keys(0)[0]) if started is None else started
+    optimizers = build_optimizers(given, data)
+    found = fit(learner, source, steps=2, params=params, optimizer=optimizers.dense, rows=optimizers.rows)
+    assert np.isfinite(found.history[-1]["loss"])
+    before, after = (partition(tree, None)[0] for tree in (params, found.params))
+    moved = {path for path, leaf in after.items() if largest_difference(leaf, before[path]) > 0}
+    assert moved, "no parameter moves"
+    assert not any(path.startswith("fixed/") for path in moved)
+    if row.start == "base":
+        assert started is not None
+        assert not moved & {"tables/user_id", "tables/item_id", "net/params/mean"}, "the trained model stays as it is"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "learner", ["fine_tune", "dropout_net", "meta_embedding", "mwuf --tasks-of items", "cvar --implicit"]
+)
+def test_the_command_line_trains_measures_and_serves(learner, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    small = [
+        "--size",
+        "2",
+        "--tasks",
+        "8",
+        "--steps",
+        "4",
+        "--validate-every",
+        "2",
+        "--scenarios",
+        "user_cold",
+        "--test",
+        "0.2",
+    ]
+    assert cli.main(["fit", "synthetic:80x40", "--learner", *learner.split(), *small, "--out", run]) == 0
+    out = capsys.readouterr().out
+    assert ("tasks are of items" in out) == ("items" in learner)
+    assert f"report: {run}" in out
+    assert cli.main(["recommend", run, "--rate", "3=4", "--rate", "5=2", "-n", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["recommendations"]
+    assert len(found) == 2
+    assert all(np.isfinite(row["score"]) for row in found)
 
 
 def test_the_registry_is_read_without_jax():
@@ -84,9 +156,9 @@ def test_three_hunks_add_a_learner(tmp_path):
     subprocess.run(["git", "apply", "--unsafe-paths", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     code = """
 from metarec_jax import cli
+from metarec_jax.data.synthetic import synthetic
 from metarec_jax.experiment.build import build_learner
 from metarec_jax.experiment.config import Config, LearnerConfig
-from metarec_jax.data.synthetic import synthetic
 from metarec_jax.training.loop import fit
 data = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 learner = build_learner(Config(learner=LearnerConfig("mean_residual", {"prior": 2.0})), data)

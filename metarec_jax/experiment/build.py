@@ -58,7 +58,11 @@ def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Int
 def _sides(config: DataConfig, data: Interactions) -> Interactions:
     from metarec_jax.data.item_tasks import exchanged
 
-    return exchanged(data) if config.tasks_of == "items" else data
+    if config.tasks_of == "users":
+        return data
+    note = "tasks are of items: what is called a user from here on is an item, and what is called an item a user"
+    turned = exchanged(data)
+    return dataclasses.replace(turned, notes=(*turned.notes, note))
 
 
 def open_store(config: DataConfig) -> Store | None:
@@ -85,6 +89,11 @@ def build_stream(config: Config, store: Store, held: Held) -> TaskSource:
     if registry.row(config.learner.name).start == "counts":
         raise error(
             f"{config.learner.name} counts all ratings in memory, and {store.path} is streamed; take --learner ridge"
+        )
+    if build_learner(config, held.data).user_rows == "own" and config.tasks.user_rows != "own":
+        raise error(
+            f"{config.learner.name} learns from rows of the users, and {store.path} is streamed with rows of a few; "
+            "give --user-rows own"
         )
     given = _drawing(config.tasks, held.data, store.longest)
     return stream_source(store, held.users, held.items, **given, seed=config.train.seed)
@@ -213,9 +222,7 @@ def build_learner(config: Config, data: Interactions) -> Learner:
         values["rule"] = RULES[rule]
     if data.implicit and loss.__name__ not in ("mse", "mae") and "expected" in inspect.signature(make).parameters:
         values["expected"] = jax.nn.sigmoid  # scores are logits
-    if row.family == "cold rows":
-        sides = {"column": "user_id", "other": "item_id"}
-        values |= {key: sides[key] for key in inspect.signature(make).parameters.keys() & sides}
+    values |= _columns_of_tasks(make)
     if row.built_from == "columns":
         return make(data.columns, **values)
     if row.built_from == "items":
@@ -223,23 +230,28 @@ def build_learner(config: Config, data: Interactions) -> Learner:
         return make(data.items.num_rows, **values)
     model = build_model(config.model, data)
     return (
-        make(model, _content_of_tasks(given.name, data), **values)
-        if row.built_from == "content"
-        else make(model, **values)
+        make(model, _content_of_tasks(config, data), **values) if row.built_from == "content" else make(model, **values)
     )
 
 
-def _content_of_tasks(name: str, data: Interactions) -> Model:
+def _columns_of_tasks(function: Callable[..., Any]) -> dict[str, str]:
+    """The arguments of a learner, or of its start, that name the id of a task and the id of its examples."""
+    columns = {"column": "user_id", "other": "item_id"}
+    return {key: columns[key] for key in inspect.signature(function).parameters.keys() & columns}
+
+
+def _content_of_tasks(config: Config, data: Interactions) -> Model:
     """A model of what is known of a task beside its feedback: the user's features (an item's, with sides exchanged)."""
     from metarec_jax import models
 
     columns = {key: column for key, column in data.columns.items() if key.startswith("user_") and key != "user_id"}
     if not columns:
+        side, other = ("user", "item") if config.data.tasks_of == "users" else ("item", "user")
         raise error(
-            f"learner {name!r} makes a row of a new user's features, and the data has none; give --user-features, or "
-            "--tasks-of items for new items"
+            f"learner {config.learner.name!r} makes the row of a new {side} from its features, and the data has no "
+            f"{side} features; give --{side}-features, or --tasks-of {other}s for new {other}s"
         )
-    return models.content_model(columns, head="mlp")
+    return models.content_model(columns, size=config.model.size, head="mlp")
 
 
 def with_inner_steps(given: LearnerConfig, steps: int, *, first_order: bool = False) -> LearnerConfig | None:
@@ -275,26 +287,24 @@ def inner_rate(config: Config, data: Interactions) -> float | None:
 
 def build_params(config: Config, learner: Learner, train: Interactions) -> Params | None:
     """Where training starts: tables from a quick matrix factorisation, or None for the learner's own start."""
-    from metarec_jax import learners
     from metarec_jax.training.loop import run_keys
 
     if not warm_starts(config, train):
         return None
     params = learner.init(run_keys(config.train.seed)[0])
-    if registry.row(config.learner.name).start != "factorisation":
-        return registry.start(config.learner.name)(params, train, seed=config.train.seed)
-    return learners.warm_start(params, train, seed=config.train.seed)
+    start = registry.start(config.learner.name)
+    return start(params, train, seed=config.train.seed, **_columns_of_tasks(start))
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:
-    """Whether this run starts from a factorisation (ratings, the content model, dot-product head) or from counts."""
+    """Whether this run starts from a factorisation (ratings, or a base model; content model, dot product) or counts."""
     start = registry.row(config.learner.name).start
     if start == "counts":
         return True
     if start == "closed form":
         return config.train.warm_start and train.items.num_rows <= 20_000 and _longest(train) > 1
     dot = (config.model.name, config.model.head) == ("content", "dot")
-    return config.train.warm_start and dot and not train.implicit
+    return config.train.warm_start and dot and (start == "base" or not train.implicit)
 
 
 def build_optimizers(config: Config, train: Interactions) -> Optimizers:
@@ -308,9 +318,9 @@ def build_optimizers(config: Config, train: Interactions) -> Optimizers:
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.step import Optimizers
 
-    warm, given = warm_starts(config, train), config.train.lr
+    row, given = registry.row(config.learner.name), config.train.lr
+    warm = warm_starts(config, train) and row.start != "base"  # what is learned over a trained base starts cold
     decayed = lambda lr: optax.cosine_decay_schedule(lr, max(config.train.steps, 1), 0.1)  # noqa: E731
-    row = registry.row(config.learner.name)
     usual = row.lr if row.lr is not None else 5e-4 if warm else 3e-3
     lr = given if given is not None else usual
     dense = row.dense_rate * lr if warm else lr

@@ -238,7 +238,13 @@ class Config:
         low, high = self.tasks.support or SUPPORT
         if low > high:
             raise error(f"tasks.support: the minimum, {low}, is more than the maximum, {high}; swap them")
-        if registry.row(self.learner.name).built_from == "vectors" and self.model.name == "meta_recommender":
+        row, dot = registry.row(self.learner.name), (self.model.name, self.model.head) == ("content", "dot")
+        if row.start == "base" and self.learner.options.get("freeze", True) and not (dot and self.train.warm_start):
+            raise error(
+                f"learner {self.learner.name!r} makes rows for a model that a factorisation has trained: it requires "
+                "--model content, --head dot and a warm start; leave out the options that contradict this"
+            )
+        if row.built_from == "vectors" and self.model.name == "meta_recommender":
             raise error(
                 f"learner {self.learner.name!r} requires the model 'content'; use --model content or --learner maml"
             )

@@ -17,6 +17,7 @@ _HOMES = {
     "ensemble": ("ensemble",),
     "gaussian_process": ("gaussian_process_start",),
     "item_map": ("item_map_start",),
+    "mwuf": ("mwuf_start",),
     "rules": ("Rule", "from_optax", "lslr", "lstm", "meta_curvature", "meta_sgd", "sgd"),
     "_starts": ("warm_start",),
 }

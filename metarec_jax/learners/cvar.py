@@ -144,4 +144,4 @@ def cvar(
         metrics = {"reconstruction": error, "distance": far, "query_loss": query_loss(adapt(params, support, key))}
         return total, metrics
 
-    return Learner(init, adapt, predict, meta_loss, made.unmoved(model.tables, know.tables))
+    return Learner(init, adapt, predict, meta_loss, made.unmoved(model.tables, know.tables), user_rows="own")

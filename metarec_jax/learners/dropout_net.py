@@ -83,4 +83,4 @@ def dropout_net(
         after = made.support_loss(scores, loss, fixed, query)(adapt(fixed, support, key))
         return value, {"query_loss": after}
 
-    return Learner(model.init, adapt, predict, pooled, made.unmoved(model.tables))
+    return Learner(model.init, adapt, predict, pooled, made.unmoved(model.tables), user_rows="own")

@@ -68,7 +68,6 @@ def fine_tune(
         rule=rule,
         loss=loss,
         only=only,
-        first_order=True,
     )
 
     def pooled(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:

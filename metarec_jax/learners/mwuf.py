@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
 from metarec_jax.learners import _cold_rows as made
+from metarec_jax.learners._starts import warm_start
 from metarec_jax.options import Bounds, bounded
 
 
@@ -84,10 +85,8 @@ def mwuf(
         return row * scale + jnp.where(total > 0, shift, 0.0)
 
     def adapt(params: Params, support: Examples, key: Array) -> Array:
-        fixed = jax.lax.stop_gradient(params)
-        loss_of_row = made.support_loss(scores, loss, fixed, support)
-        cold = made.descend(loss_of_row, fixed["common"], inner_lr, inner_steps)
-        return warmed(params, jax.lax.stop_gradient(cold), support)
+        loss_of_row = made.support_loss(scores, loss, params, support)
+        return warmed(params, made.descend(loss_of_row, params["common"], inner_lr, inner_steps), support)
 
     def predict(params: Params, adapted: Array, inputs: Inputs) -> Array:
         return scores(params, adapted, inputs)
@@ -103,3 +102,17 @@ def mwuf(
 def common_row(params: Params, rows: Array, *, table: str = "item_id") -> Params:
     """``params`` with the common row set to the mean of ``rows`` (int ``[n]``) of the table, those of base items."""
     return {**params, "common": params["tables"][table][rows].mean(0)}
+
+
+def mwuf_start(params: Params, train: Interactions, *, column: str = "item_id", seed: int = 0) -> Params:
+    """Parameters over a dot-product `content_model` that starts from ALS (`warm_start`), with the mean of the rows of
+    ``train`` as common row.
+
+    Args:
+      column: the id whose rows are made, as in `mwuf`.
+
+    Raises:
+      MetarecError: as `warm_start`.
+    """
+    rows = train.user if column == "user_id" else train.item
+    return common_row(warm_start(params, train, seed=seed), jnp.unique(jnp.asarray(rows)), table=column)

@@ -44,8 +44,9 @@ class Row(NamedTuple):
       feedback: what it can learn from: "any", "ratings" or "clicks".
       built_from: first argument of the factory: a "model" (any), "vectors" (a model with ``features``), a model and a
         "content" model of the task's own columns, the data's "columns", or its number of "items".
-      start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "counts" (the module's own
-        start, always), "closed form" (the module's own start, for catalogues that it can hold).
+      start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "base" (the same for clicks too:
+        the learner expects a trained model and leaves it as it is), "counts" (always), "closed form" (for catalogues that
+        it can hold). A module's own start, if it has one, replaces `warm_start`.
       loss: default loss of the query, for ratings and for clicks.
       lr: default outer rate; None for the usual one.
       dense_rate: rate of dense parameters from a warm start, as a multiple of that of rows.
@@ -60,7 +61,7 @@ class Row(NamedTuple):
     paper: str
     feedback: Literal["any", "ratings", "clicks"] = "any"
     built_from: Literal["model", "vectors", "content", "columns", "items"] = "model"
-    start: Literal["factorisation", "counts", "closed form"] = "factorisation"
+    start: Literal["factorisation", "base", "counts", "closed form"] = "factorisation"
     loss: tuple[str, str] = ("mse", "bce")
     lr: float | None = None
     dense_rate: float = 1.0
@@ -129,9 +130,13 @@ ROWS: Mapping[str, Row] = MappingProxyType(
             "reader", "Rusu et al. 2019", built_from="vectors", loss=_READ, dense_rate=20,
             small={**_STEPS, "latent": 2, "width": 4},
         ),
-        "meta_embedding": Row("cold rows", "Pan et al. 2019", built_from="content", small={"inner_lr": 0.05}),
-        "mwuf": Row("cold rows", "Zhu et al. 2021", built_from="content", small={"hidden": 4, "inner_lr": 0.05}),
-        "cvar": Row("cold rows", "Zhao et al. 2022", built_from="content", small={"latent": 2}),
+        "meta_embedding": Row(
+            "cold rows", "Pan et al. 2019", built_from="content", start="base", small={"inner_lr": 0.05},
+        ),
+        "mwuf": Row(
+            "cold rows", "Zhu et al. 2021", built_from="content", start="base", small={"hidden": 4, "inner_lr": 0.05},
+        ),
+        "cvar": Row("cold rows", "Zhao et al. 2022", built_from="content", start="base", small={"latent": 2}),
         "dropout_net": Row("cold rows", "Volkovs et al. 2017", small={"inner_lr": 0.05}),
         "fine_tune": Row(
             "plain", "Chen et al. 2019", adapts_like=("maml", {"rule": "sgd", "prior": 0.0}), small=_STEPS,
@@ -159,8 +164,9 @@ def factory(name: str) -> Callable[..., Any]:
 
 
 def start(name: str) -> Callable[..., Any]:
-    """``start(params, train, seed=...) -> params`` of a learner whose row says that it has its own."""
-    return getattr(importlib.import_module(f"metarec_jax.learners.{name}"), f"{name}_start")
+    """``start(params, train, seed=...) -> params``: ``NAME_start`` of the learner's module, else `warm_start`."""
+    module = importlib.import_module(f"metarec_jax.learners.{name}")
+    return getattr(module, f"{name}_start", None) or importlib.import_module("metarec_jax.learners._starts").warm_start
 
 
 def options(name: str) -> dict[str, Any]:
