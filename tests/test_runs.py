@@ -1,5 +1,6 @@
 """What a run serves: the numbers it was trained for, with derivatives that tell what moved a score."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metarec_jax.core import Examples
+from metarec_jax.core import Examples, MetarecError
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import catalogue
 from metarec_jax.experiment import config
@@ -15,6 +16,7 @@ from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_learner, build_model
 from metarec_jax.experiment.run import Run
 from metarec_jax.serving.recommender import Recommender
+from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 
 DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
@@ -81,3 +83,20 @@ def test_another_partition_under_the_same_name_is_another_run(tmp_path):
     assert directories.identity(whole, DATA) == before
     file.write_text("user_id,item_id,state\n1,2,user_cold\n")
     assert directories.identity(whole, DATA) != before
+
+
+def test_a_run_of_a_time_when_options_were_stored_otherwise_is_refused_with_the_reason(tmp_path):
+    """Its options stood beside the learner's name, also those of other learners: what it was trained with is not known."""
+    with Checkpoints(tmp_path, identity=directories.identity(config.Config(), DATA)):
+        directories.write(tmp_path, config.Config(), DATA, DATA, catalogue(DATA))
+    directories.write_json(tmp_path / "result.json", {"step": 1, "stopped": "finished"})
+    assert directories.read(tmp_path).config == config.Config()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["config"]["learner"] = {"name": "ridge", "inner_lr": None, "inner_steps": 5, "slots": 8, "loss": "auto"}
+    directories.write_json(tmp_path / "config.json", stored)
+    with pytest.raises(MetarecError) as refused:
+        directories.read(tmp_path)
+    assert "was trained by an earlier version, whose options were stored otherwise; train it again" in str(
+        refused.value
+    )
+    assert "\n" not in str(refused.value)

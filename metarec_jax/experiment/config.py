@@ -154,6 +154,10 @@ _FLAG_OF = {("cavia", "size"): "context", ("leo", "latent"): "context", ("hypern
 """Options whose flag has another name; `--latent` does not set the option of leo, which is a number."""
 
 
+_FLAGS = {f.name for f in dataclasses.fields(LearnerFlags)} - {"name"}
+"""Also the options that stood beside the learner's name in configurations of earlier versions."""
+
+
 def flags_given(flags: LearnerFlags) -> dict[str, Any]:
     """The flags that are set, without the name of the learner."""
     values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name != "name"}
@@ -182,9 +186,8 @@ def learner_of(text: str, flags: Mapping[str, Any]) -> LearnerConfig:
 
 def flags_of(name: str) -> dict[str, str]:
     """The flags that apply to a learner, each with the option that it sets."""
-    flags = {f.name for f in dataclasses.fields(LearnerFlags)} - {"name"}
     own = {_FLAG_OF.get((name, key), key): key for key in registry.options(name)}
-    return {flag: key for flag, key in own.items() if flag in flags}
+    return {flag: key for flag, key in own.items() if flag in _FLAGS}
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,11 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
         known(name, sections, "the configuration")
         entries(section, f"section {name!r}")
         names = [f.name for f in dataclasses.fields(sections[name])]
+        if name == "learner" and "options" not in section and section.keys() & _FLAGS:
+            raise error(
+                "the run was trained by an earlier version, whose options were stored otherwise; train it again with "
+                "metarec fit ... --fresh"
+            )
         for key in section:
             known(key, names, f"section {name!r}")
         parts[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})

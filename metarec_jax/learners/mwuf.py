@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from metarec_jax import losses
 from metarec_jax.core import Array, Examples, Inputs, Learner, Model, Params, Task
+from metarec_jax.data.interactions import Interactions
 from metarec_jax.learners import _cold_rows as made
 from metarec_jax.learners._starts import warm_start
 from metarec_jax.options import Bounds, bounded

@@ -44,9 +44,9 @@ class Row(NamedTuple):
       feedback: what it can learn from: "any", "ratings" or "clicks".
       built_from: first argument of the factory: a "model" (any), "vectors" (a model with ``features``), a model and a
         "content" model of the task's own columns, the data's "columns", or its number of "items".
-      start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "base" (the same for clicks too:
-        the learner expects a trained model and leaves it as it is), "counts" (always), "closed form" (for catalogues that
-        it can hold). A module's own start, if it has one, replaces `warm_start`.
+      start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "base" (the same for clicks
+        too: the learner expects a trained model and leaves it as it is), "counts" (always), "closed form" (for
+        catalogues that it can hold). A module's own start, if it has one, replaces `warm_start`.
       loss: default loss of the query, for ratings and for clicks.
       lr: default outer rate; None for the usual one.
       dense_rate: rate of dense parameters from a warm start, as a multiple of that of rows.
