@@ -93,7 +93,16 @@ def histories(method, known):
 
 
 @pytest.mark.parametrize(
-    ("name", "unseen"), [*((n, True) for n in (*LINEAR, *OTHERS)), ("maml_seed", False), ("ridge", False)]
+    ("name", "unseen"),
+    [
+        *((n, True) for n in ("maml_seed", "maml_dot", "ridge", "maml_mlp", "als", "own")),
+        ("maml_seed", False),
+        *(
+            pytest.param(n, True, marks=pytest.mark.slow)
+            for n in ("maml_seed_5", "maml_user_row", "no_tables", "item_knn")
+        ),
+        pytest.param("ridge", False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_list_is_that_of_one_plain_sort(name, unseen):
     method, known = {**LINEAR, **OTHERS}[name](), KNOWN if unseen else FULL

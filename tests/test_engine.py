@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from worlds import largest_difference
+from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import Column, MetarecError
@@ -25,7 +25,7 @@ from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 from metarec_jax.training.validation import validator
 
-DATA = synthetic(200, 100, ratings_per_user=(8, 20), seed=0).data
+DATA = ids_alone(synthetic(200, 100, ratings_per_user=(8, 20), seed=0).data)
 
 
 def learner():

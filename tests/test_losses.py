@@ -1,5 +1,7 @@
 """Losses: arithmetic in numpy, and no nan at any order of derivative."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,17 @@ def slow(name: str, s: np.ndarray, t: np.ndarray, w: np.ndarray) -> float:
     return top / bottom
 
 
+@cache
+def derivatives(name: str):
+    """One program: value, first, second and third derivative by the scores, and the derivative by the weights."""
+
+    def f(s, t, w):
+        return LOSSES[name](s, t, where=w)
+
+    orders = (f, jax.grad(f), jax.hessian(f), jax.jacfwd(jax.hessian(f)), jax.grad(f, 2))
+    return jax.jit(lambda s, t, w: [order(s, t, w) for order in orders])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_its_definition_with_fractional_weights(name):
     np.testing.assert_allclose(LOSSES[name](S, T, where=W), slow(name, S, T, W), rtol=1e-5)
@@ -48,25 +61,23 @@ def test_leading_axes_are_batch_and_no_mask_means_all(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_masked_out_changes_neither_value_nor_derivatives(name):
-    loss, garbage = LOSSES[name], jnp.array([1e30, jnp.nan, jnp.inf])
+    garbage = jnp.array([1e30, jnp.nan, jnp.inf])
     pad = lambda a, v: jnp.concatenate([jnp.asarray(a), v])  # noqa: E731
     s, t, w = pad(S, garbage), pad(T, garbage[::-1]), pad(W, jnp.zeros(3))
-    f = lambda s: loss(s, t, where=w)  # noqa: E731
-    g = lambda s: loss(s, T, where=W)  # noqa: E731
-    np.testing.assert_allclose(f(s), g(S), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(f)(s)[:5], jax.grad(g)(jnp.asarray(S)), rtol=1e-5)
-    assert not np.any(jax.grad(f)(s)[5:])
-    np.testing.assert_allclose(jax.hessian(f)(s)[:5, :5], jax.hessian(g)(jnp.asarray(S)), rtol=1e-4, atol=1e-6)
-    assert np.isfinite(jax.jacfwd(jax.hessian(f))(s)).all()
+    (value, slope, hessian, third, _), want = derivatives(name)(s, t, w), derivatives(name)(S, T, W)
+    np.testing.assert_allclose(value, want[0], rtol=1e-6)
+    np.testing.assert_allclose(slope[:5], want[1], rtol=1e-5)
+    assert not np.any(slope[5:])
+    np.testing.assert_allclose(hessian[:5, :5], want[2], rtol=1e-4, atol=1e-6)
+    assert np.isfinite(third).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", [np.zeros(5), np.ones(5), T])
 def test_lists_with_nothing_to_learn_have_finite_derivatives_of_every_order(name, target):
     for where in (np.zeros(5, np.float32), np.ones(5, np.float32), W):
-        f = lambda s, w, target=target: LOSSES[name](s, jnp.asarray(target, jnp.float32), where=w)  # noqa: E731
-        for derivative in (f, jax.grad(f), jax.hessian(f), jax.jacfwd(jax.hessian(f)), jax.grad(f, 1)):
-            assert np.isfinite(derivative(jnp.asarray(S), jnp.asarray(where))).all()
+        for derivative in derivatives(name)(S, target.astype(np.float32), where):
+            assert np.isfinite(derivative).all()
     assert float(LOSSES[name](S, target, where=np.zeros(5, np.float32))) == 0.0
 
 
@@ -78,9 +89,7 @@ def test_derivative_with_respect_to_a_weight_is_the_finite_difference(name):
         up[i] += step
         down[i] -= step
         difference = (slow(name, S, T, up) - slow(name, S, T, down)) / (2 * step)
-        np.testing.assert_allclose(
-            jax.grad(lambda w: LOSSES[name](S, T, where=w))(jnp.asarray(W))[i], difference, atol=1e-4
-        )
+        np.testing.assert_allclose(derivatives(name)(S, T, W)[4][i], difference, atol=1e-4)
 
 
 def test_arithmetic_by_hand():

@@ -21,7 +21,7 @@ def both(model: Model, batch: Task, **options) -> tuple[list, list]:
     """Loss and gradients of a batch, low-rank and plain."""
     found = []
     for thin in (True, False):
-        learner = learners.maml(model, inner_lr=0.05, inner_steps=1, low_rank=thin, **options)
+        learner = learners.maml(model, low_rank=thin, **{"inner_lr": 0.05, "inner_steps": 1, **options})
         params = double(jax.jit(learner.init)(jax.random.key(0)))
         (loss, _), grads, _ = jax.jit(partial(loss_and_grads, learner))(params, batch, jax.random.key(1))
         found.append([loss, grads])
@@ -30,7 +30,7 @@ def both(model: Model, batch: Task, **options) -> tuple[list, list]:
 
 def low(model: Model, batch: Task, steps: int) -> set[str]:
     """The matrices that `maml` keeps low-rank for one task of the batch."""
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     moving = {
         "net/" + k: v
         for k, v in jax.tree_util.tree_leaves_with_path(params["net"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from worlds import largest_difference
+from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
@@ -16,7 +16,7 @@ from metarec_jax.data.tasks import task_source
 from metarec_jax.training.devices import budget as memory
 from metarec_jax.training.loop import fit
 
-DATA = synthetic(60, 40, ratings_per_user=(8, 12), seed=0).data
+DATA = ids_alone(synthetic(60, 40, ratings_per_user=(8, 12), seed=0).data)
 GIB = 2**30
 
 

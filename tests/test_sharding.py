@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from worlds import largest_difference
+from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
@@ -22,7 +22,9 @@ from metarec_jax.training.loop import _chunk_runner, _start, fit
 from metarec_jax.training.row_optimizers import lazy_adam, row_adagrad, update_rows
 from metarec_jax.training.step import Optimizers, make_step
 
-DATA = synthetic(300, 5000, ratings_per_user=(8, 20), seed=0).data  # 5,001 rows of items: a table that is cut
+DATA = ids_alone(
+    synthetic(300, 5000, ratings_per_user=(8, 20), seed=0).data
+)  # 5,001 rows of items: a table that is cut
 SOURCE = task_source(DATA, tasks=16, support=(2, 6), query=3, user_rows="own")
 DOT = models.content_model(DATA.columns, size=3)
 MLP = models.content_model(DATA.columns, size=3, head="mlp", hidden=(5,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import Column, Examples, Learner, Model, Table, Task
+from metarec_jax.data.interactions import Interactions
 from metarec_jax.learners import registry
 from metarec_jax.learners._cold_rows import made, with_cold_loss
 
@@ -19,6 +22,11 @@ COLUMNS = {
     "item_genre": Column("multi", 7),
     "item_year": Column("numeric", 1),
 }
+
+
+def ids_alone(data: Interactions) -> Interactions:
+    """Without features: programs half the size, where a test is not about them."""
+    return replace(data, user_features={}, item_features={})
 
 
 def content(head: str = "dot", size: int = 3) -> Model:
