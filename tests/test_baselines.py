@@ -387,11 +387,11 @@ def test_clicks_are_tuned_by_ranking_and_only_what_suits_them_is_fitted():
 
 
 def test_bad_input_is_refused_in_one_message():
-    with pytest.raises(MetarecError, match=r"bias wants ratings, .* use popularity"):
+    with pytest.raises(MetarecError, match=r"bias requires ratings, .* use popularity"):
         bias(CLICKED, catalogue(CLICKED))
     with pytest.raises(MetarecError, match="no baseline 'svd'; choose from random"):
         fit_baselines(RATED, KNOWN, names=["svd"])
-    with pytest.raises(MetarecError, match="wants interactions"):
+    with pytest.raises(MetarecError, match="requires interactions"):
         als(RATED.take(np.zeros(len(RATED), bool)), KNOWN)
     with pytest.raises(MetarecError, match="make the catalogue from the same data"):
         random(RATED, catalogue(CLICKED))

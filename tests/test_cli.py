@@ -402,7 +402,7 @@ def test_a_history_under_the_names_that_the_run_was_trained_with(named, capsys, 
     said = capsys.readouterr()
     rows = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
     assert {(user, len([r for r in rows if r["user_id"] == user])) for user in "ab"} == {("a", 11), ("b", 11)}
-    assert "1 repeated feedbacks" in said.err
+    assert "1 repeated ratings or clicks" in said.err
     once = own_folder / "once.csv"  # the last in time counts; and other names are given
     once.write_text("item,who,thing,stars\nx,a,7,5\nx,b,1,1\n")
     command = ["recommend", str(named), "--history", str(once), "-n", "11", "--rating-col", "stars", "--json"]
@@ -424,11 +424,11 @@ def test_a_title_of_two_items_and_one_that_is_an_id(named, capsys):
 
 def test_a_history_of_everything_is_refused_for_one_user_and_noted_for_many(named, capsys, own_folder):
     rates = [part for k in range(1, 13) for part in ("--rate", f"{k}=3")]
-    assert "nothing is left: all 12 items are in the history" in failure(capsys, "recommend", named, *rates)
+    assert "nothing to recommend: all 12 items are in the history" in failure(capsys, "recommend", named, *rates)
     table = own_folder / "all.csv"
     table.write_text("who,thing,mark\n" + "".join(f"a,{k},3\n" for k in range(1, 13)) + "b,1,3\n")
     assert cli.main(["recommend", str(named), "--history", str(table)]) == 0
-    assert "note: user a: nothing is left: all 12 items" in capsys.readouterr().err
+    assert "note: user a: nothing to recommend: all 12 items" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
@@ -452,7 +452,7 @@ def test_a_user_of_whom_only_features_are_known(named, capsys, own_folder):
     assert cli.main(["recommend", str(named), "--user", "age=41.5", "--user", "gender=X", "-n", "3", "--json"]) == 0
     said = capsys.readouterr()
     assert "only features are known" in said.out
-    assert "note: user_gender 'X' was never seen, and counts as unknown" in said.err
+    assert "note: user_gender 'X' is not in the data, and counts as unknown" in said.err
     alone = json.loads(said.out.strip().splitlines()[-1])["recommendations"]
     people = own_folder / "new_people.csv"
     people.write_text("who,age,gender,shoe\n7,41.5,X,9\n8,,F,9\n")

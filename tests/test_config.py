@@ -67,7 +67,7 @@ def test_what_is_not_given_has_its_default():
         ({"split": {"test": 1.5}}, "split.test must be between 0 and 0.9"),
         ({"split": {"scenarios": ["cold"]}}, "'cold' is not known; perhaps you meant"),
         ({"tasks": {"support": [3]}}, "tasks.support expected a list of 2 whole numbers"),
-        ({"tasks": {"support": [9, 3]}}, "the fewest, 9, is more than the most, 3"),
+        ({"tasks": {"support": [9, 3]}}, "the minimum, 9, is more than the maximum, 3"),
         ({"tasks": {"negatives": -1}}, "tasks.negatives must be 0 or more"),
         ({"model": {"hidden": [64, 0]}}, "model.hidden must be 1 or more, got 0"),
     ],

@@ -85,7 +85,7 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "index").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setattr(datasets, "_told", set())
+    monkeypatch.setattr(datasets, "_licences_printed", set())
     table = Dataset(
         title="Tiny",
         counts=(2, 3, 4),
@@ -156,15 +156,15 @@ def test_original_files_may_be_gzipped(tiny):
     assert len(load("tiny", data_dir=tiny, offline=True)) == 4
 
 
-def test_the_licence_is_told_once(tiny, capsys, monkeypatch):
+def test_the_licence_is_printed_once(tiny, capsys, monkeypatch):
     _put_originals(tiny / "tiny")
     for _ in range(2):
         load("tiny", data_dir=tiny)
-        monkeypatch.setattr(datasets, "_told", set())  # as in another process
+        monkeypatch.setattr(datasets, "_licences_printed", set())  # as in another process
     assert capsys.readouterr().err.count("Tiny is licensed.") == 1
 
 
-def test_a_corrupt_cache_is_told_and_fetched_again(tiny, capsys):
+def test_a_corrupt_cache_is_reported_and_fetched_again(tiny, capsys):
     _zip(tiny / "tiny.zip", "tiny/", ORIGINAL_BYTES)
     want = load("tiny", data_dir=tiny)
     cached = tiny / "tiny" / "metarec-1.parquet"
@@ -173,7 +173,9 @@ def test_a_corrupt_cache_is_told_and_fetched_again(tiny, capsys):
     cached.write_bytes(raw)
     capsys.readouterr()
     assert same(load("tiny", data_dir=tiny), want)
-    assert "not usable (its sha256" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cannot use cache" in err
+    assert "its sha256" in err
     load("tiny", data_dir=tiny, offline=True)
     assert capsys.readouterr().err == ""
 
@@ -183,13 +185,13 @@ def test_an_edited_file_is_refused_and_told(tiny, capsys):
     (tiny / "tiny" / "u.data").write_bytes(ORIGINAL_BYTES["u.data"] + b"7\t5\t1\t9\n")
     _zip(tiny / "tiny.zip", "tiny/", ORIGINAL_BYTES)
     assert len(load("tiny", data_dir=tiny)) == 4
-    assert "u.data has sha256" in capsys.readouterr().err
+    assert "u.data: expected sha256" in capsys.readouterr().err
 
 
 def test_wrong_counts_are_refused(tiny, monkeypatch):
     _put_originals(tiny / "tiny")
     monkeypatch.setitem(datasets.DATASETS, "tiny", replace(datasets.DATASETS["tiny"], counts=(2, 3, 5)))
-    with pytest.raises(MetarecError, match=r"users, items, rows are \(2, 3, 4\), and should be \(2, 3, 5\)"):
+    with pytest.raises(MetarecError, match=r"users, items, rows: expected \(2, 3, 5\), got \(2, 3, 4\)"):
         load("tiny", data_dir=tiny, offline=True)
 
 
@@ -199,7 +201,7 @@ def test_when_all_sources_fail_each_is_named(tiny):
         load("tiny", data_dir=tiny / "cache")
     message = str(raised.value)
     firsts = [line.split()[0] for line in message.splitlines()]
-    assert firsts == ["tiny:", "cache", "original", "archive", "wheel", "put"]
+    assert firsts == ["tiny:", "cache", "original", "archive", "wheel", "copy"]
     assert "not a zip file" in message
     assert "No matching distribution" in message
     assert not (tiny / "cache").exists()
@@ -219,7 +221,7 @@ def test_an_archive_cannot_write_outside_or_swell(tiny, monkeypatch):
 def test_offline_reaches_for_nothing(tiny, monkeypatch):
     monkeypatch.setattr(datasets, "_from_archive", None)
     monkeypatch.setattr(datasets, "_from_wheel", None)
-    with pytest.raises(MetarecError, match="connect once"):
+    with pytest.raises(MetarecError, match="load it once"):
         load("tiny", data_dir=tiny, offline=True)
 
 
@@ -227,7 +229,7 @@ def test_a_cache_that_cannot_be_written_is_told(tiny, capsys):
     _zip(tiny / "tiny.zip", "tiny/", ORIGINAL_BYTES)
     (tiny / "file").write_text("in the way")
     assert len(load("tiny", data_dir=tiny / "file")) == 4
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot write to" in capsys.readouterr().err
 
 
 def test_names(tmp_path):

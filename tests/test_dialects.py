@@ -36,7 +36,7 @@ def test_decimal_commas_are_read_and_said(tmp_path):
 def test_commas_that_may_mean_thousands_or_nothing_are_refused(tmp_path, values):
     path = write(tmp_path / "a.csv", f"user;item;rating\n1;1;{values[0]}\n2;1;{values[1]}\n")
     assert "is not a number" in refused(path)
-    with pytest.raises(MetarecError, match="are no numbers"):
+    with pytest.raises(MetarecError, match="are not 32-bit numbers"):
         prepare([path], tmp_path / "store", say=lambda _: None)
 
 
@@ -88,21 +88,27 @@ def test_json_of_reviews_keeps_numbers_and_missing_values(tmp_path):
     assert data.titles.tolist() == ["Heat", "B"]
     assert data.item_features["item_tags"].vocabulary.ids.tolist() == ["x", "y"]
     assert list(data.item_features) == ["item_tags"]
-    assert "item column 'more' holds objects: no feature" in data.notes
+    assert "item column 'more' holds objects: not a feature" in data.notes
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"user": {"id": 1}, "item": 2}\n{"user": 3, "item": 2}\n', "line 1 of .*'user' holds an object or a list"),
-        ('{"user": 1, "item": 2}\n{"user": 3, "item": [2]}\n', "line 2 of .*'item' holds an object or a list"),
+        (
+            '{"user": {"id": 1}, "item": 2}\n{"user": 3, "item": 2}\n',
+            "line 1 of .*'user': expected one value per row, got an object or a list",
+        ),
+        (
+            '{"user": 1, "item": 2}\n{"user": 3, "item": [2]}\n',
+            "line 2 of .*'item': expected one value per row, got an object or a list",
+        ),
         ('{"user": 1, "item": 2}\n{"user": 3, "item"\n', "line 2 of .* is not JSON"),
         ('{"user": 1, "item": 2}\n[3, 4]\n', "line 2 of .* is not a JSON object"),
         ('[{"user": 1, "item": 2}, 7]', "entry 2 of .* is not a JSON object"),
         ('[{"user": 1, "item": 2}', "is not JSON"),
         ('{\n "data": [{"user": 1, "item": 2}]\n}\n', "one JSON object per line, or an array of objects"),
         ('{"thing": 1, "item": 2}\n', "no user column by a usual name; its columns are: thing, item"),
-        ("[]", "holds no rows"),
+        ("[]", "has no rows"),
     ],
 )
 def test_json_that_is_no_table_is_refused(tmp_path, text, said):
@@ -112,7 +118,9 @@ def test_json_that_is_no_table_is_refused(tmp_path, text, said):
 
 def test_prepare_refuses_json_with_a_way_out(tmp_path):
     path = write(tmp_path / "clicks.jsonl", "".join(json.dumps(row) + "\n" for row in CLICKS))
-    with pytest.raises(MetarecError, match=r"is JSON.*COPY \(FROM '.*clicks.jsonl'\) TO '.*clicks.parquet'"):
+    with pytest.raises(
+        MetarecError, match=r"expected CSV or Parquet, got JSON.*COPY \(FROM '.*clicks.jsonl'\) TO '.*clicks.parquet'"
+    ):
         prepare([path], tmp_path / "store", say=lambda _: None)
 
 
@@ -120,7 +128,7 @@ def test_a_rating_that_stands_for_none_is_noted():
     """Book-Crossing: 6 of 10 ratings are 0, the others 6 to 10."""
     rating = [0] * 6 + [6, 8, 10, 7]
     frame = pd.DataFrame({"user": range(10), "item": range(10), "rating": rating})
-    said = "60% of the ratings are 0, far from the rest (mean 7.75)"
+    said = "60% of the ratings are 0, far from the others (mean 7.75)"
     assert any(note.startswith(said) for note in from_pandas(frame).notes)
     jester = frame.assign(rating=[99] * 4 + [-9, -3, 4, 9, 1, 2])
     assert any(note.startswith("40% of the ratings are 99, far") for note in from_pandas(jester).notes)
@@ -138,7 +146,7 @@ def test_a_rating_that_stands_for_none_is_noted():
 def test_prepare_notes_a_rating_that_stands_for_none(tmp_path):
     body = "".join(f"{k},{k},{r}\n" for k, r in enumerate([0] * 6 + [6, 8, 10, 7]))
     store = prepare([write(tmp_path / "a.csv", "user,item,rating\n" + body)], tmp_path / "store", say=lambda _: None)
-    assert any(note.startswith("60% of the ratings are 0, far from the rest (mean 7.75)") for note in store.notes)
+    assert any(note.startswith("60% of the ratings are 0, far from the others (mean 7.75)") for note in store.notes)
 
 
 def test_a_folder_that_holds_one_json_file(tmp_path):
@@ -164,7 +172,7 @@ def test_a_title_of_two_items_is_noted():
     frame = pd.DataFrame({"user": [1, 2, 1], "item": [3, 4, 5], "rating": [1, 2, 3]})
     films = pd.DataFrame({"item": [3, 4, 5], "title": ["Hamlet", "Hamlet", "Heat"]})
     notes = from_pandas(frame, item_features=films).notes
-    assert "1 title is that of several items (such as 'Hamlet', ids 3 and 4): name these by their ids" in notes
+    assert "1 title belongs to several items (such as 'Hamlet', ids 3 and 4): refer to these by their ids" in notes
 
 
 def test_of_a_repeated_item_the_last_in_time_stands_last(tmp_path):
@@ -202,7 +210,7 @@ def test_a_path_below_the_home_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["https://example.org/a.csv", "s3://bucket/a.parquet", "file:///a.csv"])
 def test_a_url_is_refused_as_such(tmp_path, url):
-    said = f"{url} is a URL, and files are read here. Download it"
+    said = f"{url} is a URL, expected a local file. Download it"
     assert refused(url).startswith(said)
     for opens in (load_data, read_histories, lambda u: prepare([u], tmp_path / "s", say=lambda _: None)):
         with pytest.raises(MetarecError) as caught:
@@ -224,7 +232,7 @@ def test_rows_without_a_time_are_kept():
         }
     )
     data = from_pandas(frame)
-    assert "3 rows have no time: kept, but --by time and --order time require one of every row" in data.notes
+    assert "3 rows have no time: kept, but --by time and --order time require a time in every row" in data.notes
     assert len(data) == 5  # user 1 rates item 1 twice: at time 5, and at none, which is the earlier
     assert rows_of(data)[0][:3] == (1, 1, 1.0)
     assert not data.timed
@@ -239,7 +247,7 @@ def test_rows_without_a_time_are_kept_in_a_store(tmp_path):
     store = prepare([path], tmp_path / "store", say=lambda _: None)
     assert (store.interactions, store.untimed) == (3, 1)
     assert rows_of(load(store)) == [(1, 6, 4.0, NO_TIME), (1, 5, 3.0, 7), (2, 5, 5.0, 8)]
-    assert "1 rows have no time: kept, but --order time requires one of every row" in store.notes
+    assert "1 rows have no time: kept, but --order time requires a time in every row" in store.notes
     with pytest.raises(MetarecError, match=r"1 of the store .* have none"):
         stream_source(store, np.array([1, 2]), None, order="time")
 
@@ -277,7 +285,7 @@ def test_binary_ids_of_parquet(tmp_path):
     pq.write_table(pa.table({**columns, "item": pa.array([b"\xff\xfe", b"a", b"b"], pa.binary())}), path)
     with pytest.raises(MetarecError, match="UTF8"):
         prepare([path], tmp_path / "store", fresh=True, say=lambda _: None)
-    assert "is bytes that are not UTF-8 text" in refused(path)
+    assert "is not UTF-8 text" in refused(path)
 
 
 def test_a_data_set_is_shown_in_a_line():

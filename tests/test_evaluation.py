@@ -196,7 +196,7 @@ def test_all_that_a_known_user_had_leaves_the_candidates_beyond_the_cut_of_the_s
     assert found.rows("falling", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 2), pytest.approx(1 / 6)]
     assert found.rows("falling", "warm")["support"].tolist() == [2, 1]
     assert found.notes[0] == (
-        "warm: 1 of 2 users had more before than the support of at most 2 shows; all of it leaves the candidates"
+        "warm: the known history of 1 of 2 users exceeds the support of at most 2; rankings exclude all of it"
     )
     alone = small(falling, {"warm": warm.take(np.array([False, True]))}, **options)
     assert alone.rows("falling", "warm")["catalogue_mrr"].tolist() == [pytest.approx(1 / 6)]
@@ -245,7 +245,7 @@ def test_a_candidate_whose_score_is_not_finite_is_refused(bad):
     """No query item has it, but the catalogue is ranked by it: 1 < nan is false, so that it would stand behind all."""
     scores = [bad, 1.0, 2.0, 4.0, 3.0, 2.0, 1.0, 6.0, bad]  # item 0 is none, item 8 in no query
     small({"by_item": constant(scores)})
-    with pytest.raises(MetarecError, match="'by_item' gave scores that are not finite for 2 of 2 tasks"):
+    with pytest.raises(MetarecError, match="'by_item' returned scores that are not finite for 2 of 2 tasks"):
         small({"by_item": constant(scores)}, catalogue_ranking=True, catalogue_topn=(2,))
 
 
@@ -482,7 +482,7 @@ def test_tasks_of_another_vocabulary_are_refused(part, row, message):
 
 def test_an_empty_scenario_is_noted():
     found = small(scenarios={"user_cold": TWO, "both_cold": TWO.take(np.arange(0))})
-    assert found.notes == ("both_cold: no tasks, left out",)
+    assert found.notes == ("both_cold: skipped, no tasks",)
     assert found.scenarios == ["user_cold"]
 
 

@@ -51,8 +51,8 @@ def test_kinds_of_features():
     assert data.item_features["item_tags"].values[:3].tolist() == [[0, 0], [2, 1], [1, 0]]
     assert data.titles[7] == "T7"
     for name in ("text", "zip_code"):
-        assert f"item column {name!r} differs on most rows, like a label: no feature" in data.notes
-    assert "item column 'constant' is the same everywhere: no feature" in data.notes
+        assert f"item column {name!r} differs on most rows, like a label: not a feature" in data.notes
+    assert "item column 'constant' has the same value in every row: not a feature" in data.notes
 
 
 def test_missing_features_are_the_unknown_value():
@@ -66,7 +66,7 @@ def test_missing_features_are_the_unknown_value():
 def test_long_lists_are_cut_and_that_is_said():
     data = items(tags=[[str(k) for k in range(40)], ["1"], ["2"]])
     assert data.item_features["item_tags"].values.shape == (4, 32)
-    assert "item column 'tags' has up to 40 values a row: the first 32 are kept (1 rows cut)" in data.notes
+    assert "item column 'tags' has up to 40 values per row: the first 32 are kept (1 rows truncated)" in data.notes
 
 
 def test_feature_rows_are_matched_by_id():
@@ -76,10 +76,10 @@ def test_feature_rows_are_matched_by_id():
     job = data.user_features["user_job"]
     assert job.vocabulary.ids.tolist() == ["clerk", "pilot"]
     assert job.values.tolist() == [0, 2, 1, 0]
-    assert "1 users of the user table have no interaction: left out" in data.notes
-    assert "1 repeated user ids in the user table: the last row counts" in data.notes
+    assert "1 users of the user table have no interaction: dropped" in data.notes
+    assert "1 repeated user ids in the user table: the last row is used" in data.notes
     assert "1 users have no row in the user table: their features are unknown" in data.notes
-    with pytest.raises(MetarecError, match="no id in column 'user' of the user table is among"):
+    with pytest.raises(MetarecError, match=r"no id in column 'user' of the user table .* is among"):
         from_pandas(frame, user_features=about.assign(user=77))
     with pytest.raises(MetarecError, match="no column of user ids; its columns are: job"):
         from_pandas(frame, user_features=about[["job"]])
@@ -114,12 +114,12 @@ SETS = [[g for k, g in enumerate(GENRES) if n >> k & 1] for n in (1, 2, 3, 6, 8,
 @pytest.mark.parametrize(
     ("spelled", "said"),
     [
-        (", ".join, "parted by ','"),
-        (",".join, "parted by ','"),
-        (";".join, "parted by ';'"),
-        ("; ".join, "parted by ';'"),
-        ("/".join, "parted by '/'"),
-        (" / ".join, "parted by '/'"),
+        (", ".join, "separated by ','"),
+        (",".join, "separated by ','"),
+        (";".join, "separated by ';'"),
+        ("; ".join, "separated by ';'"),
+        ("/".join, "separated by '/'"),
+        (" / ".join, "separated by '/'"),
         (repr, "written as a list"),
         (lambda row: str(np.array(row, object)), "written as a list"),
         (lambda row: json.dumps(row), "written as a list"),
@@ -193,7 +193,7 @@ def test_na_among_codes_of_two_letters_is_a_value(tmp_path):
     country = data.item_features["item_country"]
     assert country.vocabulary.ids.tolist() == ["DE", "NA", "US"]
     assert data.item_features["item_kind"].vocabulary.ids.tolist() == ["film", "serial"]
-    assert "item column 'country': 'NA' is a value, like the other codes of two letters" in data.notes
+    assert "item column 'country': 'NA' is read as a value, like the other two-letter codes" in data.notes
     ratings, table = tmp_path / "a.csv", tmp_path / "items.csv"
     pd.DataFrame({"user": [0, 1, 0, 1, 0], "item": range(5), "rating": range(5)}).to_csv(ratings, index=False)
     pd.DataFrame({"item": range(5), "country": codes, "n": ["NA", 1, 2, "NA", 3]}).to_csv(table, index=False)

@@ -145,8 +145,8 @@ def test_bad_names_and_settings_are_refused():
         ("random", {"reg": 3.0}, "random has no setting 'reg'; its settings are none"),
         ("sgd_mf", {"way": "row"}, "way 'row' requires fine_steps"),
         ("sgd_mf", {"way": "fold_in", "fine_steps": 3}, "'fold_in' takes no gradient steps, got fine_steps 3"),
-        ("sgd_mf", {"strength": float("nan")}, "must be numbers of 0 or more"),
-        ("sgd_mf", {"weight_decay": -1.0}, "must be numbers of 0 or more"),
+        ("sgd_mf", {"strength": float("nan")}, "must be numbers of at least 0"),
+        ("sgd_mf", {"weight_decay": -1.0}, "must be numbers of at least 0"),
         ("sgd_mf", {"strength": 0.0}, "requires a strength above 0"),
     ):
         with pytest.raises(MetarecError, match=message):

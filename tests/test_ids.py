@@ -148,7 +148,7 @@ def test_bytes_and_decimals_as_ids():
     coded = code_ids(pd.Series([b"it7", b"it7", None, "caf\u00e9".encode()], dtype=object))
     assert coded.ids.tolist() == ["caf\u00e9", "it7"]
     assert code_ids(pd.Series([Decimal("7.00"), Decimal("8")], dtype=object)).ids.tolist() == [7, 8]
-    with pytest.raises(MetarecError, match=r"column 'x': the id b'\\xff\\xfe' is bytes that are not UTF-8 text"):
+    with pytest.raises(MetarecError, match=r"column 'x': the id b'\\xff\\xfe' is not UTF-8 text"):
         code_ids(pd.Series([b"\xff\xfe", b"a"], dtype=object), name="x")
 
 

@@ -64,10 +64,10 @@ def test_no_cold_item_is_a_base_item():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"cold": (5, 16)}, "3 stages of 2, cold items of 5 to 16 interactions and base items above 18; give"),
-        ({"base_above": 12}, "base items above 12; give stages"),
+        ({"cold": (5, 16)}, r"got 3 stages of 2, cold=\(5, 16\), base_above=18"),
+        ({"base_above": 12}, "base_above=12"),
         ({"stage": 0, "cold": (0, 16)}, "3 stages of 0"),
-        ({"base_above": 99}, r"no item has more than 99 interactions \(the most is 24\)"),
+        ({"base_above": 99}, r"no item has more than 99 interactions \(the maximum is 24\)"),
         ({"cold": (9, 11)}, "no item has 9 to 11 interactions"),
     ],
 )
@@ -81,7 +81,7 @@ def test_the_cut_wants_times_and_clicks_want_ratings():
     bare = Interactions(data.user, data.item, None, None, data.users, data.items)
     with pytest.raises(MetarecError, match="warm_up requires the time of every interaction, and the data has none"):
         warm_up(bare)
-    with pytest.raises(MetarecError, match="no ratings to make clicks of"):
+    with pytest.raises(MetarecError, match="no ratings to convert to clicks"):
         clicks(bare)
     assert clicks(data).rating.tolist() == [float(r >= 4) for r in data.rating]
 
@@ -179,7 +179,9 @@ def test_an_epoch_is_every_interaction_once():
     assert got == rows_of(first)
 
 
-@pytest.mark.parametrize(("batch", "message"), [(3, "batch is 3; give an even"), (86, "there are 84 interactions")])
+@pytest.mark.parametrize(
+    ("batch", "message"), [(3, "batch must be an even number"), (86, "at most the 84 interactions")]
+)
 def test_a_batch_that_cannot_be_is_told(batch, message):
     with pytest.raises(MetarecError, match=message):
         epoch_source(world(), batch=batch)

@@ -45,9 +45,9 @@ def test_a_parquet_half_is_finished_in_place(tmp_path):
     finished = prepare([folder], folder, say=lambda line: None)
     assert finished.digest == whole.digest
     assert load(finished).rating.tolist() == [1.0, 2.0, 1.0]
-    with pytest.raises(MetarecError, match="is a task store already"):
+    with pytest.raises(MetarecError, match="is already a task store"):
         prepare([folder], folder)
-    with pytest.raises(MetarecError, match="is finished in place"):
+    with pytest.raises(MetarecError, match="is completed in place"):
         prepare([folder], tmp_path / "elsewhere")
 
 
@@ -58,15 +58,15 @@ GOOD = history(2, [2])
     ("histories", "said"),
     [
         ([history(2, [1]), history(1, [2])], "rows are not consecutive"),
-        ([history(1, [1])], "has 1 users, and the vocabulary 2"),
+        ([history(1, [1])], "has 1 users, and the vocabulary has 2"),
         ([history(1, [1, 4]), GOOD], "user row 1 has item row 4; rows are 1 to 3"),
         ([history(1, [0]), GOOD], "user row 1 has item row 0"),
         ([history(1, [1, 2], ratings=[1.0, float("nan")]), GOOD], "user row 1 has rating nan"),
         ([history(1, [1, 2], times=[5, 4]), GOOD], "user row 1 has times that do not ascend"),
         ([history(1, [1, 2], times=[5]), GOOD], "user row 1 has 2 items and 1 times"),
         ([history(1, [1, None]), GOOD], "items has missing values"),
-        ([history(1, ["x"]), GOOD], "items are object"),
-        ([{"user": 1, "items": 3}, {"user": 2, "items": 3}], "items is int64, and a list was wanted"),
+        ([history(1, ["x"]), GOOD], "items: expected rows of the vocabulary, got object"),
+        ([{"user": 1, "items": 3}, {"user": 2, "items": 3}], "items: expected a list, got int64"),
     ],
 )
 def test_a_bad_parquet_half_is_refused(tmp_path, histories, said):
@@ -82,7 +82,7 @@ def test_a_bad_parquet_half_is_refused(tmp_path, histories, said):
         ({"users": ("b", "a")}, "the ids do not ascend"),
         ({"users": ("a", "a")}, "the ids do not ascend"),
         ({"users": ("a", None)}, "the ids do not ascend"),
-        ({"items": (0.5, 1.5, 2.5)}, "ids of type double"),
+        ({"items": (0.5, 1.5, 2.5)}, "got double"),
     ],
 )
 def test_a_bad_vocabulary_is_refused(tmp_path, change, said):

@@ -275,18 +275,18 @@ def test_notes_say_what_was_assumed(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["user,item,rating", "1,5,4", "2,6,five", "3,6,1"], "'rating': 1 values are no numbers.*'five'"),
-        (["user,item,rating", "1,5,4", "1,6,3"], "all rows are of one user"),
-        (["user,item,rating", "1,5,4", "2,6,4"], "all ratings equal 4.0.*--implicit"),
-        (["user,item,rating", "1,5", "2,6,4"], "line 2 of .*data.csv has 2 fields where 3 were wanted"),
+        (["user,item,rating", "1,5,4", "2,6,five", "3,6,1"], "'rating': 1 values are not 32-bit numbers.*'five'"),
+        (["user,item,rating", "1,5,4", "1,6,3"], "all rows belong to one user"),
+        (["user,item,rating", "1,5,4", "2,6,4"], "all ratings are 4.0.*--implicit"),
+        (["user,item,rating", "1,5", "2,6,4"], "line 2 of .*data.csv: expected 3 fields"),
         (
             ["user,item,time", "1,5,2020-01-01", "2,6,soon", "2,6,2020-01-02"],
-            "'time': 1 values such as 'soon' are no ISO",
+            "'time': 1 values such as 'soon' are not ISO",
         ),
-        (["user,item,time", "1,5,12", "2,6,soon", "2,6,13"], "'soon' are no number of seconds"),
+        (["user,item,time", "1,5,12", "2,6,soon", "2,6,13"], "'soon' are not numbers of seconds"),
         (["user,thing,rating", "1,5,4", "2,6,3"], "no item column by a usual name"),
-        (["user,item,rating"], "holds a header .* and no rows"),
-        (["user,item,rating", "1,,4", "2,,3"], "no row has a user, an item"),
+        (["user,item,rating"], "has a header .* and no rows"),
+        (["user,item,rating", "1,,4", "2,,3"], "no row has a value in every required column"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, lines, said):
@@ -297,7 +297,7 @@ def test_bad_tables_are_refused(tmp_path, lines, said):
 def test_bad_columns_of_parquet_are_refused(tmp_path):
     frame = table()
     halves = written(frame.assign(user_id=frame["user_id"] + 0.5), tmp_path / "halves.parquet")
-    assert "600 values are fractions" in refused(tmp_path, halves)
+    assert "got 600 fractions" in refused(tmp_path, halves)
     lists = written(frame.assign(item_id=[[1]] * len(frame)), tmp_path / "lists.parquet")
     assert "values of type LIST cannot be ids" in refused(tmp_path, lists)
     whole = written(frame.astype({"user_id": float, "item_id": float}), tmp_path / "whole.parquet")
@@ -311,17 +311,17 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     c = written(frame.rename(columns={"rating": "liked"}), tmp_path / "c.parquet")
     assert "has no column 'rating'" in refused(tmp_path, a, c)
     d = written(frame[COLUMNS[::-1]], tmp_path / "d.csv")
-    assert "laid out otherwise" in refused(tmp_path, b, d)
+    assert "has another layout" in refused(tmp_path, b, d)
     assert "there is no file" in refused(tmp_path, tmp_path / "none*.csv")
 
 
-def test_limits_are_told(tmp_path, monkeypatch):
+def test_limits_are_stated(tmp_path, monkeypatch):
     path = written(table(), tmp_path / "data.parquet")
     for memory in ("2 bananas", "1KB", "-2GB", "nan"):
-        assert "a size such as 2GB" in refused(tmp_path, path, memory=memory)
+        assert "such as 2GB" in refused(tmp_path, path, memory=memory)
     usage = namedtuple("usage", "free")(10_000)  # 600 rows at 40 bytes are 24,000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "GB of disk while it is made" in refused(tmp_path, path)
+    assert "GB of disk, and" in refused(tmp_path, path)
 
 
 def test_what_is_there_stays(tmp_path):
@@ -329,15 +329,15 @@ def test_what_is_there_stays(tmp_path):
     path = written(table(), tmp_path / "data.parquet")
     other = written(table(seed=1), tmp_path / "other.parquet")
     old = made(tmp_path, path)
-    with pytest.raises(MetarecError, match=r"is a task store already.*--fresh"):
+    with pytest.raises(MetarecError, match=r"is already a task store.*--fresh"):
         made(tmp_path, other)
-    with pytest.raises(MetarecError, match="all rows are of one user"):
+    with pytest.raises(MetarecError, match="all rows belong to one user"):
         made(tmp_path, rows(tmp_path / "one.csv", "user,item", "1,2", "1,3"), fresh=True)
     assert open_store(tmp_path / "store").digest == old.digest
     assert made(tmp_path, other, fresh=True).digest != old.digest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.parquet", "one.csv", "other.parquet", "store"]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(MetarecError, match="is there and is no task store"):
+    with pytest.raises(MetarecError, match="exists and is not a task store"):
         made(tmp_path, path, name="mine", fresh=True)
 
 
@@ -393,17 +393,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert any(line.startswith("sort: 600 rows in ") for line in lines)
     assert "next: metarec fit stores/log" in lines
     assert cli.main(["prepare", "log.parquet"]) == 2
-    assert capsys.readouterr().err.startswith("error: stores/log is a task store already")
+    assert capsys.readouterr().err.startswith("error: stores/log is already a task store")
     assert cli.main(["prepare"]) == 2
 
 
-def test_phases_tell_how_far_they_are(monkeypatch):
+def test_phases_print_how_far_they_are(monkeypatch):
     """Every 15 s of a phase; here after every call: 50 of 100 rows, then the whole."""
     said: list[str] = []
-    spoken = preparing._Spoken(said.append)
-    monkeypatch.setattr(preparing._Spoken, "EVERY", -1.0)
-    with spoken("pack", 100) as tell:
-        tell(50)
+    phase = preparing._Phases(said.append)
+    monkeypatch.setattr(preparing._Phases, "EVERY", -1.0)
+    with phase("pack", 100) as progress:
+        progress(50)
     assert said[0] == "pack ..."
     assert said[1].startswith("  pack: 50 of 100 rows, ")
     assert said[2].startswith("pack: 100 rows in ")

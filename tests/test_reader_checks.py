@@ -28,9 +28,9 @@ def test_duplicates():
     untimed = frame.drop(columns="timestamp")
     assert rows_of(from_pandas(untimed))[0] == (1, 5, 4.0)
     assert rows_of(from_pandas(untimed, duplicates="first"))[0] == (1, 5, 1.0)
-    with pytest.raises(MetarecError, match=r"user 1 and item 5 stand on frame.iloc\[0\] and on frame.iloc\[1\]"):
+    with pytest.raises(MetarecError, match=r"user 1 and item 5 occur on frame.iloc\[0\] and on frame.iloc\[1\]"):
         from_pandas(frame, duplicates="error")
-    with pytest.raises(MetarecError, match="give 'last', 'first', 'mean' or 'error'"):
+    with pytest.raises(MetarecError, match="must be 'last', 'first', 'mean' or 'error'"):
         from_pandas(frame, duplicates="both")  # type: ignore[arg-type]
 
 
@@ -56,14 +56,14 @@ def test_a_rating_that_is_no_number_is_refused_by_line(tmp_path, value):
     body = "user;item;rating\n\n1;1;5\n2;1;" + value + "\n"
     message = refused(write(tmp_path / "a.csv", body))
     assert message.startswith(f"line 4 of {tmp_path / 'a.csv'}, column 'rating': ")
-    assert ("not a number" if value in ("abc", "3,5,5") else "a finite number was wanted") in message
+    assert ("not a number" if value in ("abc", "3,5,5") else "expected a finite number") in message
 
 
 def test_a_bad_rating_in_a_table_is_refused_by_row():
     frame = pd.DataFrame({"user": [1, 2], "item": [1, 2], "rating": ["5", "five"]})
     with pytest.raises(MetarecError, match=r"frame.iloc\[1\], column 'rating': 'five' is not a number"):
         from_pandas(frame)
-    with pytest.raises(MetarecError, match=r"frame.iloc\[0\], column 'rating': inf"):
+    with pytest.raises(MetarecError, match=r"frame.iloc\[0\], column 'rating': expected a finite number, got inf"):
         from_pandas(frame.assign(rating=[np.inf, 1.0]))
 
 
@@ -72,23 +72,23 @@ def test_a_bad_rating_in_a_table_is_refused_by_row():
     [
         (b"", "is empty"),
         (b"\n \n", "is empty"),
-        (b"user_id,item_id,rating\n", "holds a header (user_id, item_id, rating) and no rows"),
-        (b"user,item,rating\n1,2,3\n1,2\n2,2,1\n", "line 3 of {path} has 2 fields where 3 were wanted"),
-        (b"user,item,rating\n1,2,3\n2,2,1\n1,", "line 4 of {path} has 2 fields where 3 were wanted"),
-        (b"user,item,rating\n1,2,3,4\n2,2,3,4\n", "line 2 of {path} has 4 fields where 3 were wanted"),
-        (b"user,item,rating\n1,2,3\n1,3,2\n", "all rows are of one user (1)"),
-        (b"user,item,rating\n1,2,1\n2,3,1\n", "all ratings equal 1"),
+        (b"user_id,item_id,rating\n", "has a header (user_id, item_id, rating) and no rows"),
+        (b"user,item,rating\n1,2,3\n1,2\n2,2,1\n", "line 3 of {path}: expected 3 fields (user, item, rating), got 2"),
+        (b"user,item,rating\n1,2,3\n2,2,1\n1,", "line 4 of {path}: expected 3 fields (user, item, rating), got 2"),
+        (b"user,item,rating\n1,2,3,4\n2,2,3,4\n", "line 2 of {path}: expected 3 fields (user, item, rating), got 4"),
+        (b"user,item,rating\n1,2,3\n1,3,2\n", "all rows belong to one user (1)"),
+        (b"user,item,rating\n1,2,1\n2,3,1\n", "all ratings are 1"),
         (b"user,item,rating\n,2,1\n2,,1\n", "every row of {path} lacks a value"),
         (b"user,item,rating\n1,2,3\n2,caf\xe9,4\n", "line 3 of {path} is not UTF-8 text (byte 0xe9)"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "holds binary data"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "got binary data"),
         (b"PK\x03\x04rest", "zip archive"),
-        (b"just some words\nand more of them\n", "are not parted by a comma"),
-        (b"\x1f\x8b\x08\x00rub", "cut off"),
+        (b"just some words\nand more of them\n", "expected fields separated by a comma"),
+        (b"\x1f\x8b\x08\x00rub", "truncated"),
         (
             gzip.compress(b"")[:10] + b"\xff" * 400,  # a block type that there is not
             "cannot be read",
         ),
-        (b"PAR1rubbish", "damaged or cut off"),
+        (b"PAR1rubbish", "damaged or truncated"),
     ],
 )
 def test_files_that_are_refused(tmp_path, content, said):
@@ -114,10 +114,10 @@ def test_cut_files_are_refused(tmp_path):
     rows = "".join(f"{k},{k * 7919 % 10007},{k % 5}\n" for k in range(100_000))
     packed = gzip.compress(("user,item,rating\n" + rows).encode())
     (tmp_path / "b.csv.gz").write_bytes(packed[: len(packed) // 2])
-    assert "cut off. Get it again" in refused(tmp_path / "b.csv.gz")
+    assert "truncated. Download it again" in refused(tmp_path / "b.csv.gz")
     pd.DataFrame(ROWS, columns=["user", "item", "rating", "time"]).to_parquet(tmp_path / "c.parquet")
     (tmp_path / "c.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:200])
-    assert "damaged or cut off" in refused(tmp_path / "c.parquet")
+    assert "damaged or truncated" in refused(tmp_path / "c.parquet")
 
 
 def test_whatever_a_damaged_file_holds_the_reader_gives_data_or_one_message(tmp_path):
@@ -146,7 +146,7 @@ def test_paths_that_are_refused(tmp_path):
     assert "there is no file" in refused(path, item_features=tmp_path / "none.csv")
     if os.geteuid():
         path.chmod(0)
-        assert "may not be read" in refused(path)
+        assert "no permission to read" in refused(path)
 
 
 def test_ratings_all_equal_are_read_when_said_to_be_implicit(tmp_path):

@@ -95,12 +95,12 @@ def test_movielens_1m_layout(tmp_path):
     assert data.titles.tolist() == ["Père: Fils (1995)", "Heat (1995)"]
     assert sorted(data.user_features) == ["user_age", "user_gender", "user_occupation", "user_zip_code"]
     assert data.item_features["item_genres"].vocabulary.ids.tolist() == ["Action", "Drama", "War"]
-    assert "1 items of the item table have no interaction: left out" in data.notes
+    assert "1 items of the item table have no interaction: dropped" in data.notes
     assert data.name == tmp_path.name
     more = read(tmp_path, unrated_items=True)
     assert more.items.ids.tolist() == [2, 9, 11]
     assert rows_of(more) == rows_of(data)
-    assert "1 items without an interaction kept from the item table" in more.notes
+    assert "1 items without an interaction are added from the item table" in more.notes
 
 
 def test_movielens_100k_layout(tmp_path):
@@ -137,7 +137,7 @@ def test_side_files_by_name(tmp_path):
 
 
 def test_a_folder_must_hold_one_table(tmp_path):
-    assert "holds no table of interactions" in refused(tmp_path)
+    assert "has no table of interactions" in refused(tmp_path)
     write(tmp_path / "a.csv", text(","))
     write(tmp_path / "b.csv", text(","))
     assert "several tables: a.csv, b.csv" in refused(tmp_path)
@@ -146,7 +146,7 @@ def test_a_folder_must_hold_one_table(tmp_path):
 def test_format_is_checked(tmp_path):
     path = write(tmp_path / "a.csv", text(","))
     assert rows_of(read(path, format="csv")) == ROWS
-    assert "to be read as 'parquet', and it is 'csv'" in refused(path, format="parquet")
+    assert "expected format 'parquet', got 'csv'" in refused(path, format="parquet")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_columns_without_a_header_go_by_position(tmp_path):
     assert rows_of(read(path, user_col="2", item_col="1")) == [("u1", 10, 5.0), ("u2", 10, 3.0)]
     timed = read(write(tmp_path / "b.csv", "u1,10,978300760\nu2,7,978300761\n"))
     assert timed.rating is None
-    assert timed.notes[0] == "no header: the columns are taken for user_id, item_id, timestamp"
+    assert timed.notes[0] == "no header: the columns are read as user_id, item_id, timestamp"
 
 
 def test_implicit_feedback(tmp_path):
@@ -190,7 +190,7 @@ def test_implicit_feedback(tmp_path):
     rated = read(write(tmp_path / "b.csv", text(",")), implicit=True, timestamp_col="")
     assert rated.rating is None
     assert rated.timestamp is None
-    assert "ratings were left out, as asked (implicit)" in rated.notes
+    assert "ratings are ignored (implicit)" in rated.notes
 
 
 def test_ids_come_back_as_they_were_given(tmp_path):

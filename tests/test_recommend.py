@@ -141,7 +141,7 @@ def test_an_empty_history_gives_the_list_of_the_prior():
 def test_of_repeated_feedback_the_last_counts_and_is_noted():
     recommender = Recommender(ALS, DATA, KNOWN)
     out = recommender.recommend({"item_id": ["m3", "m7", "m3"], "rating": [1, 2, 5]})
-    assert out.notes == ("1 repeated feedbacks: the last on each item counts",)
+    assert out.notes == ("1 repeated ratings or clicks: the last of each item is used",)
     once = recommender.recommend({"m7": 2, "m3": 5})
     assert [(r.item_id, r.score) for r in out] == [(r.item_id, pytest.approx(r.score, abs=1e-5)) for r in once]
 
@@ -194,7 +194,7 @@ def test_user_features_reach_the_method_in_support_and_catalogue():
         {}, n=1, user_features={"job": "clerk", "user_tags": ["a", "b", "zz"], "age": 0.5}, explain=0
     )
     assert out[0].score == 100 * 2 + 10 * (1 + 2) + 0.5 + 1000 * 2
-    assert out.notes[0] == "user_tags 'zz' was never seen, and counts as unknown"
+    assert out.notes[0] == "user_tags 'zz' is not in the data, and counts as unknown"
     assert recommender.recommend({}, n=1, user_features={"job": "king"})[0].score == 0.0
 
 
@@ -309,9 +309,9 @@ def test_items_of_one_title_are_told_apart_by_id():
 def test_a_history_of_all_items_leaves_nothing_and_says_so():
     recommender = Recommender(ALS, DATA, KNOWN)
     every = {f"m{k}": 3 for k in range(1, 51)}
-    assert recommender.recommend(every).notes == ("nothing is left: all 50 items are in the history",)
+    assert recommender.recommend(every).notes == ("nothing to recommend: all 50 items are in the history",)
     many = recommender.recommend_many((["ann"] * 50 + ["bo"], [*every, "m1"], [3] * 51))
-    assert many.notes[0] == "user ann: nothing is left: all 50 items are in the history"
+    assert many.notes[0] == "user ann: nothing to recommend: all 50 items are in the history"
     assert (len(many["ann"]), len(many["bo"])) == (0, 10)
 
 
@@ -358,7 +358,7 @@ def test_features_of_each_of_many_users():
     table = pd.DataFrame({"user": ["bo", "new"], "age": [60.0, np.nan], "job": ["clerk", "king"]})
     many = recommender.recommend_many((["ann", "bo"], ["m50", "m50"], [3, 3]), n=1, user_features=table)
     assert {user: many[user][0].score for user in many} == {"ann": 48, "bo": 48 + 2000 + 200, "new": 48}
-    assert many.notes == ("user new: user_job 'king' was never seen, and counts as unknown",)
+    assert many.notes == ("user new: user_job 'king' is not in the data, and counts as unknown",)
     alone = recommender.recommend({"m50": 3}, n=1, user_features={"age": 60, "job": "clerk"})
     assert alone[0].score == many["bo"][0].score
     with pytest.raises(MetarecError, match="no user feature 'shoe'"):

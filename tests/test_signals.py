@@ -180,7 +180,7 @@ def test_each_phase_of_fit_ends_and_what_was_computed_is_kept(tmp_path):
     assert "finished already" in text
     assert kept in text
     text = interrupted(signal.SIGTERM, "writing the report", *command)
-    assert "kept from before" in text  # what tuning found
+    assert "from an earlier run" in text  # what tuning found
     assert kept in text
     child = Child(METAREC, *command)
     status, text = child.ended()

@@ -158,15 +158,15 @@ def test_the_seed_decides_and_time_needs_none():
 def test_what_is_dropped_is_noted():
     s = split(synthetic(60, 40, ratings_per_user=(20, 20)).data, ("user_cold", "item_cold"))
     assert s.dropped
-    assert [f"split: {n} rows left out: {why}" for why, n in s.dropped.items()] == list(s.train.notes)
+    assert [f"split: {n} rows dropped: {why}" for why, n in s.dropped.items()] == list(s.train.notes)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"scenarios": ("cold",)}, "choose from warm, user_cold"),
-        ({"scenarios": ()}, "no scenario is given"),
-        ({"by": "date"}, "give 'random' or 'time'"),
+        ({"scenarios": ()}, "expected at least one scenario"),
+        ({"by": "date"}, "by must be 'random' or 'time'"),
         ({"test": 0.0}, "test must be above 0"),
         ({"test": 0.6, "validation": 0.4}, "their sum below 1"),
     ],
@@ -177,7 +177,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_no_timestamps_and_too_little_data():
-    with pytest.raises(MetarecError, match="take --by random"):
+    with pytest.raises(MetarecError, match="use --by random"):
         split(replace(interactions(20, 20, 0.5, 0), timestamp=None), by="time")
     with pytest.raises(MetarecError, match=r"to test both_cold \(.*\); give --scenarios user_cold .*--test, now 0.1"):
         split(interactions(10, 10, 0.9, 0), ("user_cold", "both_cold"), test=0.1, validation=0)
@@ -211,7 +211,7 @@ def test_a_scenario_that_cannot_be_validated_is_tested_and_noted():
     s = split(data, ("item_cold",), test=0.2, validation=0.1)
     assert set(s.test) == {"item_cold"}
     assert s.validation == {}
-    assert s.notes == ("item_cold is tested, and not validated: no user has 2 of the 60 rows of its validation part",)
+    assert s.notes == ("item_cold is tested but not validated: no user has 2 of the 60 rows of its validation part",)
 
 
 def test_data_too_small_for_anything_gets_one_message_with_all_options():
@@ -266,12 +266,12 @@ def test_a_partition_takes_vocabularies_and_features_from_data(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "arguments", "message"),
     [
-        ({"melu_state": "lukewarm"}, {}, "says lukewarm; known states"),
-        ({"melu_state": "warm"}, {}, "both are wanted"),
+        ({"melu_state": "lukewarm"}, {}, "has lukewarm; known states"),
+        ({"melu_state": "warm"}, {}, "expected warm rows and test scenarios"),
         ({"rating": "good"}, {}, "'good' is not a number"),
         ({"melu_state": None}, {}, r"line 2 of .*column 'melu_state', has no value"),
         ({"user_id": None}, {}, r"column 'user_id', has no value"),
-        ({}, {"state_col": "nope"}, "none for state"),
+        ({}, {"state_col": "nope"}, "no column for state"),
         ({}, {"validation": 1.0}, "below 1"),
     ],
 )

@@ -315,21 +315,21 @@ def test_a_damaged_store_stops_the_run_with_its_place(store, tmp_path):
     events[3 + 4 + 5, 0] = 99
     events.tofile(tmp_path / "store" / "events.bin")
     bad = open_store(tmp_path / "store")
-    with pytest.raises(MetarecError, match="interaction 0 of user row 4 is item row 99"):
+    with pytest.raises(MetarecError, match="interaction 0 of user row 4 has item row 99"):
         fit(learner(bad), stream_source(bad, tasks=4, support=(2, 8)), steps=20)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tasks": 0}, "tasks is 0"),
-        ({"support": (5, 3)}, "support is"),
+        ({"tasks": 0}, "tasks must be 1"),
+        ({"support": (5, 3)}, "support must be"),
         ({"item_drop": 1.5}, "item_drop is 1.5"),
         ({"cold_tasks": float("nan")}, "cold_tasks is nan"),
         ({"order": "file"}, "order='file'"),
         ({"user_rows": "mine"}, "user_rows 'mine'"),
         ({"seed": -1}, "seed is -1"),
-        ({"negatives": -1}, "negatives is -1"),
+        ({"negatives": -1}, "negatives must be 0"),
     ],
 )
 def test_bad_options_are_refused(store, options, said):

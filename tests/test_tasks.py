@@ -154,10 +154,10 @@ def test_fixed_negatives_are_uniform():
     [
         ({"order": "time"}, "--order time .* requires the time of every interaction, and the data has none"),
         ({"order": "tiem"}, "order 'tiem' is not known"),
-        ({"support": (5, 4)}, r"support is \(5, 4\)"),
-        ({"query": 0}, "query is 0; give 1 or more"),
-        ({"tasks": 0}, "tasks is 0; give 1 or more"),
-        ({"item_drop": 1.5}, "item_drop is 1.5; it is a chance, from 0 to 1"),
+        ({"support": (5, 4)}, r"support must be .* got \(5, 4\)"),
+        ({"query": 0}, "query must be 1 or more, got 0"),
+        ({"tasks": 0}, "tasks must be 1 or more, got 0"),
+        ({"item_drop": 1.5}, "item_drop is a probability, from 0 to 1, got 1.5"),
         ({"user_rows": "mine"}, "user_rows 'mine' is not known"),
     ],
 )
@@ -171,16 +171,16 @@ def test_a_source_says_what_is_wrong(options, message):
     [
         ({"item": np.full(60, 41)}, r"interaction 0 has item row 41, outside the rows 1\.\.40 of its vocabulary"),
         ({"user": np.zeros(60, int)}, "interaction 0 has user row 0"),
-        ({"user": np.ones(60)}, "of type float64, and whole numbers are wanted"),
-        ({"rating": np.ones(3)}, "rating has 3 entries and user 60"),
+        ({"user": np.ones(60)}, "of type float64, expected whole numbers"),
+        ({"rating": np.ones(3)}, "rating has 3 entries, and user has 60"),
         ({"rating": np.append(np.ones(59), np.nan)}, "the rating of interaction 59 is nan"),
         ({"item_features": {"genre": Feature("numeric", np.zeros((41, 1)))}}, "item_features has 'genre'; rename it"),
-        ({"item_features": {"item_x": Feature("numeric", np.zeros((40, 1)))}}, "has 40 rows and there are 41"),
+        ({"item_features": {"item_x": Feature("numeric", np.zeros((40, 1)))}}, "expected 41 rows, one per id"),
         (
             {"item_features": {"item_x": Feature("multi", np.full((41, 2), 3), Vocabulary(np.arange(2)))}},
             r"feature 'item_x' at row 0 has value 3, outside the rows 0\.\.2",
         ),
-        ({"titles": np.array(["one"])}, "there are 1 titles for 40 items"),
+        ({"titles": np.array(["one"])}, "expected 40 titles, one per item, got 1"),
     ],
 )
 def test_interactions_are_checked_where_they_enter(change, message):
@@ -219,7 +219,7 @@ def test_drawing_keeps_32_bits_in_double_precision(float64):
 
 
 def test_no_user_long_enough_is_told():
-    with pytest.raises(MetarecError, match=r"no user has 51 interactions .*the most is 30\), and --support 50 60"):
+    with pytest.raises(MetarecError, match=r"no user has 51 interactions .*the maximum is 30\), which --support 50 60"):
         t.task_source(history(), support=(50, 60))
 
 

@@ -1,4 +1,4 @@
-"""Plain methods, tuned as hard as the learners: closed forms, models trained by gradients, and their tuning."""
+"""Baselines, tuned as carefully as the learners: closed forms, models trained by gradient descent, and their tuning."""
 
 from metarec_jax.baselines.closed_form import (
     BASELINES,

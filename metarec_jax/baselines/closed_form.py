@@ -1,7 +1,8 @@
-"""Plain baselines, in closed form: what a meta-learner has to beat, and stands beside in every table.
+"""Baselines in closed form, which every table of results includes.
 
-Each factory ``name(train, known, ...)`` gives a fitted `Method`. Items come by ``inputs["item_id"]``; 0, the unknown,
-gets the prior. Hyperparameters of `adapt` and `predict` are in ``params``: refitting with others compiles nothing anew.
+Each factory ``name(train, known, ...)`` returns a fitted `Method`. ``inputs["item_id"]`` identifies items; row 0, the
+unknown item, gets the prior. Hyperparameters of `adapt` and `predict` are in ``params``, so that refitting with other
+values does not compile again.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ Factory = Callable[..., Method]
 def _ratings(train: Interactions, known: Catalogue, name: str, instead: str) -> np.ndarray:
     _check(train, known, name)
     if train.rating is None:
-        raise MetarecError(f"{name} wants ratings, and the data is implicit feedback; use {instead}")
+        raise MetarecError(f"{name} requires ratings, and the data is implicit feedback; use {instead}")
     return train.rating
 
 
 def _check(train: Interactions, known: Catalogue, name: str) -> None:
     if not len(train):
-        raise MetarecError(f"{name} wants interactions to fit, and got none; give it a training part with rows")
+        raise MetarecError(f"{name} requires interactions to fit, got none; use a training part with rows")
     if known.item_row.shape[0] != train.items.num_rows:
         raise MetarecError(
-            f"the catalogue has {known.item_row.shape[0]} item rows and the training data {train.items.num_rows}; "
+            f"the catalogue has {known.item_row.shape[0]} item rows, and the training data {train.items.num_rows}; "
             "make the catalogue from the same data"
         )
 
 
 def _weighted(support: Examples) -> tuple[Array, Array]:
-    """Targets with 0 in the padding, and weights."""
+    """Targets, 0 in the padding, and weights."""
     return jnp.where(support.mask > 0, support.target, 0.0), support.mask
 
 
@@ -58,9 +59,9 @@ def _nothing(params: Any, support: Examples, key: Array) -> Any:
 
 
 def random(train: Interactions, known: Catalogue) -> Method:
-    """A uniform number for each item, by the key of `adapt` and the item id; between the lowest and the highest rating.
+    """A uniform random score between the lowest and the highest rating, from the key of `adapt` and the item id.
 
-    An unknown item gets the number of its position in the list, so that unknown items are not tied.
+    The score of an unknown item depends on its position in the list, so that unknown items are not tied.
     """
     _check(train, known, "random")
     low, high = (0.0, 1.0) if train.rating is None else (float(train.rating.min()), float(train.rating.max()))
@@ -79,14 +80,14 @@ def _random_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
 
 
 def popularity(train: Interactions, known: Catalogue) -> Method:
-    """log(1 + interactions of the item): a ranking, not a rating; its MAE and RMSE mean nothing."""
+    """log(1 + interactions of the item): a ranking score, not a rating, so MAE and RMSE do not apply."""
     _check(train, known, "popularity")
     count = np.bincount(train.item, minlength=train.items.num_rows)
     return Method({"score": jnp.asarray(np.log1p(count), jnp.float32)}, _nothing, _by_item)
 
 
 def item_mean(train: Interactions, known: Catalogue, *, shrinkage: float = 0.0) -> Method:
-    """The item's mean rating, (sum r + shrinkage mu) / (n + shrinkage); mu, the global mean, where it has none."""
+    """The item's mean rating, (sum r + shrinkage mu) / (n + shrinkage); the global mean mu if it has none."""
     rating = _ratings(train, known, "item_mean", "popularity")
     mu = float(rating.mean(dtype=np.float64))
     count = np.bincount(train.item, minlength=train.items.num_rows) + shrinkage
@@ -100,7 +101,7 @@ def _by_item(params: Any, adapted: Any, inputs: Inputs) -> Array:
 
 
 def user_mean(train: Interactions, known: Catalogue) -> Method:
-    """The mean of the support; the global mean where the support is empty."""
+    """The mean of the support; the global mean if the support is empty."""
     rating = _ratings(train, known, "user_mean", "popularity")
     return Method({"mu": jnp.float32(rating.mean(dtype=np.float64))}, _user_mean_adapt, _user_mean_predict)
 
@@ -119,7 +120,7 @@ def bias(train: Interactions, known: Catalogue, *, reg_item: float = 5.0, reg_us
     """mu + b_i + b_u; b_u of a new user is sum(r - mu - b_i) / (n + reg_user) over the support.
 
     Args:
-      reg_item, reg_user: so many ratings without deviation are added to each item and user.
+      reg_item, reg_user: number of ratings without deviation that are added to each item and user.
     """
     _ratings(train, known, "bias", "popularity")
     return Method(_bias_params(train, reg_item, reg_user), _bias_adapt, _bias_predict)
@@ -160,9 +161,9 @@ def item_knn(
     (adjusted cosine), or of clicks; e_j is the residual of the support's rating.
 
     Args:
-      shrinkage: of a similarity that rests on few users, in squared ratings (ratings) or users (clicks).
-      shrinkage_predict: of a prediction that rests on little similarity. Ratings only.
-      top: neighbours kept for each item. None: all, as a dense matrix, for up to ``dense_limit`` item rows; else 200.
+      shrinkage: shrinkage of similarities from few users, in squared ratings (ratings) or users (clicks).
+      shrinkage_predict: shrinkage of predictions with little total similarity; ratings only.
+      top: neighbours kept per item. None: all, as a dense matrix, for up to ``dense_limit`` item rows; else 200.
 
     Source: Sarwar et al., "Item-based Collaborative Filtering Recommendation Algorithms", 2001.
     """
@@ -182,9 +183,9 @@ def item_knn(
 
 
 def _knn_adapt(params: Any, support: Examples, key: Array) -> Any:
-    """The support sorted by item id, and for each item what it adds to the sums of a prediction: ``value [k, S]``.
+    """The support sorted by item id, and the contribution of each item to the sums of a prediction: ``value [k, S]``.
 
-    An item that is there several times stands once, with the sum. Padding has id 0, which nobody's neighbour is.
+    A repeated item occurs once, with its sum. Padding has id 0, which is not a neighbour of any item.
     """
     target, weight = _weighted(support)
     ids = jnp.where(weight > 0, support.inputs["item_id"], 0)
@@ -213,7 +214,7 @@ def _knn_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
 
 
 def _knn_scores(params: Any, adapted: Any) -> Array:
-    """All items for a batch of users: rows of the similarities, or a product of the sparse matrix of neighbours."""
+    """Scores of all items for a batch of users: rows of the similarities, or a product with the sparse neighbours."""
     ids, values = adapted["id"], adapted["value"]
     if "neighbour" in params:
         sums = _from_neighbours(params["of"], ids, values)
@@ -225,7 +226,7 @@ def _knn_scores(params: Any, adapted: Any) -> Array:
 
 
 def _lists_with(ids: np.ndarray, similar: np.ndarray) -> dict[str, Array]:
-    """Neighbours the other way round: for each item, in whose lists it is and how similar; rows of a sparse matrix."""
+    """Inverted neighbour lists: for each item, the items that list it, with similarities; rows of a sparse matrix."""
     item, slot = np.nonzero(similar)
     entries = similar[item, slot], (ids[item, slot], item)
     lists = csr_matrix(entries, shape=(len(ids), len(ids)))
@@ -236,15 +237,15 @@ def _from_neighbours(lists: Mapping[str, Array], ids: Array, values: Array) -> A
     """Sums over the neighbours in the support of similarity times value, ``[B, k, N]``: one sparse product.
 
     Args:
-      lists: of `_lists_with`; ids: ``[B, S]``; values: ``[B, k, S]``.
+      lists: from `_lists_with`; ids: ``[B, S]``; values: ``[B, k, S]``.
     """
     users, sums, slots = values.shape
     rows = len(lists["indptr"]) - 1
-    of = csr_matrix(tuple(np.asarray(lists[name]) for name in ("data", "indices", "indptr")), shape=(rows, rows))
+    matrix = csr_matrix(tuple(np.asarray(lists[name]) for name in ("data", "indices", "indptr")), shape=(rows, rows))
     column = np.broadcast_to(np.asarray(ids)[:, None], values.shape).ravel()
     begins = np.arange(users * sums + 1, dtype=np.int32) * slots
     support = csr_matrix((np.ravel(values), column, begins), shape=(users * sums, rows))
-    return jnp.asarray((support @ of).toarray().reshape(users, sums, rows))
+    return jnp.asarray((support @ matrix).toarray().reshape(users, sums, rows))
 
 
 def ease(
@@ -261,11 +262,11 @@ def ease(
     min |X - X B|^2 + reg |B|^2 with a zero diagonal.
 
     Args:
-      reg: ridge, in users (clicks) or squared ratings (ratings). It wants to be larger, the shorter the supports are.
-      dense_limit: item rows for which the square matrix, and its inverse, are made.
+      reg: ridge penalty, in users (clicks) or squared ratings (ratings). Shorter supports require a larger one.
+      dense_limit: maximum number of item rows of the square matrix and its inverse.
 
     Raises:
-      MetarecError: more item rows than ``dense_limit``.
+      MetarecError: there are more item rows than ``dense_limit``.
 
     Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019.
     """
@@ -273,8 +274,8 @@ def ease(
     rows = train.items.num_rows
     if rows > dense_limit:
         raise MetarecError(
-            f"ease would make a matrix of {rows} x {rows} item rows, and dense_limit is {dense_limit}; use item_knn, "
-            "which keeps a few neighbours of each item, or raise dense_limit"
+            f"ease requires a matrix of {rows} x {rows} items, and dense_limit is {dense_limit}; use item_knn, which "
+            "keeps a few neighbours per item, or raise dense_limit"
         )
     if train.rating is None:
         values, params = np.ones(len(train), np.float32), {}
@@ -325,10 +326,10 @@ def als(
     Clicks: p = (Q^T Q + alpha X^T X + reg I)^-1 (1 + alpha) X^T 1, X = q_i over the support's positives.
 
     Args:
-      size: length of a factor.
-      reg, reg_bias: ridge of the factors and of the biases; biases are of ratings only.
-      alpha: weight of a click over its absence; clicks only.
-      iterations, seed: of the fit.
+      size: dimension of a factor.
+      reg, reg_bias: ridge penalty of the factors and of the biases; biases exist for ratings only.
+      alpha: additional weight of a click over its absence; clicks only.
+      iterations, seed: iterations and seed of the fit.
     """
     _check(train, known, "als")
     if train.rating is None:
@@ -382,4 +383,4 @@ def _implicit_scores(params: Any, adapted: Any) -> Array:
 BASELINES: Mapping[str, Factory] = MappingProxyType(
     {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, ease, als)}
 )
-"""The factories by name. ``item_mean``, ``user_mean`` and ``bias`` want ratings."""
+"""The factories by name. ``item_mean``, ``user_mean`` and ``bias`` require ratings."""

@@ -1,8 +1,8 @@
-"""Plain models trained by gradients, tuned as hard as a meta-learner is: what meta-learning must be better than.
+"""Plain models trained by gradient descent and tuned as carefully as a meta-learner.
 
-Each is trained on all interactions alike, users with a row of their own, then serves a new user by what is best on
-validation tasks: nothing; gradient steps on the user's row, or on everything; or the closed form of the user's vector.
-They take minutes, so that `metarec fit` does without them; `metarec compare` has them.
+Each is trained on all interactions, with a row per user, and then serves a new user in the way that is best on
+validation tasks: unchanged; after gradient steps on the user's row, or on all parameters; or with the user's vector in
+closed form. They take minutes, so `metarec fit` omits them; `metarec compare` runs them if named.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Settings = dict[str, Any]
 
 
 class Plain(NamedTuple):
-    """A plain model, and how it is trained.
+    """A plain model and its training.
 
     Attributes:
-      build: of the columns of the data.
-      warm: whether it starts from a matrix factorisation (`learners._starts`), as a meta-learner does.
-      lr: rate of training: small from a warm start; else large, as a user's row is in few batches.
+      build: builds the model from the columns of the data.
+      warm: whether it starts from a matrix factorisation (`learners._starts`), like a meta-learner.
+      lr: learning rate: small from a warm start; else large, since a user's row is in few batches.
     """
 
     build: Callable[[Mapping[str, Column]], Model]
@@ -57,7 +57,7 @@ TRAINED: Mapping[str, Plain] = MappingProxyType(
         "deepfm": Plain(deepfm),
     }
 )
-"""Models by name. ``sgd_mf``, matrix factorisation with biases, sees the ids alone."""
+"""Models by name. ``sgd_mf``, matrix factorisation with biases, uses only the ids."""
 
 _DECAYS = (0.3, 1.0, 3.0)
 _CLOSED: Sequence[Settings] = (
@@ -71,12 +71,12 @@ _STEPPED: Sequence[Settings] = tuple(
     for rate in (0.03, 0.1, 0.3, 1.0)
 )
 _CLICK_TASKS = 256
-"""Tasks of a scenario on which the ways are tried for clicks: each scores all items for each of them."""
+"""Number of tasks per scenario on which the ways are tried for clicks, since each scores all items."""
 _ROW = ("tables/user_id",)
 _STEPS = ("row", "all")
 _WAYS = ("nothing", *_STEPS, "fold_in")
 DEFAULTS: Mapping[str, Any] = MappingProxyType({"weight_decay": 1.0, "way": "fold_in", "strength": 3.0})
-"""Settings without validation tasks; ``lr``, if given, is in place of the model's own.
+"""Settings without validation tasks; ``lr`` replaces the rate of the model.
 
 ``way`` is how a new user is served: "nothing"; "row" or "all", ``fine_steps`` gradient steps at rate ``strength``;
 or "fold_in", closed form, of precision ``strength``.
@@ -94,28 +94,27 @@ def fit_plain(
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> Method:
-    """Fit one plain model for new users, tuned first where there are validation tasks (`tune_plain`).
+    """Fit a plain model for new users, after tuning (`tune_plain`) if there are validation tasks.
 
     Args:
-      name: of `TRAINED`; a name of `baselines.BASELINES` goes to `tuning.fit_baselines`.
-      train: interactions; known: the catalogue of the data, as `evaluate` will get it.
-      validation_tasks: by scenario; None or empty: the defaults, the last step of training.
-      settings: what `tune_plain` found, such as on another cut of the data; then nothing is tuned here, and validation
-        tasks only choose the step of training.
-      steps: of training, batches of 64 users.
-      seed: of the initial parameters and of the batches.
-      say: called with one line on what tuning chose.
+      name: a name of `TRAINED`; names of `baselines.BASELINES` are passed to `tuning.fit_baselines`.
+      train: interactions; known: the catalogue of the data, as for `evaluate`.
+      validation_tasks: by scenario; None or empty: the defaults, and the last step of training.
+      settings: settings from `tune_plain`, such as on another split of the data; disables tuning, and validation tasks
+        only choose the step of training.
+      steps: training steps, each a batch of 64 users.
+      seed: seed of the initial parameters and of the batches.
+      say: called with one line on the result of tuning.
 
     Returns:
-      A method that knows its tables, for `evaluate` and `Recommender`.
+      A method with its tables, for `evaluate` and `Recommender`.
 
     Raises:
-      MetarecError: an unknown name; settings that a model does not have, or values that it cannot take.
+      MetarecError: the name or a setting is unknown, or a value is invalid.
     """
     if name in BASELINES:
-        chosen = {} if settings is None else {name: settings}
-        given = None if settings is None else chosen
-        return fit_baselines(train, known, validation_tasks, names=[name], settings=given, say=say)[name]
+        by_name = None if settings is None else {name: settings}
+        return fit_baselines(train, known, validation_tasks, names=[name], settings=by_name, say=say)[name]
     tasks = {scenario: some for scenario, some in (validation_tasks or {}).items() if len(some)}
     trained = _plain(name)
     if settings is not None:
@@ -139,21 +138,21 @@ def tune_plain(
     tuning_rows: int = 500_000,
     say: Callable[[str], None] | None = None,
 ) -> Settings:
-    """Settings for `fit_plain`: the decay of the rows, and how a new user is served, by validation tasks.
+    """Settings for `fit_plain`: the weight decay of the rows, and the way to serve a new user, by validation tasks.
 
-    A model is trained once for each decay; the best with a user in closed form, or with nothing done, is kept, and then
-    gradient steps are tried on it. Selection is by MAE (ratings) or nDCG@10 over the training items (clicks), the mean
-    over scenarios.
+    A model is trained once per decay; the best with the user in closed form, or unchanged, is kept, and then gradient
+    steps are tried on it. Selection is by the mean over scenarios of MAE (ratings) or of nDCG@10 over the training
+    items (clicks).
 
     Args:
-      tuning_rows: tuning sees the whole histories of random users, about this many interactions.
-      others: as for `fit_plain`.
+      tuning_rows: tuning uses the whole histories of random users, about this many interactions.
+      others: as in `fit_plain`.
     """
     if name in BASELINES:
         return tune(train, known, validation_tasks, names=[name], tuning_rows=tuning_rows, say=say).get(name, {})
     tasks = {scenario: chosen for scenario, chosen in validation_tasks.items() if len(chosen)}
     if not tasks:
-        raise MetarecError("tune_plain got no validation task; hold out users, or use fit_plain with its defaults")
+        raise MetarecError("tune_plain requires a validation task, got none; hold out users, or use the defaults")
     part = some_users(train, tuning_rows)
     served = _Served(_plain(name), train)
     names = {column for table in served.model.tables.values() for column in table.columns}
@@ -165,21 +164,21 @@ def tune_plain(
         each = [{**settings, **way} for way in ways]
         return [(_mean_quality(served.method(params, one), held, known, train), one, params) for one in each]
 
-    found: list[tuple[float, Settings, Params]] = []
+    results: list[tuple[float, Settings, Params]] = []
     for decay in _DECAYS:
         settings = {**DEFAULTS, "weight_decay": decay}
-        found += tried(_trained(served, part, known, tasks, settings, steps, seed), settings, _CLOSED)
-    _, settings, params = min(found, key=lambda one: one[0])
-    found += tried(params, settings, _STEPPED)
-    best, settings, _ = min(found, key=lambda one: one[0])
+        results += tried(_trained(served, part, known, tasks, settings, steps, seed), settings, _CLOSED)
+    _, settings, params = min(results, key=lambda one: one[0])
+    results += tried(params, settings, _STEPPED)
+    best, settings, _ = min(results, key=lambda one: one[0])
     if say is not None:
-        told = ", ".join(f"{k} {v if isinstance(v, str) else format(v, 'g')}" for k, v in settings.items())
-        say(f"{name}: {told} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(best):.4f})")
+        text = ", ".join(f"{k} {v if isinstance(v, str) else format(v, 'g')}" for k, v in settings.items())
+        say(f"{name}: {text} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(best):.4f})")
     return settings
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that a model would ignore or fail on; the model's own are listed."""
+    """Refuse unknown settings, which the message lists, and invalid values."""
     check_settings(name, settings, [*DEFAULTS, "fine_steps", "lr"])
     chosen = {**DEFAULTS, **settings}
     way, steps, numbers = chosen["way"], chosen.get("fine_steps"), [chosen["weight_decay"], chosen["strength"]]
@@ -188,15 +187,15 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
     if way in _STEPS and not (isinstance(steps, int) and steps >= 1):
         raise MetarecError(f"{name}: way {way!r} requires fine_steps, 1 or more, got {steps!r}; correct it")
     if way not in _STEPS and steps is not None:
-        raise MetarecError(f"{name}: way {way!r} takes no gradient steps, got fine_steps {steps!r}; leave it out")
+        raise MetarecError(f"{name}: way {way!r} takes no gradient steps, got fine_steps {steps!r}; omit it")
     if not all(np.isfinite(n) and n >= 0 for n in (*numbers, chosen.get("lr", 0.0))):
-        raise MetarecError(f"{name}: weight_decay, strength and lr must be numbers of 0 or more, got {dict(settings)}")
+        raise MetarecError(f"{name}: weight_decay, strength and lr must be numbers of at least 0, got {dict(settings)}")
     if way == "fold_in" and chosen["strength"] == 0:
         raise MetarecError(f"{name}: way 'fold_in' requires a strength above 0, the precision of the user's vector")
 
 
 def _mean_quality(method: Method, held: list[Held], known: Catalogue, train: Interactions) -> float:
-    """Mean over scenarios; the worst there is where the scores are not finite (too high a rate)."""
+    """Mean over scenarios; infinite if scores are not finite (too high a rate)."""
     value = float(np.mean([quality(method, of_scenario, known, train) for of_scenario in held]))
     return value if np.isfinite(value) else float("inf")
 
@@ -208,14 +207,14 @@ def _plain(name: str) -> Plain:
 
 
 class _Tuned(NamedTuple):
-    """A way to serve a new user: its learner, and the parameters of its own at some strength."""
+    """A way to serve a new user: its learner, and its own parameters at a strength."""
 
     learner: Learner
     own: Callable[[Params, float], dict[str, Any]]
 
 
 class _Served:
-    """A model with the ways to serve a new user; each is made once, so that it is compiled once for all strengths."""
+    """A model with the ways to serve a new user; each is built once, so that all strengths share its compilation."""
 
     def __init__(self, plain: Plain, train: Interactions) -> None:
         self.plain, self.model, self.implicit = plain, plain.build(train.columns), train.implicit
@@ -239,17 +238,17 @@ class _Served:
                 return {"rule": meta_sgd(strength).init(tree.partition(body, only)[0])}
 
             return _Tuned(learner, rates)
-        learner, of = (logistic(self.model), "logistic") if self.implicit else (ridge(self.model), "ridge")
+        learner, key = (logistic(self.model), "logistic") if self.implicit else (ridge(self.model), "ridge")
         size = self.model.num_features + 1
 
         def precisions(params: Params, strength: float) -> dict[str, Any]:
             logs = jnp.full(size, np.log(strength), jnp.float32)
-            return {of: {"log_precision": logs, "log_unknown_trust": jnp.zeros((), jnp.float32)}}
+            return {key: {"log_precision": logs, "log_unknown_trust": jnp.zeros((), jnp.float32)}}
 
         return _Tuned(learner, precisions)
 
     def method(self, params: Params, settings: Mapping[str, Any]) -> Method:
-        """The trained parameters, served as ``settings`` say."""
+        """The method of the trained parameters that serves new users as in ``settings``."""
         learner, own = self.tuned(settings["way"], int(settings.get("fine_steps", 0)))
         return Method({**params, **own(params, settings["strength"])}, learner.adapt, learner.predict, learner.tables)
 
@@ -263,7 +262,7 @@ def _trained(
     steps: int,
     seed: int,
 ) -> Params:
-    """Parameters after pooled training: the best step by validation, the user served as ``settings`` say."""
+    """Parameters after pooled training, at the best step by validation with users served as in ``settings``."""
     longest = int(np.bincount(train.user).max(initial=0))
     content = len(served.model.tables) > 2
     source = task_source(
@@ -302,7 +301,7 @@ def _trained(
 
 
 def _start(learner: Learner, train: Interactions, warm: bool, seed: int) -> Params:
-    """Initial parameters: from a matrix factorisation; or random, the mean at that of the targets."""
+    """Initial parameters: from a matrix factorisation, or random with the mean of the targets."""
     params = jax.jit(learner.init)(run_keys(seed)[0])
     if warm:
         return warm_start(params, train, seed=seed)

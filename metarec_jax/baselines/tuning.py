@@ -1,7 +1,7 @@
-"""Fit the plain baselines, each tuned on validation tasks over a small grid.
+"""Fit the baselines, each tuned on validation tasks over a small grid.
 
-A grid is searched one argument at a time. Arguments that live in a method's ``params`` compile nothing anew, and the
-tasks are put on the device once for all.
+A grid is searched one argument at a time. Arguments in a method's ``params`` do not compile again, and the tasks are
+moved to the device once.
 """
 
 from __future__ import annotations
@@ -45,18 +45,17 @@ def fit_baselines(
     say: Callable[[str], None] | None = None,
     kept: MutableMapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Method]:
-    """Fit baselines, tuned first where there are validation tasks (`tune`).
+    """Fit baselines, after tuning (`tune`) if there are validation tasks.
 
     Args:
       validation_tasks: by scenario; None or empty: no tuning.
-      names: of `BASELINES`; None: all that suit the data.
-      settings: arguments by baseline, such as `tune` found on another cut of the data; then nothing is tuned here.
-      say: called with one line for each tuned baseline.
-      kept: as for `tune`.
+      names: names of `BASELINES`; None: all that suit the data.
+      settings: arguments by baseline, such as those of `tune` on another split of the data; disables tuning.
+      say: called with one line per tuned baseline.
+      kept: as in `tune`.
 
     Raises:
-      MetarecError: an unknown name, or one that wants ratings where there are none; settings that a baseline does not
-        have.
+      MetarecError: a name is unknown, a baseline requires ratings and there are none, or a setting is unknown.
     """
     names = _names(train, names)
     for name, arguments in (settings or {}).items():
@@ -69,7 +68,7 @@ def fit_baselines(
 
 
 def check_settings(name: str, settings: Mapping[str, Any], own: Sequence[str]) -> None:
-    """Refuse settings that are not among a model's ``own``."""
+    """Refuse settings that are not in ``own``, the settings of the model."""
     if foreign := [key for key in settings if key not in own]:
         raise MetarecError(
             f"{name} has no setting {', '.join(map(repr, foreign))}; its settings are {', '.join(own) or 'none'}"
@@ -91,33 +90,32 @@ def tune(
     Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
 
     Args:
-      tuning_rows: tuning sees the whole histories of random users, about this many interactions.
-      names, say: as for `fit_baselines`.
-      kept: arguments by baseline, of an earlier call with the same data that did not end: they are taken as they are,
-        and those of each baseline that is tuned are put there.
+      tuning_rows: tuning uses the whole histories of random users, about this many interactions.
+      names, say: as in `fit_baselines`.
+      kept: arguments by baseline from an interrupted call with the same data, which are used unchanged; arguments of
+        newly tuned baselines are added.
     """
     kept = {} if kept is None else kept
     grids = _CLICK_GRIDS if train.implicit else _GRIDS
     tasks = {s: t for s, t in validation_tasks.items() if len(t)}
-    wanted = [name for name in _names(train, names) if tasks and name in grids]
-    part, found = some_users(train, tuning_rows), {}
-    held = [on_device(t, known) for t in tasks.values()] if wanted else []
-    for name in wanted:
+    tuned = [name for name in _names(train, names) if tasks and name in grids]
+    part, settings = some_users(train, tuning_rows), {}
+    held = [on_device(t, known) for t in tasks.values()] if tuned else []
+    for name in tuned:
         if name in kept:
-            found[name] = kept[name]
+            settings[name] = kept[name]
             if say is not None:
-                say(f"{name}: {_spoken(found[name])} (kept from before)")
+                say(f"{name}: {_formatted(settings[name])} (from an earlier run)")
             continue
-        found[name], score = _search(BASELINES[name], grids[name], part, known, held)
-        kept[name] = found[name]
+        settings[name], score = _search(BASELINES[name], grids[name], part, known, held)
+        kept[name] = settings[name]
         if say is not None:
-            say(
-                f"{name}: {_spoken(found[name])} (validation {'nDCG@10' if train.implicit else 'MAE'} {abs(score):.4f})"
-            )
-    return found
+            metric = "nDCG@10" if train.implicit else "MAE"
+            say(f"{name}: {_formatted(settings[name])} (validation {metric} {abs(score):.4f})")
+    return settings
 
 
-def _spoken(settings: Mapping[str, Any]) -> str:
+def _formatted(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
@@ -129,7 +127,7 @@ def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
 
 
 def suitable(train: Interactions) -> list[str]:
-    """The baselines that suit the data. Of ratings `ease` is slow and no good; it wants a square matrix of items."""
+    """The baselines that suit the data. `ease` is slow and poor for ratings, and requires a square matrix of items."""
     left_out = {"item_mean", "user_mean", "bias"} if train.implicit else {"ease"}
     if train.items.num_rows > inspect.signature(ease).parameters["dense_limit"].default:
         left_out.add("ease")
@@ -137,7 +135,7 @@ def suitable(train: Interactions) -> list[str]:
 
 
 def some_users(train: Interactions, rows: int) -> Interactions:
-    """The whole histories of random users, about so many interactions."""
+    """The whole histories of random users, about ``rows`` interactions."""
     if len(train) <= rows:
         return train
     users = np.random.default_rng(0).permutation(train.users.num_rows)
@@ -156,10 +154,10 @@ _columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
 def on_device(
     tasks: TaskSet, known: Catalogue, size: int = 128, columns: Collection[str] = ("user_id", "item_id")
 ) -> Held:
-    """Batches of one shape, so that a method is compiled once.
+    """Batches of equal shapes, so that a method is compiled once.
 
     Args:
-      columns: the input columns that are wanted; the closed forms know no content.
+      columns: the input columns to include; closed forms do not use content.
     """
     held = []
     for start in range(0, len(tasks), size):
@@ -181,7 +179,7 @@ def on_device(
 def _search(
     factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[Held]
 ) -> tuple[dict[str, Any], float]:
-    """Coordinate search: the best value of each argument in turn, the earlier ones fixed. Smaller is better."""
+    """Coordinate search: the best value of each argument in turn, with earlier ones fixed. Lower is better."""
     defaults = inspect.signature(factory).parameters
     chosen: dict[str, Any] = {argument: defaults[argument].default for argument in grid}
     scores: dict[tuple[Any, ...], float] = {}
@@ -199,7 +197,7 @@ def _search(
 
 
 def quality(method: Method, held: Held, known: Catalogue, train: Interactions) -> float:
-    """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks: smaller is better."""
+    """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks; lower is better."""
     key, each = jax.random.key(0), []
     pool = np.random.default_rng(0).permutation(np.unique(train.item))[:20_000]
     for count, task, user in held:
@@ -225,7 +223,7 @@ def _rating_quality(adapt: Any, predict: Any, params: Any, task: Task, low: Arra
 def _click_quality(
     method: Method, known: Catalogue, pool: np.ndarray, task: Task, user: Array, count: int, key: Array
 ) -> np.ndarray:
-    """nDCG@10 of the query's positives among ``pool``; a tie counts half, and the support competes with nothing."""
+    """nDCG@10 of the query's positives among ``pool``; a tie counts one half, and the support is excluded."""
     adapted, own = _adapted(method.adapt, method.predict, method.params, task, key)
     each, place = [], np.full(len(known.item_row), len(pool), np.int32)
     place[np.asarray(known.item_row)[pool]] = np.arange(len(pool))
@@ -238,7 +236,7 @@ def _click_quality(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _adapted(adapt: Any, predict: Any, params: Any, task: Task, key: Array) -> tuple[Any, Array]:
-    """What each task changed, and the scores of its query ``[B, Q]``."""
+    """The adapted state of each task, and the scores of its query ``[B, Q]``."""
     adapted = jax.vmap(lambda support: adapt(params, support, key))(task.support)
     return adapted, jax.vmap(lambda adapted, query: predict(params, adapted, query))(adapted, task.query.inputs)
 
@@ -248,8 +246,8 @@ def _ndcg_among(others: Array, own: Array, place: Array, task: Task) -> Array:
     """nDCG@10 of each task, ``[B]``.
 
     Args:
-      others: scores ``[B, P]`` of the pool; own: ``[B, Q]``, of the query.
-      place: ``[rows]``, where each item stands in the pool; P for one that does not.
+      others: scores ``[B, P]`` of the pool; own: scores ``[B, Q]`` of the query.
+      place: ``[rows]``, position of each item in the pool; P if it is not in it.
     """
 
     def one(others: Array, own: Array, task: Task) -> Array:
@@ -257,7 +255,7 @@ def _ndcg_among(others: Array, own: Array, place: Array, task: Task) -> Array:
         support = jnp.where(task.support.mask > 0, task.support.inputs["item_id"], 0)
         free = jnp.ones(others.shape[0], bool).at[place[support]].set(False, mode="drop")
         query = place[task.query.inputs["item_id"]]
-        own = jnp.where(query < len(pool), others[jnp.minimum(query, len(pool) - 1)], own)  # to the last bit, for ties
+        own = jnp.where(query < len(pool), others[jnp.minimum(query, len(pool) - 1)], own)  # bitwise equal, for ties
         free = free[None] & (pool[None] != query[:, None])
         before = (others[None] > own[:, None]) + 0.5 * (others[None] == own[:, None])
         rank = 1 + (free * before).sum(1)

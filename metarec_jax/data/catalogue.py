@@ -1,4 +1,4 @@
-"""What is known of users and items besides interactions, on the device, and the model's input columns made of it."""
+"""Rows and features of users and items, on the device, and the model's input columns made from them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from metarec_jax.data.interactions import Interactions
 
 
 class Catalogue(NamedTuple):
-    """What is known of users and items besides interactions; lives on the device.
+    """Rows and features of users and items, on the device.
 
     Attributes:
-      user_row, item_row: int32 ``[num_rows]``: vocabulary row -> table row; 0 for one that training never saw.
+      user_row, item_row: int32 ``[num_rows]``: vocabulary row -> table row; 0 for ids that are not in training.
       user, item: feature columns by name, ``[num_rows]`` or ``[num_rows, f]``.
     """
 
@@ -28,13 +28,13 @@ class Catalogue(NamedTuple):
 def catalogue(
     data: Interactions, train: Interactions | None = None, user_rows: Literal["prior", "own"] = "prior"
 ) -> Catalogue:
-    """The catalogue of ``data``; ids without a row in ``train`` (default: ``data``) go to row 0.
+    """The catalogue of ``data``; ids that do not occur in ``train`` (default: ``data``) are mapped to row 0.
 
     Args:
-      user_rows: "prior" sends every user to row 0, the learned prior of a user; "own" keeps the rows of users in train.
+      user_rows: "prior" maps every user to row 0, the learned prior of a user; "own" keeps the rows of training users.
 
     Raises:
-      MetarecError: ``train`` has rows outside the vocabularies of ``data``, or ``user_rows`` is neither of the two.
+      MetarecError: ``train`` has rows outside the vocabularies of ``data``, or ``user_rows`` is another value.
 
     >>> from metarec_jax.data.interactions import Vocabulary
     >>> users, items = Vocabulary(np.arange(1)), Vocabulary(np.arange(4))
@@ -50,7 +50,7 @@ def catalogue(
         if rows.max(initial=0) >= num_rows:
             raise MetarecError(
                 f"train has {what} row {rows.max()}, and data has rows up to {num_rows - 1}; "
-                "take both from the same Interactions"
+                "use both from the same Interactions"
             )
         own = np.zeros(num_rows, np.int32)
         own[rows] = rows
@@ -65,21 +65,21 @@ def catalogue(
     )
 
 
-def check_method(method: Method, known: Catalogue, name: str | None = None) -> None:
-    """Refuse a method whose tables and this catalogue cannot be of the same data; JAX clamps an index past the end.
+def check_method(method: Method, catalogue: Catalogue, name: str | None = None) -> None:
+    """Refuse a method whose tables do not match the catalogue, since JAX clamps an index past the end.
 
-    A catalogue may have more items than an item table has rows, if those items lead to row 0. A method without
+    A catalogue may have more items than an item table has rows, if those items map to row 0. A method without
     ``tables`` cannot be checked.
 
     Args:
-      name: of the method, for the message.
+      name: name of the method, for the message.
 
     Raises:
-      MetarecError: a table has fewer rows than the catalogue refers to, or than it says that it has; an item table has
-        more rows than the catalogue; the catalogue lacks a column of a table.
+      MetarecError: a table has fewer rows than the catalogue refers to, or than it declares; an item table has more
+        rows than the catalogue; or the catalogue lacks a column of a table.
     """
     who = "the method" if name is None else f"method {name!r}"
-    columns = {"user_id": known.user_row, "item_id": known.item_row, **known.user, **known.item}
+    columns = {"user_id": catalogue.user_row, "item_id": catalogue.item_row, **catalogue.user, **catalogue.item}
     for table_name, table in method.tables.items():
         held = method.params["tables"][table_name].shape[0]
         if held < table.num_rows:
@@ -91,34 +91,34 @@ def check_method(method: Method, known: Catalogue, name: str | None = None) -> N
             if column not in columns:
                 raise MetarecError(
                     f"{who}: its table {table_name!r} reads the column {column!r}, and the catalogue has "
-                    f"{', '.join(columns)}; make the catalogue of the data that the method was trained on"
+                    f"{', '.join(columns)}; make the catalogue from the data that the method was trained on"
                 )
             highest = int(columns[column].max(initial=0))
             if highest >= table.num_rows:
                 raise MetarecError(
                     f"{who}: its table {table_name!r} has {table.num_rows} rows, and the column {column!r} of the "
-                    f"catalogue goes up to {highest}; make the catalogue of the data that the method was trained on"
+                    f"catalogue goes up to {highest}; make the catalogue from the data that the method was trained on"
                 )
-        if "item_id" in table.columns and table.num_rows > len(known.item_row):
+        if "item_id" in table.columns and table.num_rows > len(catalogue.item_row):
             raise MetarecError(
-                f"{who}: its table {table_name!r} has {table.num_rows} rows, for a catalogue of {len(known.item_row)}; "
-                "make the catalogue of the data that the method was trained on"
+                f"{who}: its table {table_name!r} has {table.num_rows} rows, and the catalogue "
+                f"{len(catalogue.item_row)}; make the catalogue from the data that the method was trained on"
             )
 
 
 def inputs(
-    known: Catalogue, user: Array, item: Array, keep_user: Array | None = None, keep: Array | None = None
+    catalogue: Catalogue, user: Array, item: Array, keep_user: Array | None = None, keep: Array | None = None
 ) -> Inputs:
     """Input columns of one user and ``n`` items. User columns have leading axis 1: all examples share them.
 
     Args:
       user: int32 ``[]`` vocabulary row; item: int32 ``[n]`` vocabulary rows.
-      keep_user, keep: bool ``[]`` and ``[n]``; where False, the id becomes the unknown one (the content stays).
+      keep_user, keep: bool ``[]`` and ``[n]``; where False, the id is replaced by the unknown one; content is kept.
     """
-    user_id, item_id = known.user_row[user], known.item_row[item]
+    user_id, item_id = catalogue.user_row[user], catalogue.item_row[item]
     user_id = user_id if keep_user is None else jnp.where(keep_user, user_id, 0)
     item_id = item_id if keep is None else jnp.where(keep, item_id, 0)
     columns = {"user_id": user_id[None], "item_id": item_id}
-    columns |= {name: values[user][None] for name, values in known.user.items()}
-    columns |= {name: values[item] for name, values in known.item.items()}
+    columns |= {name: values[user][None] for name, values in catalogue.user.items()}
+    columns |= {name: values[item] for name, values in catalogue.item.items()}
     return columns

@@ -1,4 +1,4 @@
-"""What is in a data set, in numbers that matter for cold start."""
+"""Statistics of a data set that matter for cold start."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def describe(data: Interactions) -> dict[str, Any]:
-    """Counts, densities, ratings, time span and cold-start facts, as plain numbers that JSON can hold.
+    """Counts, density, ratings, time span and cold-start statistics, as plain numbers for JSON.
 
     Returns:
       counts (users and items are those of the vocabularies), density = interactions / (users * items); per_user and
-      per_item: quantiles of the interactions of those that have any; ratings: mean, sd and histogram (values, or ten
-      equal bins where there are more than 20 values), or None if implicit; time: first, last, days, or None;
+      per_item: quantiles of the number of interactions, over users and items with any; ratings: mean, sd and histogram
+      (values, or ten equal bins for more than 20 values), or None if implicit; time: first, last, days, or None;
       concentration: the Gini coefficient of interactions over items, 0 if all are equal and near 1 if one has all, and
-      the share that the top 1% and 10% of items have; cold_start: how many users and items have fewer interactions than
-      a threshold; features: kind, cardinality, and coverage, the share of users or items with a value.
+      the share of the top 1% and 10% of items; cold_start: the number of users and items with fewer interactions than
+      a threshold; features: kind, cardinality, and coverage, the fraction of users or items with a value.
 
     >>> from metarec_jax.data.synthetic import checkerboard
     >>> facts = describe(checkerboard(6, 4, leave_out=False))
@@ -56,9 +56,10 @@ def describe(data: Interactions) -> dict[str, Any]:
 
 
 def remarks(data: Interactions) -> list[str]:
-    """What a column of ratings looks like, other than ratings: counts or amounts, whose few largest decide every error.
+    """A note if the ratings look like counts or amounts, of which the few largest dominate every error.
 
-    A long tail: none negative, more than 20 values, the highest above 10 times the median and 3 times the 90% quantile.
+    They do with a long tail: no negative value, more than 20 values, and a highest value above 10 times the median and
+    3 times the 90% quantile.
     """
     if data.rating is None or not len(data) or data.rating.min() < 0:
         return []
@@ -68,7 +69,7 @@ def remarks(data: Interactions) -> list[str]:
     kind = "counts" if (data.rating == np.floor(data.rating)).all() else "amounts"
     return [
         f"the ratings look like {kind}, not like ratings (median {median:g}, highest {highest:g}); try --implicit, "
-        "which takes every row as a positive"
+        "which reads every row as a positive"
     ]
 
 
@@ -104,7 +105,7 @@ def _time(timestamp: np.ndarray) -> dict[str, Any]:
 
 
 def _moment(seconds: int) -> str:
-    """The moment in UTC; the number itself where no calendar reaches it (timestamps may be mere positions)."""
+    """The time in UTC; the number itself if it is beyond the calendar (timestamps may be positions)."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat()
     except (OverflowError, OSError, ValueError):

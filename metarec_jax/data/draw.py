@@ -1,11 +1,11 @@
 """Tasks for meta-training, drawn on the device.
 
-Drawing needs no table of a user's history and no sort: a keyed permutation of ``0..n-1`` is evaluated only at the
-positions wanted (swap-or-not, Hoang, Morris and Rogaway 2012), so that a draw costs the same for any history length.
+Drawing requires no table of a user's history and no sort: a keyed permutation of ``0..n-1`` is evaluated only at the
+required positions (swap-or-not, Hoang, Morris and Rogaway 2012), so that a draw costs the same for any history length.
 
-JAX's own generator is asked once a batch, for two words a purpose; they key a counter hash (`_words`) that makes the
-rest. A random word w becomes a number below n as ``floor(w n / 2^32)``: no number is likelier than another by more than
-n / 2^32 of its chance. Chances are rounded to 2^-24.
+JAX's generator is called once per batch, for two words per purpose; they key a counter hash (`_words`) that makes the
+rest. A random word w becomes a number below n as ``floor(w n / 2^32)``, so that the probabilities of two numbers differ
+by at most a factor of 1 + n / 2^32. Probabilities are rounded to 2^-24.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class TaskData(NamedTuple):
       users: int32 ``[U, 4]``, the users with enough interactions: vocabulary row, start, length, and the number of
         distinct items. A user's interactions are ``events[start : start + length]``.
       events: int32 ``[N, 2]``: the item's vocabulary row, and the target, a float32 by its bits.
-      free_before: int32 ``[N]``: entry ``start + i`` counts the items of the pool that the user never had and that come
-        before the user's i-th distinct item. Empty where no negatives are drawn.
+      free_before: int32 ``[N]``: entry ``start + i`` counts the items of the pool that the user never had and that
+        precede the user's i-th distinct item. Empty if no negatives are drawn.
       pool: int32 ``[M]``: the items that negatives are drawn from, ascending.
       known: the catalogue.
     """
@@ -47,14 +47,14 @@ class TaskData(NamedTuple):
 
 
 class TaskSource(NamedTuple):
-    """Where meta-training gets its tasks: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once.
+    """The source of tasks for meta-training: ``draw(data, key) -> Task``, leading axis ``tasks``; pure, traced once.
 
-    ``draw`` is made for its ``data``: sizes that hold there may be constants in it.
+    ``draw`` belongs to its ``data``: it may treat sizes of the data as constants.
 
     Attributes:
-      stream: of data that does not lie on the device: ``stream(step)`` yields one host batch an outer step, beginning
-        with that of ``step``; pytrees of NumPy arrays, all of the same shapes, and functions of the step alone, so that
-        a run resumes exactly. ``draw`` is then called with ``(data, batch)`` in the place of ``data``.
+      stream: for data that is not on the device: ``stream(step)`` yields one host batch per outer step, starting with
+        that of ``step``: pytrees of NumPy arrays of equal shapes that depend only on the step, so that a run resumes
+        exactly. ``draw`` is then called with ``(data, batch)`` instead of ``data``.
     """
 
     data: Any
@@ -79,43 +79,43 @@ def task_source(
     """Draw batches of user tasks on the device.
 
     Args:
-      tasks: T, tasks a batch.
-      support: fewest and most support examples; the number is drawn uniformly for each task, as far as the user's
-        history reaches.
-      query: query examples (fewer where the history is short).
-      order: "random": any interactions; "time": the support is the events just before a random moment, the query those
-        after.
-      user_rows: "prior": tasks carry the unknown user row, as a cold user does; "own": the user's own row.
-      user_drop, item_drop: chance that a task's user id, or an example's item id, is replaced by the unknown id, so
-        that priors and content are trained for those never seen.
-      cold_tasks: chance that all items of a task are unknown, as they are to a user of new items.
-      negatives: items the user never had, target 0, drawn for each positive, in support and query; by default
-        `CLICK_NEGATIVES` for clicks and 0 for ratings.
+      tasks: T, tasks per batch.
+      support: minimum and maximum number of support examples; the number is drawn uniformly for each task, up to the
+        length of the user's history.
+      query: query examples (fewer if the history is short).
+      order: "random": any interactions; "time": the support is the events just before a random time, the query those
+        after it.
+      user_rows: "prior": tasks have the unknown user row, like a cold user; "own": the user's own row.
+      user_drop, item_drop: probability of replacing a task's user id, or an example's item id, by the unknown id, which
+        trains priors and content for new users and items.
+      cold_tasks: probability that all items of a task are unknown, as for a user of new items.
+      negatives: sampled items per positive that the user never had, with target 0, in support and query; default:
+        `CLICK_NEGATIVES` for clicks, 0 for ratings.
 
     Returns:
       A source of tasks with ``support[1] * (1 + negatives)`` support and ``query * (1 + negatives)`` query slots.
 
     Raises:
-      MetarecError: no user has ``support[0] + 1`` interactions, ``order="time"`` without timestamps, a number out of
-        its range, or more interactions than int32 can count.
+      MetarecError: no user has ``support[0] + 1`` interactions, ``order="time"`` without timestamps, a number is out of
+        range, or there are more interactions than int32 can count.
     """
     (low, high), negatives = support, negatives_of(negatives, train.implicit)
     _check_ranges(len(train), tasks, support, query, negatives)
     for name, chance in (("user_drop", user_drop), ("item_drop", item_drop), ("cold_tasks", cold_tasks)):
         if not 0 <= chance <= 1:
-            raise MetarecError(f"{name} is {chance}; it is a chance, from 0 to 1")
+            raise MetarecError(f"{name} is a probability, from 0 to 1, got {chance}; correct it")
     if order not in ("random", "time") or (order == "time" and not train.timed):
-        group_by_user(train, order)  # says what is wrong
+        group_by_user(train, order)  # raises
     data, lengths = _on_device(train, support, user_rows, negatives)
     shortest, longest = int(lengths.min()), int(lengths.max())
-    # Slots beyond the last support, so that their number is a multiple of 8: as many as a CPU handles at once.
+    # Slots beyond the last support, so that their number is a multiple of 8, the vector width of a CPU.
     slot_q, slot_s = (np.arange(size, dtype=np.int32)[None] for size in (query, high + -(query + high) % 8))
 
     def draw(data: TaskData, key: Array) -> Task:
         for_user, for_size, for_place, for_cold, for_user_drop, for_drop, for_negatives = _streams(key, 7)
         who = data.users[_below(_words(for_user, (tasks,)), data.users.shape[0])]
         user, (start, n, distinct) = who[:, 0], (who[:, k : k + 1] for k in (1, 2, 3))
-        # What no history of this data shortens stays a constant, and so do the masks that are made of it.
+        # Sizes that no history of this data shortens are constants, and so are their masks.
         q: Any = query if shortest >= low + query else jnp.minimum(query, n - low)
         s: Any = high
         if low < high:
@@ -171,8 +171,8 @@ def _on_device(
     enough = counts >= low + 1
     if not enough.any():
         raise MetarecError(
-            f"no user has {low + 1} interactions to train on (the most is {counts.max(initial=0)}), and --support "
-            f"{low} {high} (support= in Python) requires them; lower its first number"
+            f"no user has {low + 1} interactions to train on (the maximum is {counts.max(initial=0)}), which --support "
+            f"{low} {high} (support= in Python) requires; lower its first number"
         )
     target = np.ones(len(train), np.float32) if train.rating is None else train.rating[by].astype(np.float32)
     pool = np.unique(train.item)
@@ -199,10 +199,12 @@ def _on_device(
 def _check_ranges(count: int, tasks: int, support: tuple[int, int], query: int, negatives: int) -> None:
     low, high = support
     if not 0 <= low <= high or high < 1:
-        raise MetarecError(f"support is {support}; give (fewest, most) with 0 <= fewest <= most and most 1 or more")
+        raise MetarecError(
+            f"support must be (minimum, maximum), 0 <= minimum <= maximum and maximum >= 1, got {support}"
+        )
     for name, value, least in (("tasks", tasks, 1), ("query", query, 1), ("negatives", negatives, 0)):
         if value < least:
-            raise MetarecError(f"{name} is {value}; give {least} or more")
+            raise MetarecError(f"{name} must be {least} or more, got {value}")
     if count >= 2**31:
         raise MetarecError(f"there are {count} interactions, and positions are int32; train on fewer than 2**31")
 
@@ -213,8 +215,8 @@ def _side_by_side(tasks: int, *parts: Any) -> Array:
 
 
 def _columns(known: Catalogue, user: Array, item: Array, keep_user: Array | None, keep: Array | None) -> Inputs:
-    """As `catalogue.inputs`, for T users ``[T]`` and their items ``[T, n]``, all seen in training: a row of an item's
-    table is then its row of the vocabulary."""
+    """`catalogue.inputs` for T users ``[T]`` and their items ``[T, n]``, all of them in training: the table row of an
+    item is then its vocabulary row."""
     user_id = known.user_row[user]
     user_id = user_id if keep_user is None else jnp.where(keep_user, user_id, 0)
     columns = {"user_id": user_id[:, None], "item_id": item if keep is None else jnp.where(keep, item, 0)}
@@ -223,7 +225,7 @@ def _columns(known: Catalogue, user: Array, item: Array, keep_user: Array | None
 
 
 def _streams(key: Array, count: int) -> Array:
-    """uint32 ``[count, 2]``: two words a purpose, from the key's own generator."""
+    """uint32 ``[count, 2]``: two words per purpose, from the generator of the key."""
     return jax.random.bits(key, (count, 2), jnp.uint32)
 
 
@@ -252,18 +254,18 @@ def _below(word: Array, n: Array | int) -> Array:
 
 
 def _chance(word: Array, chance: float) -> Array:
-    """True with this chance, to 2^-24."""
+    """True with this probability, to 2^-24."""
     if chance == 0:
         return jnp.zeros(word.shape, bool)
     return (word >> 8) < jnp.uint32(round(chance * 2**24))
 
 
 def permuted(x: Array, n: Array, key: Array) -> Array:
-    """A keyed random permutation of ``0..n-1``, evaluated at ``x`` (int32, any shape; x >= n gives rubbish in range).
+    """A keyed random permutation of ``0..n-1``, evaluated at ``x`` (int32, any shape; x >= n gives an arbitrary x < n).
 
     Swap-or-not (Hoang, Morris and Rogaway, "An Enciphering Scheme Based on a Card Shuffle", 2012): each of 12 rounds
-    pairs x with k - x (mod n), k random, and swaps the pair or not by a random bit that belongs to the pair. All rounds
-    leave a point in place, or keep two points at their distance, with chance 2^-12: so far is the result from uniform.
+    pairs x with k - x (mod n), k random, and swaps the pair or not by a random bit of the pair. With probability 2^-12
+    all rounds leave a point in place, or keep the distance of two points: the result deviates that far from uniform.
     The bit is the highest of ``a max(x, k - x) + b`` mod 2^32 with a and b random, so that in a round the bits of two
     pairs are independent (Dietzfelbinger, "Universal Hashing and k-wise Independent Random Variables via Integer
     Arithmetic without Primes", 1996).
@@ -286,7 +288,7 @@ def _permuted(x: Array, n: Array, stream: Array) -> Array:
             x = jnp.where((jnp.maximum(x, y) * factor + term) >> 31 == 1, y, x)
         return x, None
 
-    # A scan, not a Python loop over all rounds: XLA would fuse the words into it, and hash them anew for each slot.
+    # A scan, not a Python loop over all rounds: XLA would fuse the words into it, and hash them again for each slot.
     rounds = (_below(pivots, n[None]).astype(jnp.uint32), factors, terms)
     some = jax.tree.map(lambda a: a.reshape(-1, _ROUNDS_AT_ONCE, n.shape[0]), rounds)
     return jax.lax.scan(swap_or_not, jnp.minimum(x.astype(jnp.uint32), size - 1), some)[0].astype(jnp.int32)
@@ -315,10 +317,10 @@ def draw_negatives(data: TaskData, start: Array, n: Array, count: int, key: Arra
 
 
 def _free_items(data: TaskData, start: Array, distinct: Array, words: Array, longest: int) -> tuple[Array, Array]:
-    """`draw_negatives` from words ``[T, count]``; start, distinct ``[T, 1]``, distinct at the most ``longest``.
+    """`draw_negatives` from words ``[T, count]``; start, distinct ``[T, 1]``, distinct at most ``longest``.
 
-    Of the items that a user never had, number r stands in the pool at r + k, where k of the user's own come before it:
-    those with ``free_before <= r``. They are ascending, so that k is found by halving.
+    The r-th item that a user never had is at position r + k of the pool, where k of the user's own items precede it:
+    those with ``free_before <= r``. These are ascending, so a binary search gives k.
     """
     missing = data.pool.shape[0] - distinct
     number = _below(words, missing)

@@ -1,4 +1,4 @@
-"""Plain training in epochs: every interaction once, in random order, whatever user it is of."""
+"""Plain training in epochs: every interaction once, in random order, regardless of its user."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from metarec_jax.data.interactions import Interactions
 
 
 def epoch_source(train: Interactions, *, batch: int = 1024, seed: int = 0) -> TaskSource:
-    """Batches of interactions as tasks that are no one's: one task a step, half of it support, half query.
+    """Batches of interactions of all users: one task per step, half of it support, half query.
 
-    For learners whose loss takes both alike, such as `learners.dropout_net`. ``fit(..., steps=steps_of(train, batch))``
-    is one epoch; after it the order is another.
+    For learners whose loss treats both alike, as `learners.dropout_net`. ``fit(..., steps=steps_of(train, batch))``
+    is one epoch; each epoch has another order.
 
     Args:
-      batch: interactions a step, an even number. What is left at the end of an epoch, less than a batch, is left out.
+      batch: interactions per step, an even number. The remainder of an epoch, less than a batch, is skipped.
 
     Returns:
-      A source of one task of ``batch`` examples a step, users and items by their own rows.
+      A source of one task of ``batch`` examples per step, with the own rows of users and items.
 
     Raises:
       MetarecError: ``batch`` is odd or below 2, or there are fewer interactions.
@@ -42,8 +42,8 @@ def epoch_source(train: Interactions, *, batch: int = 1024, seed: int = 0) -> Ta
                 yield order[k * batch : (k + 1) * batch]
             step = (epoch + 1) * count
 
-    def draw(given: Any, key: Array) -> Task:
-        (known, users, items, targets), index = given
+    def draw(data: Any, key: Array) -> Task:
+        (known, users, items, targets), index = data
 
         def part(index: Array) -> Examples:
             user, item = users[index], items[index]
@@ -61,7 +61,7 @@ def epoch_source(train: Interactions, *, batch: int = 1024, seed: int = 0) -> Ta
 def steps_of(train: Interactions, batch: int) -> int:
     """Steps of an epoch: ``floor(interactions / batch)``. Raises MetarecError as `epoch_source`."""
     if batch < 2 or batch % 2:
-        raise MetarecError(f"batch is {batch}; give an even number, 2 or more")
+        raise MetarecError(f"batch must be an even number of at least 2, got {batch}")
     if len(train) < batch:
-        raise MetarecError(f"there are {len(train)} interactions, and a batch has {batch}; give a smaller batch")
+        raise MetarecError(f"batch must be at most the {len(train)} interactions, got {batch}; use a smaller batch")
     return len(train) // batch

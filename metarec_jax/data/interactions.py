@@ -1,6 +1,6 @@
-"""Interactions in memory: integer rows beside the ids that the user gave.
+"""Interactions in memory: integer rows, and the original ids.
 
-Row 0 is everywhere the unknown id. Nothing here reads a file; `metarec_jax.data.io.readers` does.
+Row 0 always means the unknown id. Files are read by `metarec_jax.data.io.readers`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from metarec_jax.core import Column, MetarecError
 from metarec_jax.messages import shown
 
 EXACT = 53
-"""Bits of the integers that float64 counts one by one; 2**53 and 2**53 + 1 are one float."""
+"""float64 represents integers of up to this many bits exactly; 2**53 and 2**53 + 1 are the same float."""
 NO_TIME = np.iinfo(np.int64).min
-"""The timestamp of an interaction whose time is not known; it sorts before all others."""
+"""The timestamp of an interaction with unknown time; it sorts before all others."""
 _SPELLED = re.compile(r"\s*([-+]?[0-9]{1,100})(?:\.0*)?\s*")
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Ids as they were given, and their rows 1..n. Row 0 stands for any id that is not in it.
+    """The original ids, and their rows 1..n. Row 0 is the row of any other id.
 
     Args:
-      ids: ``[n]`` distinct ids, all strings or all integers; id ``ids[k]`` has row ``k + 1``. Kept as int64, or as
-        Python strings: an array of fixed width would give every id the room of the longest.
+      ids: ``[n]`` distinct ids, all strings or all integers; id ``ids[k]`` has row ``k + 1``. Stored as int64 or as
+        Python strings, since an array of fixed width would pad every id to the longest.
 
     Raises:
-      MetarecError: ids of other types, or one twice.
+      MetarecError: ids have other types, or an id occurs twice.
 
-    Two vocabularies are equal only if they are the same object; compare ``ids`` for the rest.
+    Two vocabularies are equal only if they are the same object; otherwise compare ``ids``.
 
     >>> v = Vocabulary(np.array(["b", "a"]))
     >>> v.encode(["a", "b", "zebra"])
@@ -51,7 +51,7 @@ class Vocabulary:
         index = pd.Index(ids, dtype=ids.dtype)
         if not index.is_unique:
             raise MetarecError(
-                f"the id {shown(index[index.duplicated()][0])} stands twice in a vocabulary; give each once"
+                f"the id {shown(index[index.duplicated()][0])} occurs twice in a vocabulary; list each id once"
             )
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "_index", index)
@@ -62,15 +62,15 @@ class Vocabulary:
         return len(self.ids) + 1
 
     def encode(self, values: Any) -> np.ndarray:
-        """Rows of ``values``, int32; 0 for an id never seen or missing.
+        """Rows of ``values``, int32; 0 for an unknown or missing id.
 
-        An integer finds the text id that spells it (12 finds "12"), and text finds the integer id ("12" finds 12).
+        An integer matches the text id that spells it (12 matches "12"), and text matches the integer id it spells.
         """
         values = _array(values)
         flat = values.ravel()
         if self._index.dtype != object:
-            wanted, valid = _integers(flat)
-            rows = np.where(valid, self._index.get_indexer(pd.Index(wanted)) + 1, 0)
+            integers, valid = _integers(flat)
+            rows = np.where(valid, self._index.get_indexer(pd.Index(integers)) + 1, 0)
         else:
             rows = self._index.get_indexer(pd.Index(_texts(flat), dtype=object)) + 1
         return rows.astype(np.int32).reshape(values.shape)
@@ -79,7 +79,7 @@ class Vocabulary:
         """Ids of rows ``1..n``. Raises IndexError for row 0 or a row past the end."""
         rows = np.asarray(rows)
         if rows.size and (rows.min() < 1 or rows.max() > len(self.ids)):
-            raise IndexError(f"rows must lie in 1..{len(self.ids)}, got {rows.min()}..{rows.max()}")
+            raise IndexError(f"rows must be in 1..{len(self.ids)}, got {rows.min()}..{rows.max()}")
         return np.asarray(self.ids)[rows - 1]
 
 
@@ -98,16 +98,17 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
         return ids.astype(object)
     if ids.ndim == 1 and ids.dtype == object and pd.api.types.infer_dtype(ids, skipna=False) == "string":
         return ids
-    raise MetarecError(f"ids of type {ids.dtype}{list(ids.shape)}; give a list of texts, or of integers below 2^63")
+    raise MetarecError(f"expected a list of texts or of integers below 2^63 as ids, got {ids.dtype}{list(ids.shape)}")
 
 
 def _array(values: Any) -> np.ndarray:
-    """Values as an array; those that are no numbers as objects, each with the room that it needs."""
+    """Values as an array; values that are not numbers as objects."""
     if not isinstance(values, np.ndarray):
-        given = values
-        values = np.asarray(given, object) if _holds_text(given) else np.asarray(given)
-        if values.dtype.kind == "f" and isinstance(given, (list, tuple)) and any(isinstance(v, int) for v in given):
-            values = np.asarray(given, object)  # beside a float, integers beyond 2**53 would be rounded
+        sequence = values
+        values = np.asarray(sequence, object) if _holds_text(sequence) else np.asarray(sequence)
+        mixed = isinstance(sequence, (list, tuple)) and any(isinstance(v, int) for v in sequence)
+        if values.dtype.kind == "f" and mixed:
+            values = np.asarray(sequence, object)  # as floats, integers beyond 2**53 would be rounded
     return values.astype(object) if values.dtype.kind == "U" else values
 
 
@@ -116,20 +117,20 @@ def _holds_text(values: Any) -> bool:
 
 
 def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values as int64, and which of them are whole numbers (or spell one)."""
+    """Values as int64, and which of them are whole numbers or spell one."""
     if values.dtype.kind in "iu":
         valid = values <= np.iinfo(np.int64).max if values.dtype.kind == "u" else np.ones(values.shape, bool)
         return values.astype(np.int64), valid
     if values.dtype.kind == "f":
-        valid = (values == np.floor(values)) & (np.abs(values) < 2.0**EXACT)  # beyond, several ids are one float
+        valid = (values == np.floor(values)) & (np.abs(values) < 2.0**EXACT)  # beyond, several ids share a float
         return np.where(valid, values, 0).astype(np.int64), valid
-    found = [_integer(value) for value in values.tolist()]
-    valid = np.array([n is not None for n in found], bool)
-    return np.array([n or 0 for n in found], np.int64), valid
+    integers = [_integer(value) for value in values.tolist()]
+    valid = np.array([n is not None for n in integers], bool)
+    return np.array([n or 0 for n in integers], np.int64), valid
 
 
 def _integer(value: Any) -> int | None:
-    """An integer, also one that text spells ("12", or "12.0", which spreadsheets make of 12); never through a float."""
+    """An integer, or the integer that text spells ("12", or "12.0" of spreadsheets); never through a float."""
     if isinstance(value, str):
         match = _SPELLED.fullmatch(value)
         number = None if match is None else int(match[1])
@@ -144,7 +145,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _texts(values: np.ndarray) -> np.ndarray:
-    """Values as an object array of text; a missing value (None, nan) stays itself, and finds nothing."""
+    """Values as an object array of text; a missing value (None, nan) is kept, and matches nothing."""
     if values.dtype.kind == "O" and pd.api.types.infer_dtype(values) == "string":
         return values
     if values.dtype.kind in "iu":
@@ -162,17 +163,17 @@ def _text(value: Any) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Feature:
-    """One side feature, aligned with the rows of a vocabulary (row 0: unknown).
+    """A side feature, aligned with the rows of a vocabulary (row 0: unknown).
 
     Args:
       kind: "categorical" int32 ``[rows]``; "multi" int32 ``[rows, f]`` padded with 0; "numeric" float32 ``[rows, f]``,
         standardised, 0 where missing.
       values: the array.
-      vocabulary: of the values, for categorical and multi; None for numeric.
-      units: numeric: mean and standard deviation, by which each number was standardised; () where they are not known.
+      vocabulary: vocabulary of the values, for categorical and multi; None for numeric.
+      units: for numeric, the mean and standard deviation of each number before standardisation; () if not known.
 
     Raises:
-      MetarecError: values of another type or shape, or not finite.
+      MetarecError: values have another type or shape, or are not finite.
     """
 
     kind: Literal["categorical", "multi", "numeric"]
@@ -182,24 +183,24 @@ class Feature:
 
     def __post_init__(self) -> None:
         values, numeric = np.asarray(self.values), self.kind == "numeric"
-        wanted = {"categorical": ("iu", 1, np.int32), "multi": ("iu", 2, np.int32), "numeric": ("fiu", 2, np.float32)}
-        if self.kind not in wanted or numeric != (self.vocabulary is None):
+        layouts = {"categorical": ("iu", 1, np.int32), "multi": ("iu", 2, np.int32), "numeric": ("fiu", 2, np.float32)}
+        if self.kind not in layouts or numeric != (self.vocabulary is None):
             raise MetarecError(
                 f"a feature of kind {self.kind!r} {'without' if self.vocabulary is None else 'with'} a vocabulary; "
-                "give 'categorical' or 'multi' with one, or 'numeric' without"
+                "use 'categorical' or 'multi' with one, or 'numeric' without"
             )
-        kinds, axes, dtype = wanted[self.kind]
+        kinds, axes, dtype = layouts[self.kind]
         if values.dtype.kind not in kinds or values.ndim != axes:
             raise MetarecError(
-                f"a {self.kind} feature of type {values.dtype} with {values.ndim} axes; give "
-                f"{np.dtype(dtype).name} with {axes}"
+                f"a {self.kind} feature: expected {np.dtype(dtype).name} with {axes} axes, got {values.dtype} with "
+                f"{values.ndim}"
             )
         if not numeric:
             _check_rows(values, -(2**31), 2**31, f"a {self.kind} feature at row {{}} has value")
         with np.errstate(over="ignore"):
             values = values.astype(dtype, copy=False)
         if numeric and not np.isfinite(values).all():
-            raise MetarecError("a numeric feature has a value that is not finite; give 0 where it is missing")
+            raise MetarecError("a numeric feature has a value that is not finite; use 0 for a missing value")
         object.__setattr__(self, "values", values)
 
     @property
@@ -209,22 +210,22 @@ class Feature:
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
-    """Who gave what to which item, when. All arrays have one entry an interaction (N of them).
+    """Interactions of users with items. All arrays have one entry per interaction (N entries).
 
     Args:
       user, item: int32 ``[N]`` rows, 1 or more.
       rating: float32 ``[N]``, or None for implicit feedback (every row is a positive).
-      timestamp: int64 ``[N]`` seconds, `NO_TIME` where not known, or None.
+      timestamp: int64 ``[N]`` seconds, `NO_TIME` if unknown; or None.
       users, items: the vocabularies.
       user_features, item_features: by name; names are the model's input columns and start with ``user_`` or ``item_``.
-      titles: ``[len(items)]`` display names, in row order, or None.
-      notes: one line for each thing that was dropped or changed on reading, with its count.
-      name: of the data set, for reports.
+      titles: ``[len(items)]`` titles, in row order, or None.
+      notes: what was dropped or changed on reading, one line each, with its count.
+      name: name of the data set, for reports.
 
     Raises:
-      MetarecError: columns of different lengths or of other types, a row outside its vocabulary, a rating that is not
-        finite, a feature that does not fit its vocabulary or is not called ``user_...`` or ``item_...``; the first such
-        place is named.
+      MetarecError: columns have different lengths or other types, a row is outside its vocabulary, a rating is not
+        finite, or a feature does not match its vocabulary or the names ``user_...`` or ``item_...``; the message names
+        the first fault.
 
     >>> ids = Vocabulary(np.array(["a", "b"]))
     >>> Interactions(np.array([1, 3]), np.array([1, 2]), None, None, ids, ids)
@@ -249,16 +250,16 @@ class Interactions:
         for name in ("item", "rating", "timestamp"):
             column = getattr(self, name)
             if column is not None and len(column) != n:
-                raise MetarecError(f"{name} has {len(column)} entries and user {n}; give one entry an interaction")
+                raise MetarecError(f"{name} has {len(column)} entries, and user has {n}; use one entry per interaction")
         for name, rows, ids in (("user", self.user, self.users), ("item", self.item, self.items)):
             _check_rows(rows, 1, ids.num_rows, f"interaction {{}} has {name} row")
         for name, kinds, dtype in _COLUMNS:
             if (column := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _column(name, np.asarray(column), kinds, dtype))
         if self.rating is not None and len(bad := np.flatnonzero(~np.isfinite(self.rating))):
-            raise MetarecError(f"the rating of interaction {bad[0]} is {self.rating[bad[0]]}; leave such rows out")
+            raise MetarecError(f"the rating of interaction {bad[0]} is {self.rating[bad[0]]}; remove such rows")
         if self.titles is not None and len(self.titles) != len(self.items.ids):
-            raise MetarecError(f"there are {len(self.titles)} titles for {len(self.items.ids)} items; give one an item")
+            raise MetarecError(f"expected {len(self.items.ids)} titles, one per item, got {len(self.titles)}")
         for side, features, ids in (
             ("user", self.user_features, self.users),
             ("item", self.item_features, self.items),
@@ -270,8 +271,8 @@ class Interactions:
                     )
                 if len(feature.values) != ids.num_rows:
                     raise MetarecError(
-                        f"feature {name!r} has {len(feature.values)} rows and there are {ids.num_rows} (the unknown "
-                        f"{side} included); give one row an id, and row 0 for the unknown one"
+                        f"feature {name!r}: expected {ids.num_rows} rows, one per id and row 0 for the unknown {side}, "
+                        f"got {len(feature.values)}"
                     )
                 if feature.vocabulary is not None:
                     _check_rows(
@@ -307,14 +308,14 @@ class Interactions:
         out["item_id"] = Column("id", self.items.num_rows)
         return out | {name: f.column for name, f in self.item_features.items()}
 
-    def take(self, where: np.ndarray) -> Interactions:
-        """The interactions that a boolean mask or an index array names; vocabularies and features stay whole."""
+    def take(self, index: np.ndarray) -> Interactions:
+        """The interactions of a boolean mask or an index array; vocabularies and features are unchanged."""
         return replace(
             self,
-            user=self.user[where],
-            item=self.item[where],
-            rating=None if self.rating is None else self.rating[where],
-            timestamp=None if self.timestamp is None else self.timestamp[where],
+            user=self.user[index],
+            item=self.item[index],
+            rating=None if self.rating is None else self.rating[index],
+            timestamp=None if self.timestamp is None else self.timestamp[index],
         )
 
 
@@ -328,7 +329,9 @@ _COLUMNS: tuple[tuple[str, str, type], ...] = (
 
 def _column(name: str, column: np.ndarray, kinds: str, dtype: type) -> np.ndarray:
     if column.ndim != 1 or column.dtype.kind not in kinds:
-        raise MetarecError(f"{name} is {column.dtype}{list(column.shape)}; give one {np.dtype(dtype).name} a row")
+        raise MetarecError(
+            f"{name}: expected one {np.dtype(dtype).name} per row, got {column.dtype}{list(column.shape)}"
+        )
     with np.errstate(over="ignore"):
         return column.astype(dtype, copy=False)
 
@@ -336,18 +339,18 @@ def _column(name: str, column: np.ndarray, kinds: str, dtype: type) -> np.ndarra
 def group_by_user(
     data: Interactions, order: Literal["random", "time", "file"], rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Interactions grouped by user; inside a group at random, in time, or as they stand.
+    """Interactions grouped by user; within a group at random, in time order, or in file order.
 
     Returns:
       ``(index, users, starts)``: the interactions of ``users[k]`` are ``index[starts[k] : starts[k + 1]]``.
 
     Raises:
-      MetarecError: ``order`` is "time" and the data has no timestamps, or it is none of the three.
+      MetarecError: ``order`` is "time" and the data has no timestamps, or ``order`` is another value.
     """
     if order not in ("random", "time", "file"):
         raise MetarecError(f"order {order!r} is not known; use 'random' or 'time'")
     if order == "time":
-        require_times(data, "--order time (order='time' in Python)", ", or take --order random")
+        require_times(data, "--order time (order='time' in Python)", ", or use --order random")
     if order == "random":
         inside = (rng or np.random.default_rng(0)).permutation(len(data))
     else:
@@ -358,10 +361,13 @@ def group_by_user(
 
 
 def require_times(data: Interactions, what: str, otherwise: str = "") -> None:
-    """Refuse data without times, or without the time of some interactions.
+    """Refuse data in which some interaction has no time.
 
     Args:
-      what: goes by time, as the user asked for it; otherwise: what can be had without times.
+      what: the option that requires times, for the message; otherwise: the alternative without times.
+
+    Raises:
+      MetarecError: an interaction has no time.
     """
     if data.timed:
         return
@@ -373,14 +379,12 @@ def require_times(data: Interactions, what: str, otherwise: str = "") -> None:
 
 
 def _check_rows(rows: np.ndarray, low: int, num_rows: int, what: str) -> None:
-    """Raise where a row lies outside ``low .. num_rows - 1``, naming the first; ``what`` has a ``{}`` for its place."""
+    """Raise if a row is outside ``low .. num_rows - 1``; the message ``what`` has a ``{}`` for the first such place."""
     if rows.dtype.kind not in "iu":
-        raise MetarecError(
-            f"{what.format(0)} of type {rows.dtype}, and whole numbers are wanted; use Vocabulary.encode"
-        )
+        raise MetarecError(f"{what.format(0)} of type {rows.dtype}, expected whole numbers; use Vocabulary.encode")
     if rows.size and (rows.min() < low or rows.max() >= num_rows):
         place = np.argwhere((rows < low) | (rows >= num_rows))[0]
         raise MetarecError(
             f"{what.format(place[0])} {rows[tuple(place)]}, outside the rows {low}..{num_rows - 1} of its vocabulary; "
-            "use Vocabulary.encode, and leave out what it does not know"
+            "use Vocabulary.encode, and remove ids that are not in it"
         )

@@ -1,7 +1,7 @@
-"""Items as tasks: a cold item arrives with a few first ratings, of many users.
+"""Items as tasks: a cold item has a few first ratings, of several users.
 
 A task is one item: its id and content are columns that all examples share (leading axis 1), and users vary. The
-machinery is that of users as tasks, run on the data with its sides exchanged.
+implementation is that of user tasks, on data with users and items exchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ V = TypeVar("V")
 
 
 class WarmUp(NamedTuple):
-    """The cut of `warm_up`: interactions of base items, and of cold items by stage, then the rest."""
+    """The split of `warm_up`: interactions of base items, and those of cold items by stage, then the rest."""
 
     base: Interactions
     stages: tuple[Interactions, ...]
@@ -32,16 +32,17 @@ class WarmUp(NamedTuple):
 def warm_up(
     data: Interactions, *, base_above: int = 200, cold: tuple[int, int] = (60, 200), stage: int = 20, stages: int = 3
 ) -> WarmUp:
-    """Base items and cold items, the first interactions of which come in stages.
+    """Base items, and cold items whose first interactions arrive in stages.
 
-    Items with more than ``base_above`` interactions are base, those with ``cold[0]`` to ``cold[1]`` are cold, the
-    others are left out. In the time order of each cold item the first ``stage`` interactions are the first stage, and
-    so on; what the stages leave is the test. Ties in time stay in file order.
+    Items with more than ``base_above`` interactions are base, those with ``cold[0]`` to ``cold[1]`` are cold, and the
+    others are dropped. In the time order of each cold item the first ``stage`` interactions are the first stage, and so
+    on; the remaining ones are the test. Ties in time keep file order.
 
     Raises:
-      MetarecError: no timestamps; a cold item could lack a stage, or be a base item too; no item of one of the kinds.
+      MetarecError: there are no timestamps, the bounds would let a cold item lack a stage or be a base item too, or
+        there is no item of one of the kinds.
 
-    Source: the cut of Pan et al., "Warm Up Cold-start Advertisements", 2019, and of the papers after it.
+    Source: the split of Pan et al., "Warm Up Cold-start Advertisements", 2019, and of the papers after it.
 
     >>> from metarec_jax.data.interactions import Vocabulary
     >>> ids, n = Vocabulary(np.arange(5)), np.array([1, 2, 3, 4, 5, 1, 2, 3])
@@ -52,8 +53,8 @@ def warm_up(
     """
     if stage < 1 or stages < 1 or cold[0] < stage * stages or base_above < cold[1] or cold[1] < cold[0]:
         raise MetarecError(
-            f"{stages} stages of {stage}, cold items of {cold[0]} to {cold[1]} interactions and base items above "
-            f"{base_above}; give stages of 1 or more, in all no more than the fewest, and base_above at least the most"
+            f"expected stages of 1 or more, stage * stages <= cold[0] <= cold[1] <= base_above, got {stages} stages of "
+            f"{stage}, cold={cold}, base_above={base_above}; correct them"
         )
     require_times(data, "warm_up")
     count = np.bincount(data.item, minlength=data.items.num_rows)[data.item]
@@ -61,7 +62,7 @@ def warm_up(
     if not is_base.any() or not is_cold.any():
         raise MetarecError(
             f"no item has {f'more than {base_above}' if not is_base.any() else f'{cold[0]} to {cold[1]}'} interactions "
-            f"(the most is {count.max(initial=0)}); give other bounds"
+            f"(the maximum is {count.max(initial=0)}); change the bounds"
         )
     place = place_in_time(data)
     part = np.where(is_cold, np.minimum(place // stage, stages), -1)
@@ -69,7 +70,7 @@ def warm_up(
 
 
 def place_in_time(data: Interactions) -> np.ndarray:
-    """For each interaction, how many of its item come before it."""
+    """For each interaction, the number of earlier interactions of its item."""
     order = np.lexsort((np.asarray(data.timestamp), data.item))
     item = data.item[order]
     first = np.flatnonzero(np.append(True, item[1:] != item[:-1])) if len(item) else np.zeros(0, int)
@@ -79,7 +80,7 @@ def place_in_time(data: Interactions) -> np.ndarray:
 
 
 def joined(parts: tuple[Interactions, ...]) -> Interactions:
-    """The interactions of several cuts of one data set, one after the other."""
+    """The concatenated interactions of several parts of one data set."""
 
     def column(name: str) -> Any:
         columns = [getattr(part, name) for part in parts]
@@ -89,14 +90,14 @@ def joined(parts: tuple[Interactions, ...]) -> Interactions:
 
 
 def clicks(data: Interactions, least: float = 4.0) -> Interactions:
-    """Ratings as clicks: 1.0 from ``least`` on, 0.0 below. Raises MetarecError where there are no ratings."""
+    """Ratings as clicks: 1.0 for at least ``least``, 0.0 below. Raises MetarecError for data without ratings."""
     if data.rating is None:
-        raise MetarecError("the data has no ratings to make clicks of; it is clicks already")
+        raise MetarecError("the data has no ratings to convert to clicks; it already has clicks")
     return replace(data, rating=(data.rating >= least).astype(np.float32))
 
 
 def exchanged(data: Interactions) -> Interactions:
-    """The same interactions with users and items exchanged, features and all: what is made for users then serves items.
+    """The same interactions with users and items exchanged, including features.
 
     >>> from metarec_jax.data.interactions import Vocabulary
     >>> few, many = Vocabulary(np.arange(2)), Vocabulary(np.arange(9))
@@ -117,17 +118,17 @@ def exchanged(data: Interactions) -> Interactions:
 
 
 def _renamed(columns: Mapping[str, V]) -> dict[str, V]:
-    """``user_x`` as ``item_x`` and the other way round."""
+    """Columns with ``user_x`` renamed to ``item_x`` and vice versa."""
     other = {"user_": "item_", "item_": "user_"}
     return {other[name[:5]] + name[5:]: values for name, values in columns.items()}
 
 
-def _other_side(known: Catalogue) -> Catalogue:
-    return Catalogue(known.item_row, known.user_row, _renamed(known.item), _renamed(known.user))
+def _other_side(catalogue: Catalogue) -> Catalogue:
+    return Catalogue(catalogue.item_row, catalogue.user_row, _renamed(catalogue.item), _renamed(catalogue.user))
 
 
 def _task(task: Task) -> Task:
-    """A task of exchanged data, its columns under their own names."""
+    """A task of exchanged data, with the columns renamed back."""
 
     def part(examples: Examples) -> Examples:
         return examples._replace(inputs=_renamed(examples.inputs))
@@ -146,12 +147,13 @@ def item_task_source(
     item_drop: float = 0.0,
     negatives: int | None = None,
 ) -> TaskSource:
-    """Batches of item tasks, drawn on the device as `data.draw.task_source` draws those of users.
+    """Batches of item tasks, drawn on the device as in `data.draw.task_source`.
 
     Args:
-      tasks, support, query, order: as there, of an item's interactions. ``"time"``: the query comes after the support.
-      user_drop, item_drop: chance that an example's user, or a task's item, is replaced by the unknown id.
-      negatives: users who never had the item, for each who had it; by default as in `task_source`.
+      tasks, support, query, order: as in `task_source`, for an item's interactions; ``"time"``: the query is later than
+        the support.
+      user_drop, item_drop: probability of replacing an example's user, or a task's item, by the unknown id.
+      negatives: sampled users per positive that never had the item; default: as in `task_source`.
 
     Returns:
       A source whose tasks have ``item_id`` and the item's content with leading axis 1; users vary.
@@ -175,23 +177,23 @@ def item_task_source(
     def draw(data: TaskData, key: Array) -> Task:
         return _task(source.draw(data._replace(known=_other_side(data.known)), key))
 
-    # The catalogue lies there by its own names, so that `fit` checks its ids against the right tables.
+    # The catalogue keeps its own names, so that `fit` checks its ids against the right tables.
     return source._replace(data=source.data._replace(known=_other_side(source.data.known)), draw=draw)
 
 
 def item_catalogue(data: Interactions) -> Catalogue:
-    """What `item_batches` reads of ``data``: every item and user keeps a row of its own."""
+    """The catalogue for `item_batches`: every item and user keeps its own row."""
     return catalogue(exchanged(data), user_rows="own")
 
 
-def item_batches(tasks: TaskSet, known: Catalogue, size: int = 128) -> Iterator[tuple[np.ndarray, Task]]:
+def item_batches(tasks: TaskSet, catalogue: Catalogue, size: int = 128) -> Iterator[tuple[np.ndarray, Task]]:
     """`data.tasks.batches` for item tasks: ``make_tasks(exchanged(test), history=exchanged(first ratings), ...)``.
 
     Args:
-      known: of `item_catalogue`.
+      catalogue: from `item_catalogue`.
 
     Raises:
-      MetarecError: as there.
+      MetarecError: as `batches`.
     """
-    for index, task in batches(tasks, known, size):
+    for index, task in batches(tasks, catalogue, size):
         yield index, _task(task)

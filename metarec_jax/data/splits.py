@@ -1,6 +1,6 @@
-"""Which interactions train, which choose, which test: cold users, cold items, both, and warm; or a published partition.
+"""Splits into training, validation and test: cold users, cold items, both, and warm; or a published partition.
 
-Users are parted into train, validation and test users, and items likewise, on the axes that the scenarios ask for:
+Users are divided into train, validation and test users, and items likewise, on the axes that the scenarios require:
 
 =========== ============== ============== ===========================================================
 part        users          items
@@ -31,21 +31,21 @@ from metarec_jax.data.interactions import Interactions, require_times
 
 SCENARIOS = ("warm", "user_cold", "item_cold", "both_cold")
 _FIRST = ("user_cold", "warm", "item_cold", "both_cold")
-"""Of data that is too small for all of them, the scenarios that are kept first."""
+"""Priority of the scenarios, for data that is too small for all of them."""
 
 _TRAIN, _VALIDATION, _TEST = 0, 1, 2
 _NEVER = np.iinfo(np.int64).max
 
 
 class Split(NamedTuple):
-    """Parts of a data set; they share its vocabularies and features, and no interaction is in two of them.
+    """Disjoint parts of a data set, which share its vocabularies and features.
 
     Attributes:
-      train: what meta-training sees.
-      validation, test: by scenario: what chooses, and what is scored once at the end.
-      history: by scenario: where the supports come from, if not from the scenario's own rows ("warm": train).
-      dropped: interactions that are in no part, by reason.
-      notes: what the data was too small for, one line each.
+      train: the training part.
+      validation, test: by scenario: the part for model selection, and the part that is scored once at the end.
+      history: by scenario: the source of the supports, if it is not the scenario's own part ("warm": train).
+      dropped: number of interactions in no part, by reason.
+      notes: the scenarios that the data is too small for, one line each.
     """
 
     train: Interactions
@@ -67,33 +67,31 @@ def split(
 ) -> Split:
     """Hold out cold users, cold items and warm interactions.
 
-    by="random": test and validation users are drawn at random, and so are items; warm rows are drawn from each train
+    by="random": test and validation users are drawn at random, and so are items; warm rows are drawn from each training
     user, in proportion.
 
-    by="time": test users are the last to appear, validation users the last before those; items likewise. What is
-    guaranteed where user_cold or both_cold is asked for, with V the moment the first validation user appears (test
-    user, if there is no validation): every training row is earlier than V, so no row of a held-out user precedes any
-    training row, and user_cold, both_cold and warm tests are all later than training; validation rows of these three
-    are earlier than the first test user. With "warm" and no user axis, V and the start of test are quantiles of the
-    rows' times. For item_cold: the held-out items are the last to appear and no row of them is in training, but ratings
-    of older items may be later than theirs, since one item's appearance cannot stop the clock for all others. Rows that
-    would look ahead are dropped and counted; of equal times, none is on both sides.
+    by="time": test users are the last to appear, validation users the last before those; items likewise. With user_cold
+    or both_cold, and V the time at which the first validation user (without validation: test user) appears, it is
+    guaranteed that every training row is earlier than V, so that no row of a held-out user precedes any training row,
+    and user_cold, both_cold and warm tests are all later than training; validation rows of these three are earlier than
+    the first test user. With "warm" and no user axis, V and the start of the test are quantiles of the rows' times. For
+    item_cold, the held-out items are the last to appear and have no row in training, but ratings of older items may be
+    later than theirs. Rows that would leak the future are dropped and counted; equal times are never on both sides.
 
     Args:
-      scenarios: any of "warm", "user_cold", "item_cold", "both_cold"; only the axes these need are held out. None: all
-        that the data is large enough for; `Split.notes` names the others.
-      test, validation: the share of users, of items, and of warm rows; validation=0 for none.
-      seed: of the random choices.
+      scenarios: any of "warm", "user_cold", "item_cold", "both_cold"; only the axes that they require are held out.
+        None: all that the data is large enough for; `Split.notes` lists the others.
+      test, validation: fraction of users, of items, and of warm rows; validation=0 for none.
+      seed: seed of the random choices.
 
     Returns:
-      A `Split`. Dropped are the rows that no part may have: held-out users on held-out items where both_cold is not
-      asked for, validation users on test items and the reverse, rows of users or items that were not held out but have
-      no row in training either, and (by time) rows that look ahead.
-
-      A scenario whose validation part is too small is tested all the same, and noted.
+      A `Split`. It drops rows that no part may contain: held-out users on held-out items without both_cold, validation
+      users on test items and the reverse, rows of users or items that were not held out but have no row in training,
+      and (by time) rows that would leak the future. A scenario whose validation part is too small is still tested, with
+      a note.
 
     Raises:
-      MetarecError: an unknown scenario, shares that leave nothing, no timestamps, or a scenario that was asked for and
+      MetarecError: a scenario is unknown, the fractions leave nothing, there are no timestamps, or a requested scenario
         has no test user with two interactions (a support and a query).
 
     >>> from metarec_jax.data.synthetic import synthetic
@@ -101,10 +99,10 @@ def split(
     >>> len(parts.train), len(parts.validation["user_cold"]), len(parts.test["user_cold"]), dict(parts.dropped)
     (960, 120, 120, {})
     """
-    asked = SCENARIOS if scenarios is None else tuple(dict.fromkeys(scenarios))
-    _check(data, asked, by, test, validation)
+    requested = SCENARIOS if scenarios is None else tuple(dict.fromkeys(scenarios))
+    _check(data, requested, by, test, validation)
 
-    def parted(chosen: tuple[str, ...]) -> Split:
+    def divided(chosen: tuple[str, ...]) -> Split:
         train, held_out, dropped = _masks(data, chosen, by, test, validation, np.random.default_rng(seed))
         return Split(
             train=_trained(data.take(train), dropped),
@@ -114,24 +112,24 @@ def split(
             dropped=dropped,
         )
 
-    ordered = sorted(asked, key=_FIRST.index)
+    ordered = sorted(requested, key=_FIRST.index)
     reasons: dict[str, str] = {}
-    for some in (some for size in range(len(asked), 0, -1) for some in combinations(ordered, size)):
-        chosen = tuple(s for s in asked if s in some)
-        parts = parted(chosen)
+    for some in (some for size in range(len(requested), 0, -1) for some in combinations(ordered, size)):
+        chosen = tuple(s for s in requested if s in some)
+        parts = divided(chosen)
         if not (lacking := _lacking(parts)):
             break
         reasons |= lacking
     else:
         chosen = ()
-    unknown = "what it holds out leaves too little of the others"
-    too_small = {s: reasons.get(s, unknown) for s in asked if s not in chosen}
+    default = "its held-out part leaves too little for the other scenarios"
+    too_small = {s: reasons.get(s, default) for s in requested if s not in chosen}
     if too_small and (scenarios is not None or not chosen):
         why = "; ".join(f"{name}: {reason}" for name, reason in too_small.items())
-        fewer = f"give --scenarios {' '.join(chosen)} (scenarios= in Python), or other" if chosen else "give other"
+        fewer = f"use --scenarios {' '.join(chosen)} (scenarios= in Python), or other" if chosen else "use other"
         raise MetarecError(
             f"{len(data)} interactions of {data.users.num_rows - 1} users with {data.items.num_rows - 1} items are too "
-            f"few to test {', '.join(too_small)} ({why}); {fewer} shares (--test, now {test:g}, --validation, now "
+            f"few to test {', '.join(too_small)} ({why}); {fewer} fractions (--test, now {test:g}, --validation, now "
             f"{validation:g})"
         )
     notes = tuple(f"{name} is not tested: {reason}" for name, reason in too_small.items())
@@ -147,19 +145,19 @@ def by_state(
     source: str,
     dropped: Mapping[str, int] = MappingProxyType({}),
 ) -> Split:
-    """A split of rows whose states are published; see `metarec_jax.data.io.published.read_partition`.
+    """A split of rows with published states; see `metarec_jax.data.io.published.read_partition`.
 
     Args:
-      state: of each row, "train" or a scenario.
-      source: where the states come from, for messages.
-      dropped: rows that were left out before, by reason.
+      state: the state of each row, "train" or a scenario.
+      source: the file of the states, for messages.
+      dropped: number of rows that were dropped before, by reason.
     """
     warm = state == "train"
     scenarios = tuple(s for s in SCENARIOS if (state == s).any())
     if not warm.any() or not scenarios:
         raise MetarecError(
-            f"{source}: the states give {int(warm.sum())} warm rows and the test scenarios {scenarios}; both are "
-            "required; check state_col"
+            f"{source}: expected warm rows and test scenarios, got {int(warm.sum())} warm rows and the scenarios "
+            f"{scenarios}; check state_col"
         )
     train, chosen, left = table.take(warm), {}, dict(dropped)
     if validation:
@@ -177,17 +175,17 @@ def by_state(
 
 def _check(data: Interactions, scenarios: tuple[str, ...], by: str, test: float, validation: float) -> None:
     if not scenarios or (unknown := [s for s in scenarios if s not in SCENARIOS]):
-        seen = f"scenarios {unknown} are not known" if scenarios else "no scenario is given"
-        raise MetarecError(f"{seen}; choose from {', '.join(SCENARIOS)}")
+        fault = f"scenarios {unknown} are not known" if scenarios else "expected at least one scenario"
+        raise MetarecError(f"{fault}; choose from {', '.join(SCENARIOS)}")
     if by not in ("random", "time"):
-        raise MetarecError(f"by={by!r} is no way to split; give 'random' or 'time'")
+        raise MetarecError(f"by must be 'random' or 'time', got {by!r}")
     if not (test > 0 and validation >= 0 and test + validation < 1):
         raise MetarecError(
             f"--test {test:g} and --validation {validation:g} (test=, validation= in Python): test must be above 0, "
             "validation 0 or more, and their sum below 1"
         )
     if by == "time":
-        require_times(data, "--by time (by='time' in Python)", ", or take --by random")
+        require_times(data, "--by time (by='time' in Python)", ", or use --by random")
 
 
 Masks = tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]
@@ -201,7 +199,7 @@ def _masks(
     validation: float,
     rng: np.random.Generator,
 ) -> Masks:
-    """Which rows train; which are (validation, test) of each scenario; how many are in no part, by reason."""
+    """Masks of the training rows and of (validation, test) of each scenario; the number of dropped rows by reason."""
     time = np.asarray(data.timestamp) if by == "time" else None
     user_axis = bool({"user_cold", "both_cold"} & set(scenarios))
     item_axis = bool({"item_cold", "both_cold"} & set(scenarios))
@@ -210,7 +208,7 @@ def _masks(
     item_part, _ = _parts(data.item, data.items.num_rows, time, shares if item_axis else (0.0, 0.0), rng)
     user, item = user_part[data.user], item_part[data.item]
 
-    # The stretch of time (or, at random, the draw) that a row falls into: of training, of validation, of test.
+    # The period (or, at random, the draw) of a row: training, validation or test.
     inner = (user == _TRAIN) & (item == _TRAIN)
     stretch = np.zeros(len(data), np.int8)
     if time is not None and (user_axis or "warm" in scenarios):
@@ -219,7 +217,7 @@ def _masks(
     elif "warm" in scenarios:
         stretch[inner] = _draw_within_users(data.user[inner], shares, rng)
     train = inner & (stretch == _TRAIN)
-    if time is None:  # an item whose every row was drawn for warm tests goes back to train
+    if time is None:  # an item whose rows were all drawn for warm tests returns to training
         back = inner & ~_seen(data.item, train, data.items.num_rows)
         train, stretch = train | back, np.where(back, np.int8(_TRAIN), stretch)
     by_known_user = _seen(data.user, train, data.users.num_rows)
@@ -239,12 +237,12 @@ def _masks(
     left = ~(train | np.logical_or.reduce([mask for pair in held_out.values() for mask in pair]))
     dropped = {}
     for reason, mask in (
-        ("held-out users on held-out items, of different parts or not asked for", (user > 0) & (item > 0)),
-        ("held-out users on train items, not asked for", (user > 0) & ("user_cold" not in scenarios)),
-        ("train users on held-out items, not asked for", (item > 0) & ("item_cold" not in scenarios)),
-        ("validation users after the first test user came", (user == _VALIDATION) & (stretch == _TEST)),
-        ("after training ends, not asked for", inner & ("warm" not in scenarios)),
-        ("a user or item that training never saw", np.ones(len(data), bool)),
+        ("held-out users on held-out items, of different parts or not requested", (user > 0) & (item > 0)),
+        ("held-out users on training items, not requested", (user > 0) & ("user_cold" not in scenarios)),
+        ("training users on held-out items, not requested", (item > 0) & ("item_cold" not in scenarios)),
+        ("validation users after the first test user appears", (user == _VALIDATION) & (stretch == _TEST)),
+        ("after the end of training, not requested", inner & ("warm" not in scenarios)),
+        ("a user or item that is not in training", np.ones(len(data), bool)),
     ):
         if count := int((left & mask).sum()):
             dropped[reason] = count
@@ -255,9 +253,9 @@ def _masks(
 def _parts(
     rows: np.ndarray, num_rows: int, time: np.ndarray | None, shares: tuple[float, float], rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The part of each user (or item) ``[num_rows]``, and the moments when validation and test begin.
+    """The part of each user (or item) ``[num_rows]``, and the times at which validation and test start.
 
-    At random where ``time`` is None; else the last to appear are test, and the last before those validation.
+    At random if ``time`` is None; else the last to appear are test, and the last before those validation.
     """
     present = np.unique(rows)
     if time is None:
@@ -273,9 +271,9 @@ def _parts(
 
 
 def _starts(values: np.ndarray, shares: tuple[float, float]) -> tuple[int, int]:
-    """The least value of the validation and of the test part, if the largest ``test`` share of the values are test.
+    """The lowest value of the validation and of the test part, if the largest fraction ``test`` of the values is test.
 
-    Of equal values none is on both sides: ties go to the later part. At least one value for a share above 0.
+    Equal values are never on both sides: ties go to the later part. A fraction above 0 gives at least one value.
 
     >>> _starts(np.arange(10), (0.1, 0.2))
     (7, 9)
@@ -290,7 +288,7 @@ def _starts(values: np.ndarray, shares: tuple[float, float]) -> tuple[int, int]:
 
 
 def _draw_within_users(user: np.ndarray, shares: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Part of each row: of a user's n rows in random order, the k-th is placed at (k + 1/2) / n, the last are test."""
+    """Part of each row: the k-th of a user's n rows in random order is at (k + 1/2) / n; the last are test."""
     order = np.lexsort((rng.random(len(user)), user))
     ordered = user[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(user) else np.zeros(0, int)
@@ -301,19 +299,19 @@ def _draw_within_users(user: np.ndarray, shares: tuple[float, float], rng: np.ra
     return out
 
 
-def _seen(rows: np.ndarray, where: np.ndarray, num_rows: int) -> np.ndarray:
-    """Whether each row's user (or item) has a row in ``where``."""
+def _seen(rows: np.ndarray, mask: np.ndarray, num_rows: int) -> np.ndarray:
+    """Whether each row's user (or item) has a row in ``mask``."""
     seen = np.zeros(num_rows, bool)
-    seen[rows[where]] = True
+    seen[rows[mask]] = True
     return seen[rows]
 
 
 def _trained(train: Interactions, dropped: Mapping[str, int]) -> Interactions:
-    return replace(train, notes=(*train.notes, *(f"split: {n} rows left out: {why}" for why, n in dropped.items())))
+    return replace(train, notes=(*train.notes, *(f"split: {n} rows dropped: {why}" for why, n in dropped.items())))
 
 
 def _lacking(parts: Split) -> dict[str, str]:
-    """Why scenarios cannot be tested, by scenario; all of them where nothing is left to train on."""
+    """The reasons why scenarios cannot be tested; those of all scenarios if the training part is empty."""
     if not len(parts.train):
         return dict.fromkeys(parts.test, "no interaction is left to train on")
     reasons = {name: _unusable(parts, name, rows) for name, rows in parts.test.items()}
@@ -321,7 +319,7 @@ def _lacking(parts: Split) -> dict[str, str]:
 
 
 def _unusable(parts: Split, scenario: str, rows: Interactions) -> str:
-    """Why these rows, of the part ``{}``, make no task of the scenario; "" where they do."""
+    """The reason why these rows of the part ``{}`` give no task of the scenario; "" if they give one."""
     if not len(rows):
         return "its {} part is empty"
     fewest = 1 if scenario in parts.history else 2
@@ -329,8 +327,8 @@ def _unusable(parts: Split, scenario: str, rows: Interactions) -> str:
 
 
 def _validated(parts: Split) -> Split:
-    """The parts without validation scenarios that have no task, which are noted."""
+    """The parts without validation scenarios that have no task; a note lists each of these."""
     reasons = {name: _unusable(parts, name, rows) for name, rows in parts.validation.items()}
-    notes = [f"{name} is tested, and not validated: {why.format('validation')}" for name, why in reasons.items() if why]
+    notes = [f"{name} is tested but not validated: {why.format('validation')}" for name, why in reasons.items() if why]
     kept = {name: rows for name, rows in parts.validation.items() if not reasons[name]}
     return parts._replace(validation=kept, notes=(*parts.notes, *notes))

@@ -1,4 +1,4 @@
-"""Made-up interactions whose best answer is known, at any scale: nothing of size users x items is ever made."""
+"""Synthetic interactions with a known optimum, at any scale: no array of users x items is created."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _LEVELS = np.arange(1, 6)
 
 
 class Truth(NamedTuple):
-    """What generated the data. Row 0 of each array is the unknown id (zeros).
+    """The parameters that generated the data. Row 0 of each array is the unknown id (zeros).
 
     Attributes:
       mean: mu.
       user_vector: w, float32 ``[users + 1, D]``; user_prior: its mean given the user's group, ``[users + 1, D]``;
         user_sd: its standard deviation around that mean, in each direction.
-      item_vector: v, float32 ``[items + 1, D]``; item_prior: its part that the features explain.
-      user_bias, item_bias: ``[users + 1]``, ``[items + 1]``; user_bias_sd; item_bias_prior: the features' part of it.
+      item_vector: v, float32 ``[items + 1, D]``; item_prior: the part of v that the features explain.
+      user_bias, item_bias: ``[users + 1]``, ``[items + 1]``; user_bias_sd; item_bias_prior: the part of item_bias that
+        the features explain.
       noise: the standard deviation of a rating around its score (0 for implicit data).
     """
 
@@ -44,12 +45,12 @@ class Truth(NamedTuple):
 
 
 class Synthetic(NamedTuple):
-    """Interactions and what is known of them.
+    """Interactions and their ground truth.
 
     Attributes:
       data: with features ``user_group``, ``item_genre`` (multi), ``item_maker`` (categorical), ``item_tone`` (numeric).
-      best_rmse: the RMSE over ``data`` of the best prediction there is, which knows `truth`; nan for implicit data.
-      truth: what generated it.
+      best_rmse: the RMSE over ``data`` of the optimal prediction, which uses `truth`; nan for implicit data.
+      truth: the parameters that generated the data.
     """
 
     data: Interactions
@@ -61,13 +62,13 @@ class Synthetic(NamedTuple):
         return _scores(self.truth, user, item)
 
     def posterior_scores(self, user: int, support: np.ndarray, rating: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """The best prediction for a user known by a few ratings only, the items being known: no learner does better.
+        """The optimal prediction for a user with a few ratings, given the true items; no learner can be better.
 
         With x = (1, v), prior (b, w) ~ N(m, S) and residuals e = r - mu - b_i - <x, m>:
         m + S X^T (X S X^T + noise^2 I)^-1 e.
 
         Args:
-          user: a row; only its group is used.
+          user: a row, of which only the group is used.
           support, rating: item rows ``[S]`` and their ratings, not rounded.
           item: rows ``[n]`` to predict.
 
@@ -103,23 +104,24 @@ def synthetic(
     implicit: bool = False,
     seed: int = 0,
 ) -> Synthetic:
-    """Ratings r = mu + b_u + b_i + <w_u, v_i> + noise, mu = 3.5, with features that tell a known part of them.
+    """Ratings r = mu + b_u + b_i + <w_u, v_i> + noise, mu = 3.5, with features that explain a known part of them.
 
-    w_u ~ N(m, I / size), where a share ``group`` of the variance is common to the users of one group. v_i and b_i are
-    a share ``content`` (of their variance) a linear function of the item's genres, maker and tone, the rest their own;
-    <w_u - m, v_i> has standard deviation ``taste`` over users and items, b_u 0.4, b_i 0.3.
+    w_u ~ N(m, I / size), where the fraction ``group`` of the variance is common to the users of a group. The fraction
+    ``content`` of the variance of v_i and b_i is a linear function of the item's genres, maker and tone, the rest is
+    individual; <w_u - m, v_i> has standard deviation ``taste`` over users and items, b_u 0.4, b_i 0.3.
 
     Args:
-      ratings_per_user: fewest and most; the number is uniform between them, the items distinct, popular ones likelier.
-      size: D, of the preference vectors.
-      noise: its standard deviation, and so the RMSE that nothing can beat.
-      cold_items: this share of the items, the last rows, has features but no interaction.
+      ratings_per_user: minimum and maximum; the number is uniform between them, the items are distinct, and popular
+        ones more likely.
+      size: D, dimension of the preference vectors.
+      noise: standard deviation of the noise, and so the lowest possible RMSE.
+      cold_items: this fraction of the items, the last rows, has features but no interaction.
       rounded: round and clip to 1..5; ``best_rmse`` is then that of the exact mean of the rounded rating.
-      implicit: no ratings; an item offered to a user is taken with probability sigmoid(score), mu = 0, noise unused.
-      seed: all randomness. Timestamps fall into the month after a user's arrival, arrivals into a year.
+      implicit: no ratings; a user accepts an offered item with probability sigmoid(score), mu = 0, noise is not used.
+      seed: seed of everything random. Timestamps are in the month after a user's arrival, arrivals within a year.
 
     Raises:
-      MetarecError: no room for that many distinct items a user.
+      MetarecError: there are not enough items for that many distinct items per user.
 
     >>> made = synthetic(100, 50, ratings_per_user=(10, 20), noise=0.25)
     >>> made.best_rmse
@@ -138,7 +140,7 @@ def synthetic(
     rng = np.random.default_rng(seed)
     features, prior, own = _items(rng, num_items, size, content)
     scale = np.array([taste] * size + [0.3])
-    told, whole = _padded(scale * prior), _padded(scale * (prior + own))
+    explained, whole = _padded(scale * prior), _padded(scale * (prior + own))
     groups = rng.integers(0, _GROUPS, num_users)
     common = rng.standard_normal((_GROUPS, size)) * np.sqrt(group / size)
     mean_vector = np.full(size, 0.5 / np.sqrt(size))
@@ -150,11 +152,11 @@ def synthetic(
         user_prior=user_prior,
         user_sd=user_sd,
         item_vector=np.ascontiguousarray(whole[:, :-1]),
-        item_prior=np.ascontiguousarray(told[:, :-1]),
+        item_prior=np.ascontiguousarray(explained[:, :-1]),
         user_bias=_padded(0.4 * rng.standard_normal((num_users, 1)))[:, 0],
         user_bias_sd=0.4,
         item_bias=whole[:, -1],
-        item_bias_prior=told[:, -1],
+        item_bias_prior=explained[:, -1],
         noise=0.0 if implicit else noise,
     )
     counts = rng.integers(low, high + 1, num_users)
@@ -194,20 +196,20 @@ def interactions(*args: Any, **kwargs: Any) -> Interactions:
 
 
 def checkerboard(num_users: int, num_items: int, *, implicit: bool = False, leave_out: bool = True) -> Interactions:
-    """User u likes item i if both are even or both are odd: a test problem with an obvious right answer.
+    """User u likes item i if both are even or both are odd: a test problem with an obvious optimum.
 
-    Ids are 0, 1, ...; a liked item is rated 5 and the others 1; with ``implicit`` only liked ones are there.
+    Ids are 0, 1, ...; a liked item is rated 5 and the others 1; with ``implicit`` only liked items occur.
 
     Args:
       num_items: even.
-      leave_out: leave out item ``u % num_items`` of user u, which it likes, so that there is one right recommendation.
+      leave_out: omit item ``u % num_items`` of user u, which u likes, so that there is one right recommendation.
 
     >>> board = checkerboard(2, 4)
     >>> list(zip((board.user - 1).tolist(), (board.item - 1).tolist(), board.rating.tolist()))
     [(0, 1, 1.0), (0, 2, 5.0), (0, 3, 1.0), (1, 0, 1.0), (1, 2, 1.0), (1, 3, 5.0)]
     """
     if num_items % 2:
-        raise MetarecError(f"a checkerboard wants an even number of items, got {num_items}")
+        raise MetarecError(f"a checkerboard requires an even number of items, got {num_items}")
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(num_users), np.arange(num_items), indexing="ij"))
     liked = user % 2 == item % 2
     kept = np.ones(len(user), bool)
@@ -229,7 +231,7 @@ def checkerboard(num_users: int, num_items: int, *, implicit: bool = False, leav
 def _items(
     rng: np.random.Generator, num_items: int, size: int, content: float
 ) -> tuple[dict[str, Feature], np.ndarray, np.ndarray]:
-    """Features, and vectors ``[items, size + 1]`` of unit variance in two parts: told by the features, and own."""
+    """Features, and vectors ``[items, size + 1]`` of unit variance: a part explained by features, and the rest."""
     makers = int(np.clip(num_items // 20, 2, 200))
     number = rng.integers(1, _MOST_GENRES + 1, num_items)
     genres = np.argsort(rng.random((num_items, _GENRES), np.float32), axis=1)[:, :_MOST_GENRES].astype(np.int32) + 1
@@ -239,11 +241,11 @@ def _items(
     tone = (tone - tone.mean()) / tone.std() if num_items > 1 else np.zeros(num_items)
     genre_vector = rng.standard_normal((_GENRES + 1, size + 1)) / np.sqrt(2)
     genre_vector[0] = 0.0
-    told = rng.standard_normal((makers, size + 1))[maker] + tone[:, None] * rng.standard_normal(size + 1)
+    explained = rng.standard_normal((makers, size + 1))[maker] + tone[:, None] * rng.standard_normal(size + 1)
     for k in range(_MOST_GENRES):
-        told += genre_vector[genres[:, k]]
-    told -= told.mean(0)
-    told /= np.maximum(np.sqrt((told**2).mean(0)), 1e-12)
+        explained += genre_vector[genres[:, k]]
+    explained -= explained.mean(0)
+    explained /= np.maximum(np.sqrt((explained**2).mean(0)), 1e-12)
     features = {
         "item_genre": Feature(
             "multi",
@@ -254,7 +256,7 @@ def _items(
         "item_tone": Feature("numeric", _padded(tone[:, None])),
     }
     own = np.sqrt(1 - content) * rng.standard_normal((num_items, size + 1))
-    return features, np.sqrt(content) * told, own
+    return features, np.sqrt(content) * explained, own
 
 
 def _coded(values: np.ndarray, cardinality: int) -> Feature:
@@ -286,9 +288,9 @@ def _distinct(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows ``(user, item)``: ``counts[k]`` distinct items for user k + 1, sorted by user and item.
 
-    The chance of an item falls with its popularity rank like 1 / (rank + items / 20); with ``taken`` an offer also
-    has to pass sigmoid(score). Offers are drawn with replacement, repeats dropped, and what is missing is drawn again;
-    users who would want most of the items get exact weighted draws without replacement (the Gumbel trick) instead.
+    The probability of an item decreases with its popularity rank as 1 / (rank + items / 20); with ``taken`` an offer is
+    also accepted with probability sigmoid(score). Offers are drawn with replacement, repeats dropped, and missing ones
+    drawn again; for users with most of the items, exact weighted draws without replacement (the Gumbel trick) are used.
     """
     weight = 1.0 / (rng.permutation(num_items) + 1 + num_items / 20)
     if counts.max() > num_items / 8:
@@ -324,21 +326,21 @@ def _gumbel(
     num_items, users, items = len(log_weight), [], []
     step = max(1, _MAX_MATRIX // num_items)
     for start in range(0, len(counts), step):
-        wanted = counts[start : start + step]
-        rows = np.arange(start, start + len(wanted))
-        value = log_weight - np.log(rng.standard_exponential((len(wanted), num_items)))
+        sizes = counts[start : start + step]
+        rows = np.arange(start, start + len(sizes))
+        value = log_weight - np.log(rng.standard_exponential((len(sizes), num_items)))
         if taken is not None:
             value += np.log(expit(_scores(taken, rows[:, None] + 1, np.arange(1, num_items + 1)[None])))
-        best = np.argsort(-value, axis=1)[:, : wanted.max()]
-        kept = np.arange(best.shape[1]) < wanted[:, None]
+        best = np.argsort(-value, axis=1)[:, : sizes.max()]
+        kept = np.arange(best.shape[1]) < sizes[:, None]
         chosen = np.sort(np.where(kept, best, num_items), axis=1)
-        users.append(np.repeat(rows + 1, wanted))
+        users.append(np.repeat(rows + 1, sizes))
         items.append(chosen[chosen < num_items] + 1)
     return np.concatenate(users).astype(np.int32), np.concatenate(items).astype(np.int32)
 
 
 def _rounding_floor(score: np.ndarray, noise: float) -> float:
-    """sqrt of the mean, over rows, of Var[clip(round(score + noise), 1, 5)]: what the best prediction still misses."""
+    """sqrt of the mean, over rows, of Var[clip(round(score + noise), 1, 5)], the error of the optimal prediction."""
     variance = 0.0
     edges = np.concatenate([[-np.inf], _LEVELS[:-1] + 0.5, [np.inf]])
     for start in range(0, len(score), _MAX_MATRIX):

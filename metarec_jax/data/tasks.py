@@ -1,4 +1,4 @@
-"""Fixed tasks for validation and test, made on the host; what draws tasks for training is in `draw`."""
+"""Fixed tasks for validation and test, made on the host; `draw` draws tasks for training."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class TaskSet:
     Attributes:
       user: int32 ``[T]``.
       support_item, support_target, support_mask: ``[T, S]``; query_*: ``[T, Q]``.
-      past: bool ``[T, item rows]``: what the user is known to have had before the query, whether or not the support
-        shows it. With the support it leaves the candidates of a ranking of the catalogue. None: nothing more is known.
+      past: bool ``[T, item rows]``: the user's known history before the query, which may exceed the support. Catalogue
+        rankings exclude it and the support. None: nothing beyond the support is known.
     """
 
     user: np.ndarray
@@ -55,15 +55,15 @@ class TaskSet:
         return len(self.user)
 
     def take(self, index: np.ndarray) -> TaskSet:
-        """The tasks that an index array or a boolean mask names."""
-        taken: dict[str, Any] = {}
+        """The tasks of an index array or a boolean mask."""
+        columns: dict[str, Any] = {}
         for f in fields(self):
             values = getattr(self, f.name)
-            taken[f.name] = None if values is None else values[index]
-        return TaskSet(**taken)
+            columns[f.name] = None if values is None else values[index]
+        return TaskSet(**columns)
 
     def beyond_support(self) -> int:
-        """How many users are known to have had more than their support shows."""
+        """The number of users whose known history exceeds their support."""
         if self.past is None:
             return 0
         task, slot = np.nonzero(self.support_mask)
@@ -83,19 +83,19 @@ def make_tasks(
     negatives: int | None = None,
     seed: int = 0,
 ) -> TaskSet:
-    """One task a user of ``data``: the last ``query`` interactions (of a shuffle, or in time), the rest support.
+    """One task per user of ``data``: the last ``query`` interactions (of a shuffle, or in time), the rest is support.
 
     Args:
-      history: where given, the support comes from here (a warm user's known past) and all query items from ``data``.
-      past: what users are known to have had, such as the training part (`TaskSet.past`); by default ``history``.
-      query: query examples at the most; a user with few keeps ``support[0]`` for the support first.
-      support: fewest and most support examples; the most recent are kept. A user with fewer is left out.
+      history: the source of the support (a warm user's known past); all query items then come from ``data``.
+      past: the known history of users, such as the training part (`TaskSet.past`); default: ``history``.
+      query: maximum number of query examples; a user with few keeps ``support[0]`` for the support first.
+      support: minimum and maximum number of support examples; the most recent are kept. Users with fewer are skipped.
       ratings: only users with this many interactions (low, high) in ``data``.
-      negatives: this many items that the user has neither in ``data`` nor in ``history``, target 0, for each support
-        positive; fewer where there are no more. By default as in `task_source`: 4 for clicks, 0 for ratings.
+      negatives: this many items per support positive, with target 0, that the user has neither in ``data`` nor in
+        ``history``; fewer if there are no more. Default: as in `task_source`, 4 for clicks, 0 for ratings.
 
     Raises:
-      MetarecError: ``order="time"`` without timestamps, or a support or query size out of its range.
+      MetarecError: ``order="time"`` without timestamps, or a support or query size is out of range.
 
     >>> from metarec_jax.data.interactions import Vocabulary
     >>> ids = Vocabulary(np.arange(5))
@@ -105,7 +105,7 @@ def make_tasks(
     ([[4, 5]], [[3, 1]])
     """
     if query < 1 or not 0 <= support[0] <= support[1]:
-        raise MetarecError(f"query is {query} and support {support}; give query >= 1 and 0 <= fewest <= most")
+        raise MetarecError(f"expected query >= 1 and 0 <= minimum <= maximum, got query {query} and support {support}")
     rng = np.random.default_rng(seed)
     own = group_by_user(data, order, rng)
     users, end = own[1], own[2][1:]
@@ -118,9 +118,9 @@ def make_tasks(
         source, rows = history, group_by_user(history, order, rng)
         size_q = np.minimum(size, query)
         at = np.searchsorted(rows[1], users)
-        found = np.isin(users, rows[1])
-        begin_s = np.where(found, rows[2][np.where(found, at, 0)], 0)
-        end_s = np.where(found, rows[2][np.where(found, at + 1, 0)], 0)
+        present = np.isin(users, rows[1])
+        begin_s = np.where(present, rows[2][np.where(present, at, 0)], 0)
+        end_s = np.where(present, rows[2][np.where(present, at + 1, 0)], 0)
     size_s = np.minimum(end_s - begin_s, support[1])
     keep = (size_q > 0) & (size_s >= support[0])
     if ratings is not None:
@@ -131,11 +131,11 @@ def make_tasks(
         support_part = _with_negatives(support_part, users, data, history, count, rng)
     query_part = _part(data, own[0], end - size_q, size_q)
     past = history if past is None else past
-    had = None if past is None else _had(past, users)
-    return TaskSet(users.astype(np.int32), *support_part, *query_part, had)
+    matrix = None if past is None else _past_items(past, users)
+    return TaskSet(users.astype(np.int32), *support_part, *query_part, matrix)
 
 
-def _had(past: Interactions, users: np.ndarray) -> csr_matrix:
+def _past_items(past: Interactions, users: np.ndarray) -> csr_matrix:
     """Which items each of ``users``, in ascending order, has in ``past``: bool ``[T, item rows]``."""
     mine = np.isin(past.user, users)
     entries = np.ones(int(mine.sum()), bool), (np.searchsorted(users, past.user[mine]), past.item[mine])
@@ -168,10 +168,10 @@ def _with_negatives(
     count: int,
     rng: np.random.Generator,
 ) -> _Part:
-    """Each support followed by ``count`` items a positive that its user never had, distinct, uniform over the pool.
+    """Each support followed by ``count`` items per positive that its user never had, distinct, uniform over the pool.
 
-    Drawn for all tasks at once and again where a draw is one of the user's or repeated; a task that wants more than
-    half of what is free is drawn from the list of what is free.
+    All tasks are drawn at once, and again for items that the user has or that repeat; a task that requires more than
+    half of its free items is drawn from the list of free items.
     """
     sources = [data] if history is None else [data, history]
     had_user, had_item = (np.concatenate([getattr(d, f).astype(np.int64) for d in sources]) for f in ("user", "item"))
@@ -206,52 +206,52 @@ def _with_negatives(
     return out
 
 
-def check_tasks(tasks: TaskSet, known: Catalogue, name: str | None = None) -> None:
-    """Refuse tasks whose rows lie outside the catalogue, where an index would be clamped or wrap around.
+def check_tasks(tasks: TaskSet, catalogue: Catalogue, name: str | None = None) -> None:
+    """Refuse tasks with rows outside the catalogue, since JAX clamps or wraps such an index.
 
     Args:
-      name: of the scenario, for the message.
+      name: name of the scenario, for the message.
 
     Raises:
       MetarecError: a task has a user or an item that the catalogue lacks.
     """
     scenario = "" if name is None else f" of {name!r}"
-    for what, rows, there in (
-        ("user", tasks.user, known.user_row),
-        ("support item", tasks.support_item, known.item_row),
-        ("query item", tasks.query_item, known.item_row),
+    for what, rows, table_rows in (
+        ("user", tasks.user, catalogue.user_row),
+        ("support item", tasks.support_item, catalogue.item_row),
+        ("query item", tasks.query_item, catalogue.item_row),
     ):
-        if rows.size and (rows.min() < 0 or rows.max() >= there.shape[0]):
+        if rows.size and (rows.min() < 0 or rows.max() >= table_rows.shape[0]):
             raise MetarecError(
                 f"the tasks{scenario} have {what} rows {rows.min()}..{rows.max()}, and the catalogue has "
-                f"0..{there.shape[0] - 1}; make both from the same Interactions"
+                f"0..{table_rows.shape[0] - 1}; make both from the same Interactions"
             )
-    if tasks.past is not None and tasks.past.shape[1] != known.item_row.shape[0]:
+    if tasks.past is not None and tasks.past.shape[1] != catalogue.item_row.shape[0]:
         raise MetarecError(
-            f"the tasks{scenario} know of {tasks.past.shape[1]} item rows in their users' past, and the catalogue has "
-            f"{known.item_row.shape[0]}; make both from the same Interactions"
+            f"the past of the tasks{scenario} has {tasks.past.shape[1]} item rows, and the catalogue has "
+            f"{catalogue.item_row.shape[0]}; make both from the same Interactions"
         )
 
 
-def batches(tasks: TaskSet, known: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:
-    """Device batches of few shapes: tasks sorted by support length, a batch padded to 8, 32, 128, ... support slots.
+def batches(tasks: TaskSet, catalogue: Catalogue, size: int = 256) -> Iterator[tuple[np.ndarray, Task]]:
+    """Device batches of few shapes: tasks sorted by support length, each batch padded to 8, 32, 128, ... support slots.
 
-    What is compiled for a batch costs more than the padding does: few widths, and no batch left half full for each.
+    Few widths are used, since compiling a program costs more than padding does.
 
-    Yields ``(index, task)``: ``index`` [t] says which tasks these are (t <= size), and every leaf of ``task`` has
+    Yields ``(index, task)``: ``index`` [t] holds the positions of the tasks (t <= size), and every leaf of ``task`` has
     leading axis ``size``: the rest is padding with mask 0.
 
     Raises:
       MetarecError: a task has a user or an item that the catalogue lacks.
     """
-    check_tasks(tasks, known)
+    check_tasks(tasks, catalogue)
     slot = np.arange(1, tasks.support_mask.shape[1] + 1)
     lengths = np.max((tasks.support_mask > 0) * slot, axis=1, initial=0)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), size):
         index = order[start : start + size]
         rows = np.concatenate([index, np.full(size - len(index), -1)])
-        yield index, _device_task(tasks, known, rows, _width(int(lengths[index[-1]])))
+        yield index, _device_task(tasks, catalogue, rows, _width(int(lengths[index[-1]])))
 
 
 def _width(length: int) -> int:
@@ -268,7 +268,7 @@ def _width(length: int) -> int:
 _columns = jax.jit(jax.vmap(inputs, (None, 0, 0)))
 
 
-def _device_task(tasks: TaskSet, known: Catalogue, rows: np.ndarray, width: int) -> Task:
+def _device_task(tasks: TaskSet, catalogue: Catalogue, rows: np.ndarray, width: int) -> Task:
     real = (rows >= 0)[:, None]
 
     def part(item: np.ndarray, target: np.ndarray, mask: np.ndarray, n: int) -> Examples:
@@ -277,7 +277,7 @@ def _device_task(tasks: TaskSet, known: Catalogue, rows: np.ndarray, width: int)
             return np.pad(a, ((0, 0), (0, n - a.shape[1])))
 
         user = jnp.asarray(np.where(rows >= 0, tasks.user[rows], 0))
-        columns = _columns(known, user, jnp.asarray(fit(item)))
+        columns = _columns(catalogue, user, jnp.asarray(fit(item)))
         return Examples(columns, jnp.asarray(fit(target)), jnp.asarray(fit(mask)))
 
     return Task(

@@ -1,7 +1,7 @@
-"""Does adaptation converge? Inner-loop curves, gradient norms, and what first order leaves out, on given tasks.
+"""Convergence of adaptation: inner-loop curves, gradient norms, and the error of the first-order approximation.
 
-Only the contract is used: a curve is made of learners that differ in their number of inner steps alone, and the inner
-gradient is that of the support loss with respect to what `adapt` returns.
+Only the learner contract is used: a curve comes from learners that differ only in their number of inner steps, and the
+inner gradient is that of the support loss with respect to the result of `adapt`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Convergence(NamedTuple):
 
     Attributes:
       steps: ascending, from 0, past ``trained``.
-      support_loss: what the inner loop lowers; query_loss: what it is for.
-      gradient_norm: of the support loss, in what adapts.
+      support_loss: the loss that the inner loop lowers; query_loss: the loss on the query.
+      gradient_norm: norm of the gradient of the support loss in the adapted parameters.
       trained: inner steps of the trained learner.
-      worse: share of the tasks whose support loss is higher after ``trained`` steps than before, or not finite.
-      growth: by what factor the last step up to ``trained`` (the first, with one) multiplied the gradient norm, as
-        ``(norm after / norm before) ** (1 / steps between)``; over lr * h > 2 on a quadratic it is ``lr h - 1``.
-      cosine: between the meta-gradients of first and of second order; None where the learner has no such pair.
-      tasks: how many.
+      worse: fraction of the tasks whose support loss is higher after ``trained`` steps than before, or not finite.
+      growth: factor by which the last step up to ``trained`` (the first, with one) multiplied the gradient norm,
+        ``(norm after / norm before) ** (1 / steps between)``; for lr * h > 2 on a quadratic it is ``lr h - 1``.
+      cosine: between the meta-gradients of first and of second order; None if the learner has no such pair.
+      tasks: number of tasks.
     """
 
     steps: tuple[int, ...]
@@ -48,13 +48,13 @@ class Convergence(NamedTuple):
 
     @property
     def unstable_from(self) -> int | None:
-        """The fewest of ``steps`` after which the support loss is above that of no step, or not finite."""
+        """The smallest of ``steps`` with a support loss above that of no step, or not finite."""
         start = self.support_loss[0]
         return next((k for k, v in zip(self.steps, self.support_loss, strict=True) if not v <= start), None)
 
     @property
     def diverges(self) -> bool:
-        """Whether the inner loop, as trained, ends above where it began."""
+        """Whether the support loss after the trained number of steps is above its start."""
         return self.unstable_from is not None and not _at(self, self.trained) <= self.support_loss[0]
 
     @property
@@ -65,7 +65,7 @@ class Convergence(NamedTuple):
 
 
 def points(trained: int) -> tuple[int, ...]:
-    """Numbers of inner steps for a curve: each up to ``trained`` (at most ten of them), then 1.5, 2 and 3 times it.
+    """Numbers of inner steps of a curve: those up to ``trained`` (at most ten), then 1.5, 2 and 3 times ``trained``.
 
     >>> points(1), points(5), points(40)
     ((0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 8, 10, 15), (0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 60, 80, 120))
@@ -86,21 +86,21 @@ def converge(
     orders: tuple[Learner, Learner] | None = None,
     key: Array | None = None,
 ) -> Convergence:
-    """Follow the inner loop from the trained parameters.
+    """Measure the inner loop from the trained parameters.
 
     Args:
-      learner_at: the learner with so many inner steps; all take the same ``params``.
+      learner_at: returns the learner with a number of inner steps; all use the same ``params``.
       tasks: a batch, every leaf with leading axis T.
-      trained: inner steps of the trained learner; the curve goes on to three times as many (`points`).
-      loss: of the inner steps, ``loss(scores [n], target [n], where=[n])``.
-      real: bool ``[T]``, which tasks count; by default all. Tasks without a support example never count.
-      orders: the learner of first and that of second order, for the cosine of their meta-gradients.
+      trained: inner steps of the trained learner; the curve continues to three times as many (`points`).
+      loss: loss of the inner steps, ``loss(scores [n], target [n], where=[n])``.
+      real: bool ``[T]``, the tasks to include; default: all. Tasks without a support example are always excluded.
+      orders: the first-order and the second-order learner, for the cosine of their meta-gradients.
 
     Raises:
-      MetarecError: no task counts.
+      MetarecError: no task is included.
 
-    A row u, one rating of 3, ``loss = (u - 3)^2``, rate 1/8: every step takes u - 3 times ``1 - 2/8``, and the loss
-    times 9/16. (MAML's own doctest has this model.)
+    For a row u, one rating of 3, ``loss = (u - 3)^2`` and rate 1/8, every step multiplies u - 3 by ``1 - 2/8``, and the
+    loss by 9/16. (MAML's own doctest has this model.)
 
     >>> from metarec_jax import losses
     >>> from metarec_jax.core import Examples, Model, Table
@@ -116,7 +116,9 @@ def converge(
     """
     counts = np.asarray(tasks.support.mask.sum(1) > 0) & (True if real is None else np.asarray(real))
     if not counts.any():
-        raise MetarecError("no task with a support example to follow the inner loop on; give one or more")
+        raise MetarecError(
+            "expected a task with a support example to measure the inner loop, got none; pass one or more"
+        )
     tasks = jax.tree.map(lambda leaf: leaf[counts], tasks)
     key = jax.random.key(0) if key is None else key
     at = points(trained)
@@ -137,40 +139,40 @@ def converge(
 
 
 def findings(found: Convergence, *, inner_lr: float | None = None) -> list[str]:
-    """The curves in words: what the steps bring, whether they diverge, and what to do then."""
+    """Sentences on the curves: the effect of the steps, whether they diverge, and the remedy."""
     c, k = found, found.trained
     first, last = c.query_loss[0], _at(c, k, c.query_loss)
-    said = [
-        f"Over {c.tasks:,} validation tasks, {k} inner step{'s' * (k != 1)} take the loss of the support from "
-        f"{c.support_loss[0]:.4g} to {_at(c, k):.4g}, that of the query from {first:.4g} to {last:.4g}, and the norm "
+    lines = [
+        f"Over {c.tasks:,} validation tasks, {k} inner step{'s' * (k != 1)} change the support loss from "
+        f"{c.support_loss[0]:.4g} to {_at(c, k):.4g}, the query loss from {first:.4g} to {last:.4g}, and the norm "
         f"of the inner gradient from {c.gradient_norm[0]:.3g} to {_at(c, k, c.gradient_norm):.3g}."
     ]
     if warning := remedy(found, inner_lr=inner_lr):
-        said.append(warning)
+        lines.append(warning)
     elif c.unstable_from is not None:
-        said.append(
-            f"It converges as trained, but with {c.unstable_from} steps the support loss is above where it began: do "
-            "not take that many."
+        lines.append(
+            f"It converges as trained, but with {c.unstable_from} steps the support loss is above its start: use fewer "
+            "steps than that."
         )
     if not c.diverges and c.best_steps != k:
         best = _at(c, c.best_steps, c.query_loss)
-        said.append(f"The query loss is lowest, {best:.4g}, with {c.best_steps} steps; trained were {k}.")
+        lines.append(f"The query loss is lowest, {best:.4g}, with {c.best_steps} steps; training used {k}.")
     if c.worse > 0 and not c.diverges:
-        said.append(f"For {c.worse:.0%} of the tasks the support loss is higher after the steps than before.")
+        lines.append(f"For {c.worse:.0%} of the tasks the support loss is higher after the steps than before.")
     if c.cosine is not None:
         how = "close" if c.cosine > 0.95 else "not the same direction" if c.cosine > 0.5 else "another direction"
-        said.append(
+        lines.append(
             f"Cosine between the meta-gradients of first and second order: {c.cosine:.3f}, {how}"
-            + ("; --first-order goes nearly the same way." if c.cosine > 0.95 else ".")
+            + ("; --first-order has nearly the same gradient." if c.cosine > 0.95 else ".")
         )
-    return said
+    return lines
 
 
 def remedy(found: Convergence, *, inner_lr: float | None = None) -> str | None:
-    """What to do where adaptation diverges, with numbers; None where it does not.
+    """The warning and remedy if adaptation diverges, with numbers; else None.
 
-    The last step took the gradient times rho. On a quadratic rho = lr h - 1 for the steepest direction, h its
-    curvature, so that lr / (1 + rho) = 1 / h is the rate that would solve that direction in one step.
+    The last step multiplied the gradient by rho. On a quadratic rho = lr h - 1 for the steepest direction, h its
+    curvature, so that lr / (1 + rho) = 1 / h is the rate that solves that direction in one step.
     """
     if not found.diverges:
         return None
@@ -182,25 +184,25 @@ def remedy(found: Convergence, *, inner_lr: float | None = None) -> str | None:
     fewer = f", --inner-steps {max(below)}" if below else ""
     return (
         f"Warning: adaptation diverges: after {k} inner step{'s' * (k != 1)} the support loss is {_at(c, k):.4g}, from "
-        f"{c.support_loss[0]:.4g}, and higher for {c.worse:.0%} of the tasks. Take {lower}{fewer}, or --rule meta_sgd "
+        f"{c.support_loss[0]:.4g}, and higher for {c.worse:.0%} of the tasks. Use {lower}{fewer}, or --rule meta_sgd "
         "or lslr, which learn their rates."
     )
 
 
 def to_json(found: Convergence) -> dict[str, Any]:
-    """Plain numbers; what is not finite becomes None."""
+    """Plain numbers; values that are not finite become None."""
     plain = lambda v: v if not isinstance(v, float) or math.isfinite(v) else None  # noqa: E731
     return {name: [plain(v) for v in value] if isinstance(value, tuple) else plain(value) for name, value in
             found._asdict().items()}  # fmt: skip
 
 
 def from_json(values: Mapping[str, Any]) -> Convergence:
-    """The inverse of `to_json`; what was not finite is inf."""
-    again = lambda v: math.inf if v is None else v  # noqa: E731
-    given: dict[str, Any] = {
-        name: tuple(map(again, v)) if isinstance(v, list) else again(v) for name, v in values.items()
+    """The inverse of `to_json`; None becomes inf."""
+    number = lambda v: math.inf if v is None else v  # noqa: E731
+    fields: dict[str, Any] = {
+        name: tuple(map(number, v)) if isinstance(v, list) else number(v) for name, v in values.items()
     }
-    return Convergence(**(given | {"cosine": values["cosine"]}))
+    return Convergence(**(fields | {"cosine": values["cosine"]}))
 
 
 def _at(found: Convergence, steps: int, values: Sequence[float] | None = None) -> float:
@@ -234,7 +236,7 @@ def _point(learner: Learner, loss: Any, params: Params, task: Task, key: Array) 
 
 
 def _cosine(first: Learner, second: Learner, params: Params, tasks: Task, key: Array) -> float:
-    """Cosine of two meta-gradients of the mean loss, over all parameters; of tables only the rows of these tasks."""
+    """Cosine of two meta-gradients of the mean loss, over all parameters; for tables, only the rows of these tasks."""
     params, tasks = _touched(second, params, tasks)
 
     def gradient(learner: Learner) -> list[Array]:
@@ -249,7 +251,7 @@ def _cosine(first: Learner, second: Learner, params: Params, tasks: Task, key: A
 
 
 def _touched(learner: Learner, params: Params, tasks: Task) -> tuple[Params, Task]:
-    """Tables cut to the rows that the tasks name (row 0 first), and the tasks' ids to match: cost without catalogue."""
+    """Tables reduced to the rows of these tasks (row 0 first), with ids to match: no cost of the whole catalogue."""
     parts = [dict(part.inputs) for part in tasks]
     tables = dict(params["tables"])
     for group in rows.groups(learner.tables):

@@ -49,67 +49,67 @@ def evaluate(
     batch: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Adapt and predict every task with every method, and measure.
+    """Adapt and predict every task with every method, and compute the metrics.
 
     Over the query items of a task: mae, rmse, squared_error (and, in a summary, rmse_pooled), and ndcg, precision,
-    recall, hit_rate, mrr and map at each ``topn``, and auc. Over all candidates, where asked for: ``catalogue_ndcg@n``
+    recall, hit_rate, mrr and map at each ``topn``, and auc. Over all candidates, if requested: ``catalogue_ndcg@n``
     (gain 1 for a relevant query item), ``_precision``, ``_recall``, ``_hit_rate``, ``_map`` and ``catalogue_mrr``.
-    Candidates are the whole catalogue less the support and less all else that the user is known to have had
-    (`TaskSet.past`); in a scenario whose query items are all unknown to training, they are the items unknown to
-    training, since old items, with what is known of them, would fill any list. Candidates that the user never rated
-    count as irrelevant, so that these numbers are lower bounds.
-    A task without a relevant item has no ranking metric: nan, left out of means, and counted.
+    Candidates are the whole catalogue except the support and the user's known history (`TaskSet.past`). In a scenario
+    whose query items are all new, candidates are the items that training did not see, since known items would fill any
+    list. Candidates that the user never rated count as irrelevant, so these numbers are lower bounds.
+    A task without a relevant item has no ranking metric: it is nan, excluded from means, and counted.
 
     Args:
-      methods: by name; learners and baselines alike.
-      tasks: by scenario ("user_cold", ...). A scenario without tasks is left out, and noted.
-      known: the catalogue that the tasks' vocabulary rows refer to; its ``item_row`` 0 are items unknown to training.
+      methods: learners and baselines, by name.
+      tasks: by scenario ("user_cold", ...). A scenario without tasks is skipped, with a note.
+      known: the catalogue of the tasks' vocabulary rows; items with ``item_row`` 0 are not in training.
       rating_range: (lowest, highest) rating: predictions are clipped to it for rating errors, never for ranking.
-      gain: of ndcg over the query: "exp" 2^r - 1, "linear" r, "square" r^2 - 1, "binary" (of relevance), "scaled"
-        2^g - 1, g the rating laid on 0 to 5 from the ends of ``rating_range``; "auto": exp where ratings are within 0
-        to 5 (or within 0 to 100, and no ``rating_range`` tells their scale), else scaled; ``settings["gain"]`` has it.
+      gain: gain of ndcg over the query: "exp" 2^r - 1, "linear" r, "square" r^2 - 1, "binary" (of relevance), "scaled"
+        2^g - 1, g the rating rescaled from ``rating_range`` to 0..5; "auto": exp if ratings are within 0 to 5 (without
+        ``rating_range``: 0 to 100), else scaled; ``settings["gain"]`` records the choice.
       topn: list lengths over the query; catalogue_topn: over all candidates.
-      relevant: a threshold on the target (1 for implicit feedback), or `metrics.top_rated(5)`, or one's own.
-      catalogue_ranking: also rank all candidates, with the whole support only (where the query has nothing to
-        rank, at each point of the curve too). It costs users x items.
-      curve: support sizes k: also show only the first k support examples, to the tasks that have as many. 0 is always
-        run.
+      relevant: a threshold on the target (1 for implicit feedback), `metrics.top_rated(5)`, or another
+        `metrics.Relevant`.
+      catalogue_ranking: also rank all candidates, with the whole support only (and at each point of the curve if the
+        query has nothing to rank). It costs users x items.
+      curve: support sizes k: also evaluate with the first k support examples, on the tasks that have as many. 0 is
+        always included.
       baselines: names of the methods that others are compared with; names that are not in ``methods`` are ignored.
-      ranking_only: methods whose scores are not ratings: they get no rating errors.
-      seed: of ties and of what a method draws.
+      ranking_only: methods whose scores are not ratings; they get no rating errors.
+      seed: seed of ties and of the random draws of methods.
       batch: tasks per device call.
-      progress: called after each of them with the tasks done and their number, each point of the curve counted.
+      progress: called after each call with the number of tasks done and the total, over all points of the curve.
 
     Returns:
       A `Report`.
 
     Raises:
-      MetarecError: no method or no task; a method or tasks that cannot be of this catalogue; a gain that is
-        unknown or does not suit the targets; targets outside ``rating_range``; a method whose scores are not finite.
+      MetarecError: there is no method or no task, a method or the tasks do not match the catalogue, a gain is unknown
+        or does not suit the targets, targets are outside ``rating_range``, or scores are not finite.
     """
     if not methods:
-        raise MetarecError("no method to evaluate; give at least one, as {'name': Method(...)}")
+        raise MetarecError("no method to evaluate; pass at least one, as {'name': Method(...)}")
     if rating_range is not None and not rating_range[0] < rating_range[1]:
-        raise MetarecError(f"rating_range is {rating_range}; give (lowest, highest)")
+        raise MetarecError(f"rating_range expected (lowest, highest), got {rating_range}; correct it")
     points = sorted({0, *(int(k) for k in curve or ())})
     relevance = relevant if isinstance(relevant, metrics.Relevant) else metrics.at_least(relevant)
     scenarios = [name for name, chosen in tasks.items() if len(chosen)]
     if not scenarios:
         raise MetarecError(
-            f"no tasks in {', '.join(tasks) or 'an empty mapping'}; give a TaskSet with one task or more"
+            f"no tasks in {', '.join(tasks) or 'an empty mapping'}; pass a TaskSet with one or more tasks"
         )
     for name in scenarios:
         check_tasks(tasks[name], known, name)
     for name, method in methods.items():
         check_method(method, known, name)
-    notes = [f"{name}: no tasks, left out" for name in tasks if name not in scenarios]
+    notes = [f"{name}: skipped, no tasks" for name in tasks if name not in scenarios]
     for name in scenarios:
         if more := tasks[name].beyond_support():
             shown = int((tasks[name].support_mask > 0).sum(1).max())
-            told = (
-                f"{name}: {more:,} of {len(tasks[name]):,} users had more before than the support of at most {shown:,}"
+            notes.append(
+                f"{name}: the known history of {more:,} of {len(tasks[name]):,} users exceeds the support of at most "
+                f"{shown:,}; rankings exclude all of it"
             )
-            notes.append(f"{told} shows; all of it leaves the candidates")
     every, scenario, place = _join([tasks[name] for name in scenarios])
     lengths = every.support_mask.sum(1).astype(int)
     real = every.query_mask > 0
@@ -117,7 +117,7 @@ def evaluate(
     varied = bool((np.ptp(np.where(real, every.query_target, every.query_target[:, :1]), axis=1) > 0).any())
     if not varied:
         notes.append(
-            "all query targets of each task are equal: nothing to rank inside the query, only over all candidates"
+            "all query targets of each task are equal: rankings are over all candidates only, not within the query"
         )
 
     of_new = _only_new(every, scenario, known)
@@ -180,14 +180,14 @@ def evaluate(
 
 
 def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, float] | None) -> str:
-    """The gain to use, "auto" resolved; refused where nDCG would leave [0, 1]."""
+    """The gain to use, with "auto" resolved; raises if nDCG would leave [0, 1]."""
     lowest, highest = (float(targets.min()), float(targets.max())) if len(targets) else (0.0, 0.0)
     low, high = (lowest, highest) if rating_range is None else rating_range
     slack = 1e-5 * (high - low)  # of float32, in which the targets are
     if lowest < low - slack or highest > high + slack:
         raise MetarecError(
-            f"rating_range is {low:g} to {high:g}, and the tasks have ratings from {lowest:g} to {highest:g}; give the "
-            "ends of their scale"
+            f"rating_range is {low:g} to {high:g}, and the tasks have ratings from {lowest:g} to {highest:g}; pass the "
+            "range of their scale"
         )
     if gain == "auto":
         as_published = rating_range is None and low >= 0 and high <= 100
@@ -195,14 +195,14 @@ def _suitable_gain(gain: str, targets: np.ndarray, rating_range: tuple[float, fl
     metrics.check_gain(gain, lowest, highest)
     if gain == "scaled" and rating_range is None:
         raise MetarecError(
-            f"nDCG of ratings from {lowest:g} to {highest:g} requires the ends of their scale; give "
+            f"nDCG of ratings from {lowest:g} to {highest:g} requires the range of their scale; pass "
             "rating_range=(lowest, highest), or gain='binary'"
         )
     return gain
 
 
 def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
-    """All scenarios as one set of tasks, the scenario of each task, and its place there."""
+    """All scenarios as one set of tasks, the scenario of each task, and its position in the scenario."""
 
     def stack(name: str) -> Any:
         arrays = [getattr(part, name) for part in parts]
@@ -224,7 +224,7 @@ def _join(parts: Sequence[TaskSet]) -> tuple[TaskSet, np.ndarray, np.ndarray]:
 
 
 def _only_new(every: TaskSet, scenario: np.ndarray, known: Catalogue) -> np.ndarray:
-    """Whether all query items of each scenario are unknown to training."""
+    """Whether all query items of each scenario are absent from training."""
     old = ((np.asarray(known.item_row)[every.query_item] > 0) & (every.query_mask > 0)).any(axis=1)
     return np.bincount(scenario, old) == 0
 
@@ -236,13 +236,13 @@ def _shown(every: TaskSet, members: np.ndarray, shown: int) -> TaskSet:
 
 
 def _refuse_bad(name: str, bad: np.ndarray, scenario: list[str], shown: int) -> None:
-    """Refuse a method some of whose tasks are ``bad`` ``[T]``: a score that is not finite has no rank."""
+    """Refuse a method with scores that are not finite, which have no rank; ``bad`` ``[T]`` marks their tasks."""
     if bad.any():
-        where = scenario[int(np.flatnonzero(bad)[0])]
+        first = scenario[int(np.flatnonzero(bad)[0])]
         support = "the whole support" if shown == ALL else f"{shown} support examples"
         raise MetarecError(
-            f"method {name!r} gave scores that are not finite for {bad.sum()} of {len(bad)} tasks with {support}, the "
-            f"first in {where!r}; see that its adapt divides by nothing that can be 0, or lower its inner rate"
+            f"method {name!r} returned scores that are not finite for {bad.sum()} of {len(bad)} tasks with {support}, "
+            f"the first in {first!r}; check its adapt for a division by 0, or lower its inner rate"
         )
 
 
@@ -262,7 +262,7 @@ def _overflows(per_task: pd.DataFrame) -> list[str]:
 
 
 def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
-    """What each of B tasks changed. Apart from `_predict`, which need not be compiled for each support length."""
+    """The adapted state of B tasks. Separate from `_predict`, which is not compiled for each support length."""
     return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
 
 
@@ -273,13 +273,13 @@ def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
 
 @jax.jit
 def _keys(seed: Array, number: Array, purpose: Array) -> Array:
-    """One key a task, whatever its batch. Purpose 0: what a method draws; 1: ties of scores; 2: ties of targets."""
+    """A key per task, independent of its batch. Purpose 0: draws of a method; 1: ties of scores; 2: ties of targets."""
     base = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.vmap(lambda k: jax.random.fold_in(base, k))(number)
 
 
 class _Runner:
-    """Runs every method on every batch; keeps the time of first calls, which compile, apart from that of later ones."""
+    """Runs every method on every batch, and times first calls, which compile, separately from later ones."""
 
     def __init__(
         self,
@@ -327,7 +327,7 @@ class _Runner:
         return scores, ranks
 
     def each(self, one: Any, shape: Any) -> Iterator[Any]:
-        """``one(name)`` of each method; two at once where they are to be compiled, which XLA does side by side."""
+        """``one(name)`` of each method; two at a time if they have to be compiled, which XLA does in parallel."""
         at_once = 1 if shape in self.shapes else runs_together()
         if at_once == 1:
             yield from map(one, self.methods)
@@ -335,19 +335,19 @@ class _Runner:
         pool = ThreadPoolExecutor(at_once)
         try:
             yield from pool.map(one, self.methods)
-        except BaseException:  # such as Ctrl-C: what runs ends with its block, and nothing else begins
+        except BaseException:  # such as Ctrl-C: running calls end after their block, and no other call starts
             self.stopped = True
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
     def call(self, name: str, *, task: Task, number: Array, n: int, rank: Any) -> tuple[Array, Ranked | None]:
-        """Query scores of one method on one batch and, where asked for, the catalogue ranks of the query items."""
-        found, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
-        return found, None if rank is None else rank(self.methods[name], adapted)
+        """Query scores of one method on one batch and, if requested, the catalogue ranks of the query items."""
+        scores, adapted = self.timed(name, task, _keys(self.seed, number, 0), n)
+        return scores, None if rank is None else rank(self.methods[name], adapted)
 
     def ranks(self, part: TaskSet, number: Array, n: int, method: Method, adapted: Any) -> Ranked:
-        """The query items of the first ``n`` users in the catalogue, some users at a time."""
+        """Catalogue ranks of the query items of the first ``n`` users, in blocks of users."""
         ties, ranks = _keys(self.seed, number, 1), []
         for some in user_blocks(n, self.batch, len(self.known.item_row)):
             if self.stopped:
@@ -358,41 +358,41 @@ class _Runner:
         return Ranked(*(np.concatenate(parts)[:n] for parts in zip(*ranks, strict=True)))
 
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
-        """One call of one method, on ``n`` real tasks, waited for and timed."""
+        """Query scores and adapted state of one method on ``n`` real tasks; the call is timed to its completion."""
         method = self.methods[name]
         adapt, predict = compiled(_adapt, method.adapt), compiled(_predict, method.predict)
         before, start = adapt.traced + predict.traced, time.perf_counter()
         adapted = adapt.call(method.params, task.support, keys)
-        found = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))
+        scores = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))
         seconds = time.perf_counter() - start
         if adapt.traced + predict.traced > before:
             self.first[name] += seconds
         else:
             self.later[name].append((n, seconds))
-        return found, adapted
+        return scores, adapted
 
     def times(self) -> dict[str, dict[str, float]]:
-        """By method: seconds a user of adapt and predict, compiled; and the seconds of the calls that compiled."""
-        found = {}
+        """By method: seconds per user of adapt and predict, compiled; and the seconds of the calls that compiled."""
+        times = {}
         for name in self.methods:
             if not self.later[name] and self.last is not None:
                 self.timed(name, *self.last)
             users, seconds = (sum(column) for column in zip(*self.later[name], strict=True))
-            found[name] = {"seconds_per_user": seconds / users, "first_call_seconds": self.first[name]}
-        return found
+            times[name] = {"seconds_per_user": seconds / users, "first_call_seconds": self.first[name]}
+        return times
 
 
 def _in_chunks(measure: Any, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Columns of ``measure(*arrays)``, computed on slices of one size, so that it is compiled once."""
     n = len(arrays[0])
-    found: list[dict[str, np.ndarray]] = []
+    parts: list[dict[str, np.ndarray]] = []
     for start in range(0, n, _LISTS_AT_ONCE):
         part = [a[start : start + _LISTS_AT_ONCE] for a in arrays]
         m = len(part[0])
         part = [np.pad(a, [(0, _LISTS_AT_ONCE - m)] + [(0, 0)] * (a.ndim - 1)) for a in part]
-        with jax.debug_nans(False):  # a metric's nan is "no answer", also to those who look for nan elsewhere
-            found.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        with jax.debug_nans(False):  # nan means that a metric is undefined, which is not an error
+            parts.append({name: np.asarray(values)[:m] for name, values in measure(*part).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @partial(jax.jit, static_argnums=0)

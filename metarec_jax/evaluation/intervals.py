@@ -1,4 +1,4 @@
-"""Means with honest intervals: standard errors and t-intervals in which users are drawn, not rows."""
+"""Means with clustered intervals: standard errors and t-intervals that treat users, not rows, as the sample."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 FEWEST_USERS = 10
-"""Users from which on an interval is trusted for a verdict; its coverage with so many is tested."""
+"""Minimum number of users for a verdict; the coverage of the interval with this many is tested."""
 
 
 class Estimates(NamedTuple):
-    """One entry per column: mean, standard error, ends of the 95% interval, p of "the mean is 0", users."""
+    """One entry per column: mean, standard error, bounds of the 95% interval, p-value of "the mean is 0", users."""
 
     mean: np.ndarray
     se: np.ndarray
@@ -22,20 +22,20 @@ class Estimates(NamedTuple):
 
 
 def estimate(values: np.ndarray, users: np.ndarray, weight: np.ndarray | None = None) -> Estimates:
-    """Mean, standard error, 95% interval and p of each column; nan is "no answer" and left out, constant is certain.
+    """Mean, standard error, 95% interval and p-value of each column; nan entries are excluded.
 
-    The rows of one user are one cluster c, with sum S_c and weight N_c, N = sum N_c over C users that have an answer:
+    The rows of one user are one cluster c, with sum S_c and weight N_c, N = sum N_c over C users with an entry:
     ``mean = sum S_c / N``, ``se = sqrt(C / (C - 1) sum_c (S_c - mean N_c)^2) / N``. With one row per user, that is
-    ``sd / sqrt(n)``. Interval and p are those of a t-test with C - 1 degrees of freedom, so that they never contradict
-    each other: p < 0.05 exactly where the interval excludes 0. A bootstrap's percentiles are too narrow for few users.
+    ``sd / sqrt(n)``. Interval and p-value come from one t-test with C - 1 degrees of freedom, so that they agree:
+    p < 0.05 exactly where the interval excludes 0. Bootstrap percentiles are too narrow for few users.
 
-    A column that holds inf has an infinite mean, at which both ends are, and no standard error: what overflows counts.
+    A column with inf has an infinite mean, which is also both bounds, and no standard error.
 
     Args:
       values: ``[n, m]``; users: ``[n]``; weight: ``[n, m]``, 1 by default.
 
     Returns:
-      `Estimates`; nan for se, low, high and p with fewer than two users; all nan for a column without an answer.
+      `Estimates`; nan for se, low, high and p with fewer than two users; all nan for a column without entries.
 
     >>> e = estimate(np.array([[1.0], [2.0], [3.0], [np.nan]]), np.arange(4))
     >>> float(e.mean[0]), round(float(e.se[0]), 4)  # sd 1, n 3: 1 / sqrt(3)

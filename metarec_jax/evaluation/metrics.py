@@ -1,18 +1,18 @@
-"""Metrics of one task: rating errors and ranking quality. The last axis is the list, leading axes are batch.
+"""Metrics of one task: rating errors and ranking quality. The last axis is the list; leading axes are batch axes.
 
-Every function is ``(scores, target, *, where=None, ...) -> [...]``: ``where`` is true (or 1) for an example, and the
-rest changes nothing. A task that has no answer (no example; no relevant item) gives nan, never 0, so that it can be
-left out of a mean and counted.
+Every function is ``(scores, target, *, where=None, ...) -> [...]``: ``where`` is true (or 1) for an example, and other
+slots are ignored. A metric that is undefined (no example; no relevant item) is nan, never 0, so that it can be excluded
+from a mean and counted.
 
-Ranking functions read ``target`` as relevance (1 or more is relevant; `at_least` and `top_rated` make it from ratings),
-and take
+Ranking functions read ``target`` as relevance (1 or more is relevant; `at_least` and `top_rated` derive it from
+ratings), and take
 
-- ``topn``: how far down the list to look; None is the whole list;
-- ``scores``: a score that is nan or -inf stands last, before padding alone;
-- ``key``: ties between scores are broken at random by it; without it, the item that stands first wins;
-- ``ranks``: 1-based ranks of the examples, if they are known, in a list that may be longer than the one given: the
-  items of it that are not given count as irrelevant. `ranks_among` finds them. So a ranking over a whole catalogue
-  costs no more than one over a short list.
+- ``topn``: length of the list to evaluate; None is the whole list;
+- ``scores``: a score that is nan or -inf ranks last, just before padding;
+- ``key``: breaks ties between scores at random; without it, the first item wins;
+- ``ranks``: 1-based ranks of the examples, if known, in a list that may be longer than the examples; its other items
+  count as irrelevant. `ranks_among` computes them, so that a ranking of a whole catalogue costs as much as one of a
+  short list.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ GAINS: dict[str, Callable[[Array], Array]] = {
     "scaled": lambda r: jnp.expm1(math.log(2.0) * r),
 }
 """Gains of `ndcg` by name: ``exp`` 2^r - 1, ``linear`` r, ``square`` r^2 - 1 (0 for r < 1), ``binary`` 1 if r >= 1,
-``scaled`` 2^r - 1 of ratings that `on_five` laid on 0 to 5, exact for small ones too.
+``scaled`` 2^r - 1 of ratings rescaled by `on_five`, also exact for small ones.
 
-The published ones are for r of 0 or more, and ``exp`` for small r: nDCG lies in [0, 1] only where no gain is negative
-or infinite. `suitable_gain` chooses for a scale of any kind."""
+The published gains are for r of 0 or more, and ``exp`` for small r: nDCG is in [0, 1] only if no gain is negative or
+infinite. `suitable_gain` chooses a gain for any scale."""
 _GAIN_RANGES = {"exp": (0.0, 100.0), "linear": (0.0, 1e30), "square": (0.0, 1e15)}
 """Targets for which a gain is neither negative nor, summed over a list, beyond float32."""
 
 
 def on_five(target: Array, rating_range: tuple[float, float]) -> Array:
-    """Ratings laid on 0 to 5: 0 at the low end of their scale, 5 at the high one.
+    """Ratings rescaled to 0..5: 0 at the low end of their scale, 5 at the high end.
 
     >>> on_five(jnp.array([-10.0, 0.0, 10.0]), (-10.0, 10.0))
     Array([0. , 2.5, 5. ], dtype=float32)
@@ -56,7 +56,7 @@ def on_five(target: Array, rating_range: tuple[float, float]) -> Array:
 
 
 def suitable_gain(rating_range: tuple[float, float]) -> str:
-    """The gain for a scale: ``exp`` as published where ratings are within 0 to 5, else ``scaled``.
+    """The gain for a scale: ``exp`` as published if ratings are within 0 to 5, else ``scaled``.
 
     >>> [suitable_gain(span) for span in ((1, 5), (0.5, 5), (0, 1), (0.5, 10), (-1, 1), (1, 69_016))]
     ['exp', 'exp', 'exp', 'scaled', 'scaled', 'scaled']
@@ -68,7 +68,7 @@ def check_gain(gain: str, lowest: float, highest: float) -> None:
     """Refuse a gain that is unknown, or negative or infinite for targets from ``lowest`` to ``highest``.
 
     Raises:
-      MetarecError: such a gain.
+      MetarecError: the gain is one of these.
     """
     if gain not in GAINS:
         raise MetarecError(f"gain {gain!r} is not known; use one of {', '.join(GAINS)}")
@@ -92,8 +92,8 @@ def mae(scores: Array, target: Array, *, where: Array | None = None) -> Array:
 def squared_error(scores: Array, target: Array, *, where: Array | None = None) -> Array:
     """Mean squared error of each task: ``mean_i (s_i - y_i)^2``.
 
-    The root of its mean over tasks, weighted by their examples, is the pooled RMSE of most papers; `rmse` is another
-    number.
+    The root of its mean over tasks, weighted by their number of examples, is the pooled RMSE of most papers; `rmse`
+    differs from it.
 
     >>> squared_error(jnp.array([3.0, 5.0]), jnp.array([4.0, 5.0]))
     Array(0.5, dtype=float32)
@@ -124,14 +124,14 @@ def ndcg(
 
     Args:
       scores, target: ``[..., n]``; target is a grade (a rating, or relevance for ``gain="binary"``).
-      gain: a name in `GAINS`. The same ranking scores 0.690, 0.739 or 0.845 by this choice: say which one it was.
+      gain: a name in `GAINS`. The same ranking scores 0.690, 0.739 or 0.845 by this choice: report which one was used.
       where, topn, key, ranks: see the module.
 
     Returns:
-      ``[...]``; nan where no example has a gain.
+      ``[...]``; nan if no example has a gain.
 
     Raises:
-      MetarecError: no such gain.
+      MetarecError: the gain is unknown.
 
     >>> print(f"{ndcg(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2):.4f}")  # 1 / (1 + 1 / log2(3))
     0.6131
@@ -157,13 +157,13 @@ def precision(
     ranks: Array | None = None,
     length: Array | int | None = None,
 ) -> Array:
-    """Share of the first ``topn`` that is relevant: ``hits / min(topn, n)``: a short list is not blamed for it.
+    """Fraction of the first ``topn`` that is relevant: ``hits / min(topn, n)``, which does not penalise short lists.
 
     Args:
-      length: of the list that ``ranks`` belong to, ``[...]`` or one number; without it, no shorter than ``topn``.
+      length: length of the list of ``ranks``, ``[...]`` or one number; without it, at least ``topn``.
 
     Raises:
-      MetarecError: ranks with neither topn nor length.
+      MetarecError: ``ranks`` is given with neither ``topn`` nor ``length``.
 
     >>> precision(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2)
     Array(0.5, dtype=float32)
@@ -174,7 +174,7 @@ def precision(
     else:
         sizes = [size for size in (topn, length) if size is not None]
         if not sizes:
-            raise MetarecError("precision was given ranks, but neither topn nor length; give one of them")
+            raise MetarecError("precision with ranks requires topn or length, got neither; pass one of them")
         hits = relevant if topn is None else relevant * (ranks <= topn)
         value = jnp.sum(hits, axis=-1) / jnp.maximum(reduce(jnp.minimum, sizes), 1)
     return _known(value, relevant > 0)
@@ -189,7 +189,7 @@ def recall(
     key: Array | None = None,
     ranks: Array | None = None,
 ) -> Array:
-    """Share of the relevant items that stand in the first ``topn``: ``hits / relevant``.
+    """Fraction of the relevant items that are in the first ``topn``: ``hits / relevant``.
 
     >>> recall(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0]), topn=2)
     Array(0.5, dtype=float32)
@@ -210,13 +210,13 @@ def hit_rate(
     key: Array | None = None,
     ranks: Array | None = None,
 ) -> Array:
-    """1 where a relevant item stands in the first ``topn``, else 0.
+    """1 if a relevant item is in the first ``topn``, else 0.
 
     >>> hit_rate(jnp.array([3.0, 2.0, 1.0]), jnp.array([0.0, 0.0, 1.0]), topn=2)
     Array(0., dtype=float32)
     """
-    found = recall(scores, target, where=where, topn=topn, key=key, ranks=ranks)
-    return jnp.where(jnp.isnan(found), found, jnp.where(found > 0, 1.0, 0.0))
+    share = recall(scores, target, where=where, topn=topn, key=key, ranks=ranks)
+    return jnp.where(jnp.isnan(share), share, jnp.where(share > 0, 1.0, 0.0))
 
 
 def mrr(
@@ -228,7 +228,7 @@ def mrr(
     key: Array | None = None,
     ranks: Array | None = None,
 ) -> Array:
-    """Reciprocal rank of the first relevant item, 0 if it stands past ``topn``.
+    """Reciprocal rank of the first relevant item, 0 if it is beyond ``topn``.
 
     >>> mrr(jnp.array([3.0, 2.0, 1.0]), jnp.array([0.0, 1.0, 1.0]))
     Array(0.5, dtype=float32)
@@ -247,7 +247,7 @@ def average_precision(
     key: Array | None = None,
     ranks: Array | None = None,
 ) -> Array:
-    """Mean over ALL relevant items of the precision at their rank, 0 past ``topn``. The mean over tasks is MAP.
+    """Mean over ALL relevant items of the precision at their rank, 0 beyond ``topn``. The mean over tasks is MAP.
 
     >>> print(f"{average_precision(jnp.array([3.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0])):.4f}")  # (1/1 + 2/3) / 2
     0.8333
@@ -258,9 +258,9 @@ def average_precision(
 
 
 def auc(scores: Array, target: Array, *, where: Array | None = None) -> Array:
-    """Chance that a relevant item scores above an irrelevant one; a tie counts a half.
+    """Probability that a relevant item scores above an irrelevant one; a tie counts one half.
 
-    nan where either kind is missing. Costs one sort, so that it also serves for one pooled list of many thousands.
+    nan if either kind is missing. It costs one sort, and so also suits one pooled list of many thousands.
 
     >>> auc(jnp.array([3.0, 2.0, 2.0, 1.0]), jnp.array([1.0, 1.0, 0.0, 0.0]))  # (2 + 1.5) / (2 * 2)
     Array(0.875, dtype=float32)
@@ -276,7 +276,7 @@ def auc(scores: Array, target: Array, *, where: Array | None = None) -> Array:
 
 
 def ranks_of(scores: Array, *, where: Array | None = None, key: Array | None = None) -> Array:
-    """1-based ranks, best first; what is masked stands last. int32 ``[..., n]``.
+    """1-based ranks, best first; masked items are last. int32 ``[..., n]``.
 
     >>> ranks_of(jnp.array([0.1, 0.7, 0.4]))
     Array([3, 1, 2], dtype=int32)
@@ -285,10 +285,10 @@ def ranks_of(scores: Array, *, where: Array | None = None, key: Array | None = N
 
 
 def ranks_among(scores: Array, where: Array, items: Array, key: Array) -> Array:
-    """Ranks of a few items in a long list, without a sort: 1 + the number of items that stand before.
+    """Ranks of a few items in a long list, without a sort: 1 + the number of items before them.
 
     Args:
-      scores: ``[N]`` of the whole list; where: bool ``[N]``, which of it takes part.
+      scores: ``[N]`` of the whole list; where: bool ``[N]``, the items of the list that are ranked.
       items: int32 ``[n]`` positions in the list.
       key: breaks ties at random.
 
@@ -317,22 +317,22 @@ def of_ranks(
     grade: Array | None = None,
     gain: str = "binary",
 ) -> dict[str, Array]:
-    """``ndcg@n``, ``precision@n``, ``recall@n``, ``hit_rate@n``, ``mrr@n`` and ``map@n`` of lists by their ranks.
+    """``ndcg@n``, ``precision@n``, ``recall@n``, ``hit_rate@n``, ``mrr@n`` and ``map@n`` from the ranks of the items.
 
     Args:
       ranks: int32 ``[..., n]``; relevant, where: ``[..., n]``.
-      length: items that there are to rank.
-      grade: ``[..., n]``, what the ``gain`` of ndcg is of; None: ``relevant``.
+      length: number of ranked items.
+      grade: ``[..., n]``, the argument of the ``gain`` of ndcg; None: ``relevant``.
 
     >>> found = of_ranks(jnp.array([3, 1]), jnp.array([1.0, 0.0]), jnp.ones(2, bool), 5, (1, 3))
     >>> float(found["mrr@1"]), round(float(found["mrr@3"]), 4), float(found["recall@3"])
     (0.0, 0.3333, 1.0)
     """
     scores, grade = -ranks.astype(jnp.float32), relevant if grade is None else grade
-    known: dict[str, Any] = {"where": where, "ranks": ranks}
+    shared: dict[str, Any] = {"where": where, "ranks": ranks}
     found: dict[str, Array] = {}
     for n in topn:
-        at = known | {"topn": n}
+        at = shared | {"topn": n}
         found[f"ndcg@{n}"] = ndcg(scores, grade, gain=gain, **at)
         found[f"precision@{n}"] = precision(scores, relevant, length=length, **at)
         found[f"recall@{n}"] = recall(scores, relevant, **at)
@@ -346,7 +346,7 @@ class Relevant(NamedTuple):
     """Which items of a list count as relevant.
 
     Attributes:
-      name: in words, for reports.
+      name: description, for reports.
       labels: ``labels(target [..., n], where [..., n], key) -> [..., n]``, 1 for relevant, 0 for not.
     """
 
@@ -391,7 +391,7 @@ def _mean(values: Array, where: Array | None) -> Array:
 
 
 def _ordered(scores: Array) -> Array:
-    """Scores that can be sorted before padding, which is -inf: nan and -inf become the lowest number, so stand last."""
+    """Scores for sorting before padding, which is -inf: nan and -inf become the lowest finite number."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         return scores
     return jnp.where(scores >= jnp.finfo(scores.dtype).min, scores, jnp.finfo(scores.dtype).min)
@@ -403,12 +403,12 @@ def _relevant(target: Array, where: Array | None) -> tuple[Array, Array]:
 
 
 def _known(value: Array, counts: Array) -> Array:
-    """rax gives 0 where nothing is relevant; that is no answer, so nan."""
+    """nan if nothing is relevant, where rax returns 0."""
     return jnp.where(jnp.any(counts, axis=-1), value, jnp.nan)
 
 
 def _given(ranks: Array | None) -> dict[str, Any]:
-    """rax, told the ranks instead of finding them."""
+    """Arguments that make rax use the ranks instead of computing them."""
     if ranks is None:
         return {}
     return {

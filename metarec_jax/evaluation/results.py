@@ -1,8 +1,8 @@
-"""What an evaluation found: one row a task, and the means, intervals and paired tests that are drawn from the rows.
+"""The results of an evaluation: one row per task, and means, intervals and paired tests computed from the rows.
 
-The user is the unit of chance. Over one seed, each user of a scenario is one task, and the standard error is
-``sd / sqrt(n)``; over several seeds (`merge`) the tasks of one user stay together in the standard error, so that
-scoring the same users five times does not make an interval narrower than the users allow.
+The user is the unit of sampling. Over one seed, each user of a scenario is one task, and the standard error is
+``sd / sqrt(n)``; over several seeds (`merge`) the tasks of one user form a cluster in the standard error, so that
+scoring the same users five times does not narrow the interval.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from metarec_jax.evaluation.intervals import FEWEST_USERS, Estimates, estimate
 from metarec_jax.evaluation.metrics import higher_is_better
 
 ALL = -1
-"""``shown`` of the rows in which a task showed its whole support."""
+"""The value of ``shown`` in rows with the whole support."""
 FACTS = ("method", "scenario", "seed", "task", "user", "shown", "support", "queries")
 """Columns of `Report.per_task` that are not metrics."""
 
 
 class Estimate(NamedTuple):
-    """A mean over ``tasks`` tasks; ``low`` and ``high`` are its 95% t-interval over users, nan with a single user."""
+    """A mean over ``tasks`` tasks; ``low`` and ``high`` are its 95% t-interval over users, nan for a single user."""
 
     mean: float
     se: float
@@ -41,10 +41,10 @@ class Difference(NamedTuple):
     """Mean of method - baseline over the tasks that both have, with its interval.
 
     Attributes:
-      low, high, p_value: of one paired t-test over users: p < 0.05 exactly where the interval excludes zero.
-      better: whether the interval excludes zero on the side that is good for this metric; worse: on the other side.
-        Both are False with fewer than `intervals.FEWEST_USERS` users.
-      users: how many have both answers.
+      low, high, p_value: from one paired t-test over users: p < 0.05 exactly if the interval excludes zero.
+      better: whether the interval excludes zero on the better side of this metric; worse: on the other side. Both are
+        False with fewer than `intervals.FEWEST_USERS` users.
+      users: number of users with a value for both methods.
     """
 
     method: str
@@ -64,16 +64,16 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of an evaluation and what can be said of them.
+    """The rows of an evaluation, and their statistics.
 
     Attributes:
-      per_task: one row for each method, scenario, seed, task and support shown. Columns: `FACTS`, where ``user`` is the
-        vocabulary row, ``shown`` the cut of the support (`ALL`: none), ``support`` the examples there were, ``queries``
-        the query items; and one column a metric, nan where the task has no answer.
-      settings: how it was measured: gain, relevant, rating_range, topn, curve, ...
+      per_task: one row per method, scenario, seed, task and support size shown. Columns: `FACTS`, where ``user`` is the
+        vocabulary row, ``shown`` the number of support examples used (`ALL`: all), ``support`` the number available,
+        ``queries`` the number of query items; and one column per metric, nan if it is undefined for the task.
+      settings: the protocol: gain, relevant, rating_range, topn, curve, ...
       baselines: the methods that the others are compared with.
-      times: method -> ``seconds_per_user`` (adapt and predict), ``first_call_seconds`` (those that compiled).
-      notes: what was left out.
+      times: method -> ``seconds_per_user`` (adapt and predict), ``first_call_seconds`` (calls that compiled).
+      notes: what was skipped, one line each.
     """
 
     per_task: pd.DataFrame
@@ -99,7 +99,7 @@ class Report:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds whose rows are here."""
+        """The seeds of the rows."""
         return sorted(int(s) for s in self.per_task["seed"].unique())
 
     @cached_property
@@ -126,8 +126,8 @@ class Report:
     def summary(self, shown: int = ALL) -> dict[str, dict[str, dict[str, Estimate]]]:
         """``summary[method][scenario][metric]``: an `Estimate`, over all tasks of all seeds that have the metric.
 
-        ``rmse_pooled`` is the root of the mean squared error over all query ratings. A metric that no task of a method
-        has (rating errors of a ranking-only method) is left out.
+        ``rmse_pooled`` is the root of the mean squared error over all query ratings. A metric that is undefined for all
+        tasks of a method (rating errors of a ranking-only method) is omitted.
         """
         if shown not in self._summaries:
             self._summaries[shown] = self._summarise(shown)
@@ -173,7 +173,7 @@ class Report:
         return self._differences(method, self.rows(method, scenario), [(metric, baseline, other)])[0]
 
     def adaptation_gain(self, method: str, metric: str, scenario: str) -> Difference:
-        """Difference that the support makes: the whole of it - none of it, same method, same tasks."""
+        """Effect of the support: with the whole support - without support, same method, same tasks."""
         before = self.rows(method, scenario, 0)
         return self._differences(method, self.rows(method, scenario), [(metric, f"{method}, no support", before)])[0]
 
@@ -207,11 +207,11 @@ class Report:
         return [n for n in means if n != name and np.isclose(means[n], means[name], rtol=1e-6, atol=1e-9)]
 
     def best_baseline(self, metric: str, scenario: str) -> str | None:
-        """The baseline with the best mean on these very tasks, which favours the baselines; None without any."""
+        """The baseline with the best mean on these same tasks, which favours the baselines; None if there is none."""
         return self._best(self.baselines, metric, scenario)
 
     def best(self, metric: str, scenario: str) -> str | None:
-        """The method, baseline or not, with the best mean."""
+        """The method with the best mean, including baselines."""
         return self._best(self.methods, metric, scenario)
 
     def _best(self, names: Sequence[str], metric: str, scenario: str) -> str | None:
@@ -225,11 +225,11 @@ class Report:
         return {}
 
     def compare(self, metrics: Sequence[str] | None = None) -> list[Difference]:
-        """Every method that is no baseline against the best baseline, by scenario and metric."""
-        wanted = tuple(self.metrics if metrics is None else metrics)
-        if wanted not in self._compared:
-            self._compared[wanted] = self._compare(wanted)
-        return list(self._compared[wanted])
+        """Each method that is not a baseline against the best baseline, by scenario and metric."""
+        chosen = tuple(self.metrics if metrics is None else metrics)
+        if chosen not in self._compared:
+            self._compared[chosen] = self._compare(chosen)
+        return list(self._compared[chosen])
 
     def _compare(self, metrics: Sequence[str]) -> list[Difference]:
         found = self.summary()
@@ -249,9 +249,8 @@ class Report:
     def curve(self, metric: str, scenario: str, min_share: float = 0.25) -> pd.DataFrame:
         """A metric by the number of support examples shown, over the SAME tasks at every point.
 
-        The points end where fewer than ``min_share`` of the tasks have as many support examples; only tasks that have
-        them all count, at each point. Columns: method, shown, and the
-        fields of `Estimate`.
+        The last point is the largest that at least the fraction ``min_share`` of the tasks reaches; all points are over
+        the tasks that reach it. Columns: method, shown, and the fields of `Estimate`.
         """
         first = self.rows(self.methods[0], scenario)
         sizes = first["support"].to_numpy()
@@ -274,12 +273,12 @@ class Report:
         return pd.DataFrame(table, columns=["method", "shown", *Estimate._fields])
 
     def by_seed(self, metric: str) -> pd.DataFrame:
-        """Mean of a metric by method, scenario and seed: how much the answer moves with the seed."""
+        """Mean of a metric by method, scenario and seed, which shows the variation over seeds."""
         whole = self.per_task[self.per_task["shown"] == ALL]
         return whole.groupby(["method", "scenario", "seed"], observed=True)[metric].mean().reset_index()
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """By scenario: tasks, users, query ratings, the median support, and by metric the tasks that have no answer."""
+        """By scenario: tasks, users, query ratings, median support, and by metric the tasks where it is undefined."""
         found: dict[str, dict[str, Any]] = {}
         for scenario in self.scenarios:
             cells = [self.rows(name, scenario) for name in self.methods]
@@ -294,7 +293,7 @@ class Report:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the rows, ready for ``json.dumps``; nan becomes None.
+        """Everything except the rows, ready for ``json.dumps``; nan becomes None.
 
         ``results[method][scenario][metric]`` is ``{"mean", "se", "low", "high"}``, and ``before_adapting`` alike.
         """
@@ -322,7 +321,7 @@ class Report:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``per_task.parquet`` and ``summary.json`` (`to_json`) into a folder, which is made."""
+        """Write ``per_task.parquet`` and ``summary.json`` (`to_json`) into a folder, which is created if absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.per_task.to_parquet(folder / "per_task.parquet", index=False)
@@ -331,15 +330,15 @@ class Report:
 
 
 def load(folder: str | Path) -> Report:
-    """The report that `Report.save` wrote.
+    """Load a report that `Report.save` wrote.
 
     Raises:
-      MetarecError: one of its two files is not there.
+      MetarecError: one of its two files is missing.
     """
     folder = Path(folder)
     for name in ("per_task.parquet", "summary.json"):
         if not (folder / name).is_file():
-            raise MetarecError(f"no {name} in {folder}; evaluate first, or name the folder of an evaluation")
+            raise MetarecError(f"there is no {name} in {folder}; evaluate first, or use the folder of an evaluation")
     facts = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     frame = pd.read_parquet(folder / "per_task.parquet")
     for column, names in (("method", list(facts["results"])), ("scenario", list(facts["counts"]))):
@@ -348,15 +347,15 @@ def load(folder: str | Path) -> Report:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report of several seeds. Means are over seeds x tasks; a user's tasks stay together in errors and intervals.
+    """One report of several seeds. Means are over seeds x tasks; the tasks of a user form a cluster in the errors.
 
-    All reports must share the vocabulary of users: ``user`` rows are compared. Times are averaged.
+    All reports must share the vocabulary of users, since ``user`` rows are compared. Times are averaged.
 
     Raises:
-      MetarecError: no report, a seed twice, or reports that differ in settings or methods.
+      MetarecError: there is no report, a seed repeats, or the reports differ in settings or methods.
     """
     if not reports:
-        raise MetarecError("no report to merge; give one or more")
+        raise MetarecError("merge expected at least one report, got none; pass one or more")
     first = reports[0]
     settings = [{k: v for k, v in r.settings.items() if k != "rank_new_items"} for r in reports]  # by scenarios there
     for other, its in zip(reports[1:], settings[1:], strict=True):
@@ -364,7 +363,7 @@ def merge(reports: Sequence[Report]) -> Report:
             raise MetarecError("reports differ in settings, methods or baselines; evaluate them alike, then merge")
     seeds = [seed for report in reports for seed in report.seeds]
     if len(set(seeds)) < len(seeds):
-        raise MetarecError(f"seeds {sorted(seeds)} repeat; each report to merge wants a seed of its own")
+        raise MetarecError(f"seeds {sorted(seeds)} repeat; merge reports of different seeds")
     scenarios = list(dict.fromkeys(name for report in reports for name in report.scenarios))
     frame = pd.concat([report.per_task for report in reports], ignore_index=True)
     frame["method"] = pd.Categorical(frame["method"].astype(str), first.methods)
@@ -380,7 +379,7 @@ def merge(reports: Sequence[Report]) -> Report:
 
 
 def difference(mine: pd.Series[float], other: pd.Series[float]) -> np.ndarray:
-    """Task by task, mine - other; 0 where both are the same infinity, nan where one has no answer."""
+    """Differences per task, mine - other; 0 if both are the same infinity, nan if one is undefined."""
     a, b = mine.to_numpy(np.float64), other.to_numpy(np.float64)
     with np.errstate(invalid="ignore"):
         return np.where(np.isinf(a) & (a == b), 0.0, a - b)
@@ -391,7 +390,7 @@ def _one(each: Estimates, k: int, tasks: int) -> Estimate:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own types, for JSON; what is not finite becomes None."""
+    """Plain Python types, for JSON; values that are not finite become None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

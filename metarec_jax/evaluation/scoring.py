@@ -16,16 +16,16 @@ from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
 from metarec_jax.evaluation import metrics
 
 _SCORES = 1 << 23
-"""Scores of a block of users over all items: what is held at a time."""
+"""Maximum number of scores of a block of users over all items."""
 _CHUNK = 1 << 18
-"""Scores that one call of `predict` makes."""
+"""Number of scores per call of `predict`."""
 
 
 class _Program:
-    """``batched(function, ...)`` compiled, for one function of a method, on which it keeps no hold.
+    """``batched(function, ...)`` compiled, for one function of a method, with only a weak reference to it.
 
     Attributes:
-      traced: how often: tells a first call, which compiles, from a later one.
+      traced: number of traces, which distinguishes a first call, which compiles, from a later one.
     """
 
     def __init__(self, batched: Callable[..., Any], function: Callable[..., Any]) -> None:
@@ -39,16 +39,16 @@ class _Program:
 
 
 _programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
-"""By function of a method: a second evaluation compiles nothing; what nobody has any more goes with its programs."""
+"""By function of a method: a second evaluation compiles nothing; programs are freed with their function."""
 
 
 def compiled(batched: Callable[..., Any], function: Callable[..., Any]) -> _Program:
-    """``batched(function, ...)``, compiled once for each pair as long as somebody has the function."""
+    """``batched(function, ...)``, compiled once per pair for the lifetime of the function."""
     return _programs.setdefault(function, {}).setdefault(batched, _Program(batched, function))
 
 
 def user_blocks(count: int, batch: int, num_rows: int) -> Iterator[slice]:
-    """Slices of one size, a divisor of ``batch``, that hold ``count`` of its users, few enough for ``num_rows`` items.
+    """Slices of equal size, a divisor of ``batch``, that cover ``count`` users: few at a time for many ``num_rows``.
 
     >>> [(s.start, s.stop) for s in user_blocks(5, 8, 1 << 22)]
     [(0, 2), (2, 4), (4, 6)]
@@ -62,10 +62,10 @@ def user_blocks(count: int, batch: int, num_rows: int) -> Iterator[slice]:
 def catalogue_scores(
     method: Method, adapted: Any, known: Catalogue, user: Array, items: np.ndarray | None = None
 ) -> np.ndarray:
-    """What each of U adapted users gives each item, float32 ``[U, n]``, equal to `predict` of each user and item.
+    """Scores of items for U adapted users, float32 ``[U, n]``, equal to `predict` of each user and item.
 
     Args:
-      adapted: of ``method.adapt``, each leaf with leading axis U.
+      adapted: result of ``method.adapt``, each leaf with leading axis U.
       user: int32 ``[U]`` vocabulary rows.
       items: ``[n]`` vocabulary rows; None: all, row 0 included.
     """
@@ -83,12 +83,12 @@ def catalogue_scores(
 
 
 def predictions(predict: Any, params: Any, adapted: Any, known: Catalogue, user: Array, items: Array) -> Array:
-    """Scores ``[U, n]``; no user owns a copy of a table."""
+    """Scores ``[U, n]``, without copies of tables per user."""
     return jax.vmap(lambda adapted, user: predict(params, adapted, inputs(known, user, items)))(adapted, user)
 
 
 class Ranked(NamedTuple):
-    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (how many), and whether all are finite."""
+    """Query items among all candidates: ``ranks [T, Q]``, ``candidates [T]`` (their number), ``finite [T]``."""
 
     ranks: np.ndarray
     candidates: np.ndarray
@@ -98,11 +98,11 @@ class Ranked(NamedTuple):
 def query_ranks(
     method: Method, adapted: Any, known: Catalogue, tasks: TaskSet, of_new: np.ndarray, keys: Array
 ) -> Ranked:
-    """The query items of U tasks among the candidates: the catalogue less what the users had.
+    """Ranks of the query items of U tasks among the candidates, the catalogue except the known history.
 
     Args:
-      adapted: leaves ``[U, ...]``; of_new: bool ``[U]``, whether only items unknown to training are candidates.
-      keys: ``[U]``, of the ties.
+      adapted: leaves ``[U, ...]``; of_new: bool ``[U]``, whether only items that are not in training are candidates.
+      keys: ``[U]``, keys for ties.
     """
     scores = catalogue_scores(method, adapted, known, jnp.asarray(tasks.user))
     free = candidates(tasks, of_new, np.asarray(known.item_row))
@@ -117,7 +117,7 @@ def _ranks(scores: Array, free: Array, items: Array, keys: Array) -> Array:
 
 
 def candidates(tasks: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.ndarray:
-    """Which items each user may be shown, bool ``[U, N]``: never support, nor what the user had; row 0 is no item."""
+    """The candidates of each user, bool ``[U, N]``: not the support, nor the known history, nor row 0."""
     free = np.where(of_new[:, None], item_row == 0, True)
     if tasks.past is not None:
         free &= ~tasks.past.toarray()
@@ -128,7 +128,7 @@ def candidates(tasks: TaskSet, of_new: np.ndarray, item_row: np.ndarray) -> np.n
 
 @jax.jit
 def weighted_rows(table: Array, ids: Array, values: Array) -> Array:
-    """``sum_s values[b, k, s] table[ids[b, s]]``, ``[B, k, N]``: a product with a matrix of which few rows are wanted.
+    """``sum_s values[b, k, s] table[ids[b, s]]``, ``[B, k, N]``: a product with few rows of a matrix.
 
     Args:
       table: ``[rows, N]``; ids: int ``[B, S]``; values: ``[B, k, S]``.

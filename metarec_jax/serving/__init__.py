@@ -1,1 +1,1 @@
-"""A trained method at work: adapt to a user, score the catalogue, say why."""
+"""Serving a trained method: adapt to a user, score the catalogue, explain the scores."""

@@ -1,4 +1,4 @@
-"""What a new user says, in the data's own rows: names resolved, ratings checked, unknown items set apart."""
+"""Histories of new users in vocabulary rows: names are resolved, ratings checked, unknown items listed separately."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from metarec_jax.data.io.ids import refuse_rounded
 from metarec_jax.messages import listed, shown
 
 _SUGGESTED = 5
-"""Unknown names of one history that get suggestions."""
+"""Maximum number of unknown names of a history that get suggestions."""
 _SEARCHED = 20_000
-"""Names that a suggestion compares with, at the most."""
+"""Maximum number of names that a suggestion compares with."""
 _LONGEST = 200
-"""Characters of a name that gets suggestions."""
+"""Maximum length of a name that gets suggestions."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Unknown(NamedTuple):
-    """A history entry that names no item, or several: as it was given, close names that exist, ids that share it."""
+    """A history entry that matches no item, or several: its name, similar existing names, ids that share the name."""
 
     name: Any
     suggestions: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Unknown(NamedTuple):
 class History(NamedTuple):
     """One user's feedback: vocabulary rows int32 ``[S]``, ratings float32 ``[S]`` (1 for a click), each item once.
 
-    ``had``: rows of what else the user is known to have had, which is not recommended.
+    ``had``: rows of other items in the user's known history, which are not recommended.
     """
 
     item: np.ndarray
@@ -47,7 +47,7 @@ class History(NamedTuple):
 
 
 def spoken(rating: float) -> str:
-    """The shortest decimal that is this rating at float32, so that who repeats it is understood.
+    """The shortest decimal that equals this rating at float32, so that it can be entered again.
 
     >>> spoken(5.0), spoken(np.float32(-9.95)), spoken(np.float32(8.384207))
     ('5', '-9.95', '8.384207')
@@ -56,12 +56,12 @@ def spoken(rating: float) -> str:
 
 
 def rated(value: Any, low: float, high: float) -> float | None:
-    """A rating as a number, or None where it is none, or outside the scale by more than float32 can tell."""
+    """A rating as a number; None if it is not a number, or outside the scale at float32."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    if not abs(number) <= _LARGEST:  # nor nan
+    if not abs(number) <= _LARGEST:  # also false for nan
         return None
     number = float(np.float32(number))
     return number if low <= number <= high else None
@@ -90,14 +90,14 @@ class Names:
 
     @cached_property
     def _shared(self) -> dict[str, list[int]]:
-        """Rows by name, without its case, of the names that several items have."""
+        """Rows by case-folded name, for names that several items share."""
         rows: dict[str, list[int]] = {}
         for k, label in enumerate(self._labels):
             rows.setdefault(str(label).casefold().strip(), []).append(k + 1)
         return {name: some for name, some in rows.items() if len(some) > 1}
 
     def sharing(self, name: Any) -> tuple[Any, ...]:
-        """Ids of the items that are all called ``name``; () where a spelling of it tells them apart."""
+        """Ids of the items that share ``name``; () if the exact spelling distinguishes them."""
         if self._numeric:
             return ()
         rows = self._shared.get(str(name).casefold().strip(), [])
@@ -108,22 +108,22 @@ class Names:
         return tuple(self._items.decode(rows).tolist())
 
     def rows(self, names: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Vocabulary rows, int32; 0 for a name that no item, or more than one, has."""
+        """Vocabulary rows, int32; 0 for a name of no item or of several."""
         if not len(names):
             return np.zeros(0, np.int32)
         rows = self._items.encode(names)
         if self._numeric:
             return rows
-        found: dict[str, int] = {}  # each name once, however long it is and however often it comes
+        row_of: dict[str, int] = {}  # each name is looked up once
         for k in np.flatnonzero(rows == 0):
             text = str(names[int(k)])
-            if text not in found:
-                found[text] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
-            rows[k] = found[text]
+            if text not in row_of:
+                row_of[text] = self._exact.get(text) or self._folded.get(text.casefold().strip(), 0)
+            rows[k] = row_of[text]
         return rows
 
     def suggest(self, name: Any) -> tuple[str, ...]:
-        """Up to three existing names: those that begin with ``name`` or hold it, then those spelt alike."""
+        """Up to three existing names: those that start with ``name`` or contain it, then similar ones."""
         text = str(name).casefold().strip()
         if not text or len(text) > _LONGEST or self._numeric:
             return ()
@@ -134,9 +134,9 @@ class Names:
         if len(folded) > _SEARCHED:
             near = [k for k in near if folded[k][:2] == text[:2]][:_SEARCHED]
         alike = difflib.get_close_matches(text, [folded[k] for k in near], n=3)
-        found = [str(self._labels[k]) for k in holds[:3]]
-        found += [str(self._labels[k]) for a in alike for k in near if folded[k] == a]
-        return tuple(dict.fromkeys(found))[:3]
+        similar = [str(self._labels[k]) for k in holds[:3]]
+        similar += [str(self._labels[k]) for a in alike for k in near if folded[k] == a]
+        return tuple(dict.fromkeys(similar))[:3]
 
     def unknown(self, names: Sequence[Any]) -> tuple[Unknown, ...]:
         """Each name once; the first few with suggestions."""
@@ -156,7 +156,7 @@ def parse_history(history: Any, data: Interactions, names: Names) -> History:
     """Read one user's history (see `metarec_jax.serving.recommender.Recommender.recommend`).
 
     Raises:
-      MetarecError: a rating that is missing, no number, or outside the data's range.
+      MetarecError: a rating is missing, not a number, or outside the range of the data.
     """
     given, ratings = _columns(history)
     given = _plain(given, "the history's items")
@@ -170,7 +170,7 @@ def parse_history(history: Any, data: Interactions, names: Names) -> History:
 def parse_table(
     histories: Any, data: Interactions, names: Names
 ) -> tuple[list[Any], list[History], tuple[Unknown, ...], tuple[str, ...]]:
-    """Read many users' histories. Returns user ids, a history for each, and unknown items and notes of the whole."""
+    """Read the histories of many users. Returns user ids, their histories, and unknown items and notes of the table."""
     users, given, ratings = _table(histories)
     users, given = _plain(users, "user_id"), _plain(given, "item_id")
     rows = names.rows(given)
@@ -191,20 +191,20 @@ def parse_table(
 
 
 def _repeats(count: int) -> tuple[str, ...]:
-    return (f"{count} repeated feedbacks: the last on each item counts",) if count else ()
+    return (f"{count} repeated ratings or clicks: the last of each item is used",) if count else ()
 
 
 def _last_of_each(rows: np.ndarray, values: np.ndarray) -> tuple[History, int]:
-    """Known items, each once, in order of their last feedback; and how many feedbacks that left out."""
+    """Known items, each once, in the order of their last entry; and the number of entries dropped."""
     last: dict[int, int] = {}
-    known = 0
+    count = 0
     for k, row in enumerate(rows.tolist()):
         if row > 0:
-            known += 1
-            last.pop(row, None)  # so that it stands where it was given last
+            count += 1
+            last.pop(row, None)  # so that it moves to its last position
             last[row] = k
     at = np.fromiter(last.values(), np.intp, len(last))
-    return History(rows[at].astype(np.int32), values[at].astype(np.float32)), known - len(at)
+    return History(rows[at].astype(np.int32), values[at].astype(np.float32)), count - len(at)
 
 
 def _is_column(value: Any) -> bool:
@@ -212,12 +212,12 @@ def _is_column(value: Any) -> bool:
 
 
 def _labelled(table: Any) -> dict[str, Any]:
-    """The columns of a DataFrame, or the entries of a mapping that are columns, by name as text."""
+    """The columns of a DataFrame, or those entries of a mapping that are columns, by name as text."""
     return {str(name): name for name in table if hasattr(table, "columns") or _is_column(table[name])}
 
 
 def _pick(table: Any, *roles: str) -> list[Any] | None:
-    """The column that plays the first of the roles that one plays, by the names that files have."""
+    """The column of the first role that has one, by the usual names."""
     labels = _labelled(table)
     for role in roles:
         name = find_column(list(labels), role, None, "the history")
@@ -227,32 +227,32 @@ def _pick(table: Any, *roles: str) -> list[Any] | None:
 
 
 def _columns(history: Any) -> tuple[list[Any], list[Any] | None]:
-    """Items and ratings of one history; None: no ratings given."""
+    """Items and ratings of one history; None: no ratings."""
     if isinstance(history, (str, bytes)):
         return [history], None
     if hasattr(history, "columns") or (isinstance(history, Mapping) and _pick(history, "item", "title") is not None):
         items, ratings = _pick(history, "item", "title"), _pick(history, "rating")
         if items is None:
             raise MetarecError(
-                f"the history has columns {listed(_labelled(history))}, none of them of items by a usual name; call "
-                "one of them item_id"
+                f"the history has columns {listed(_labelled(history))}, none of them with a usual name for items; "
+                "rename one to item_id"
             )
         _same_length({"item_id": items, "rating": ratings})
         return items, ratings
     if isinstance(history, Mapping):
         return list(history), list(history.values())
-    if hasattr(history, "index") and hasattr(history, "dtype"):  # a Series: ratings by item, or items alone
+    if hasattr(history, "index") and hasattr(history, "dtype"):  # a Series: ratings by item, or only items
         numbers = getattr(history.dtype, "kind", "O") in "iufb"
         return (list(history.index), list(history)) if numbers else (list(history), None)
     return list(history), None
 
 
 def _plain(values: list[Any], what: str) -> list[Any]:
-    """Values that are one thing each; NumPy's scalars as Python's."""
+    """Single values; NumPy scalars as Python scalars."""
     plain = [value.item() if isinstance(value, np.generic) else value for value in values]
     for k, value in enumerate(plain):
         if isinstance(value, (list, tuple, set, dict, np.ndarray)):
-            raise MetarecError(f"entry {k + 1} of {what} is a {type(value).__name__}; give one value a feedback")
+            raise MetarecError(f"entry {k + 1} of {what} is a {type(value).__name__}; use one value per entry")
     return plain
 
 
@@ -262,13 +262,13 @@ def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
         if users is None or items is None:
             lacks = "users" if users is None else "items"
             raise MetarecError(
-                f"the table has columns {listed(_labelled(histories))}, none of them of {lacks} by a usual name; call "
-                f"one of them {lacks[:-1]}_id"
+                f"the table has columns {listed(_labelled(histories))}, none of them with a usual name for {lacks}; "
+                f"rename one to {lacks[:-1]}_id"
             )
     else:
         users, items, ratings = (None if c is None else list(c) for c in (*histories, None)[:3])
         if users is None or items is None:
-            raise MetarecError("histories want user ids and item ids, and one is None; give (users, items, ratings)")
+            raise MetarecError("histories require user ids and item ids, got None; pass (users, items, ratings)")
     _same_length({"user_id": users, "item_id": items, "rating": ratings})
     refuse_rounded(users, "user_id")
     for k, user in enumerate(users):
@@ -280,7 +280,7 @@ def _table(histories: Any) -> tuple[list[Any], list[Any], list[Any] | None]:
 def _same_length(columns: Mapping[str, list[Any] | None]) -> None:
     lengths = {name: len(c) for name, c in columns.items() if c is not None}
     if len(set(lengths.values())) > 1:
-        raise MetarecError(f"the columns of the history have different lengths, {lengths}; give one entry a feedback")
+        raise MetarecError(f"the columns of the history have different lengths, {lengths}; use one entry per rating")
 
 
 def _ratings(
@@ -290,16 +290,18 @@ def _ratings(
     scale: tuple[float, float] | None,
     users: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Ratings as float32, checked where the item is known; all 1 where the data is implicit feedback."""
+    """Ratings as float32, checked if the item is known; all 1 if the data is implicit feedback."""
     if scale is None:
-        told = ratings is not None and any(r not in (1, None, True) for r in ratings)
-        note = ("ratings in the history are not used: the data is implicit feedback, and each item counts as liked",)
-        return np.ones(len(given), np.float32), note if told else ()
+        ignored = ratings is not None and any(r not in (1, None, True) for r in ratings)
+        note = (
+            "ratings in the history are ignored: the data is implicit feedback, and each item counts as a positive",
+        )
+        return np.ones(len(given), np.float32), note if ignored else ()
     low, high = scale
     if ratings is None:
         if given:
             raise MetarecError(
-                f"the history gives items without ratings, and the data has ratings; give {{item: rating}} with "
+                f"the history has items without ratings, and the data has ratings; pass {{item: rating}} with "
                 f"ratings from {spoken(low)} to {spoken(high)}"
             )
         return np.zeros(0, np.float32), ()
@@ -309,28 +311,28 @@ def _ratings(
         if value is None and rows[k]:
             by = "" if users is None else f" by user {shown(users[k])}"
             raise MetarecError(
-                f"the rating of {shown(given[k])}{by} is {shown(rating)}, and ratings lie from {spoken(low)} to "
-                f"{spoken(high)}; correct it"
+                f"the rating of {shown(given[k])}{by}: expected a number from {spoken(low)} to {spoken(high)}, got "
+                f"{shown(rating)}; correct it"
             )
         values[k] = value or 0.0
     return values, ()
 
 
 def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """A new user's side features as input columns with leading axis 1, and notes on values never seen.
+    """A new user's side features as input columns with leading axis 1, and notes on unknown values.
 
-    Numbers are in the units of the data that was read, and standardised here as they were there.
+    Numbers are in the units of the original data, and standardised in the same way.
 
     Raises:
-      MetarecError: a feature that the data lacks, or a number that is not one.
+      MetarecError: the data lacks a feature, or a number is invalid.
     """
     columns: dict[str, np.ndarray] = {}
     notes: list[str] = []
-    for given, value in features.items():
-        name = feature_name(given, data)
+    for label, value in features.items():
+        name = feature_name(label, data)
         if name is None:
             have = ", ".join(data.user_features) or "none"
-            raise MetarecError(f"there is no user feature {shown(given)}; the data has: {have}")
+            raise MetarecError(f"there is no user feature {shown(label)}; the data has: {have}")
         feature = data.user_features[name]
         if feature.vocabulary is None:
             columns[name] = _numeric(name, value, feature)
@@ -340,7 +342,7 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
             values = [part.strip() for part in value.split("|")]
         rows = feature.vocabulary.encode(values) if values else np.zeros(0, np.int32)
         unseen = [v for v, row in zip(values, rows, strict=True) if row == 0]
-        notes += [f"{name} {shown(v)} was never seen, and counts as unknown" for v in unseen]
+        notes += [f"{name} {shown(v)} is not in the data, and counts as unknown" for v in unseen]
         if feature.kind == "categorical":
             columns[name] = np.asarray(rows[:1] if len(rows) else [0], np.int32)
         else:
@@ -351,21 +353,21 @@ def feature_columns(features: Mapping[str, Any], data: Interactions) -> tuple[di
     return columns, tuple(notes)
 
 
-def feature_name(given: Any, data: Interactions) -> str | None:
-    """The user feature that is meant, with or without ``user_``; None where there is none."""
-    return next((name for name in (str(given), f"user_{given}") if name in data.user_features), None)
+def feature_name(label: Any, data: Interactions) -> str | None:
+    """The user feature with this name, with or without ``user_``; None if there is none."""
+    return next((name for name in (str(label), f"user_{label}") if name in data.user_features), None)
 
 
 def features_by_user(table: Any) -> dict[Any, dict[str, Any]]:
-    """Features of many users: a mapping of mappings, or a table with one row per user, missing values left out."""
+    """Features of many users, from a mapping of mappings or a table with one row per user, without missing values."""
     if not hasattr(table, "columns"):
         return {user: dict(features) for user, features in table.items()}
     labels = _labelled(table)
     by = find_column(list(labels), "user", None, "the table of user features")
     if by is None:
         raise MetarecError(
-            f"the table of user features has columns {listed(labels)}, none of them of users by a usual name; call "
-            "one of them user_id"
+            f"the table of user features has columns {listed(labels)}, none of them with a usual name for users; "
+            "rename one to user_id"
         )
     users = _plain(list(table[labels[by]]), by)
     columns = {name: list(table[label]) for name, label in labels.items() if name != by}
@@ -381,13 +383,13 @@ def _is_missing(value: Any) -> bool:
 
 def _numeric(name: str, value: Any, feature: Feature) -> np.ndarray:
     width = feature.values.shape[1]
-    expected = f"expected {width} finite number{'s' * (width > 1)}; correct it"
+    expected = f"expected {width} finite number{'s' * (width > 1)}"
     try:
         numbers = np.asarray(value, np.float64).reshape(1, -1)
     except (TypeError, ValueError) as error:
-        raise MetarecError(f"{name} is {shown(value)}, {expected}") from error
+        raise MetarecError(f"{name}: {expected}, got {shown(value)}; correct it") from error
     if numbers.shape[1] != width or not np.isfinite(numbers).all():
-        raise MetarecError(f"{name} is {shown(value)}, {expected}")
+        raise MetarecError(f"{name}: {expected}, got {shown(value)}; correct it")
     if feature.units:
         middle, spread = np.array(feature.units).T
         numbers = (numbers - middle) / spread

@@ -1,4 +1,4 @@
-"""Recommendations for users never seen: adapt on what they gave, score the whole catalogue, say why."""
+"""Recommendations for new users: adapt on their feedback, score the whole catalogue, and explain the scores."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from metarec_jax.serving.history import (
 from metarec_jax.serving.linear import item_tables
 
 _USERS = 64
-"""Users that one call of `recommend_many`'s compiled program serves, at the most."""
+"""Maximum number of users per call of the compiled program of `recommend_many`."""
 _CANDIDATES = 1 << 20
-"""Items that one call scores a second time, for all its users, at the most."""
+"""Maximum number of items that one call scores a second time, over all its users."""
 _SHOWN_USERS, _SHOWN_ITEMS = 5, 3
 _PATH = 16
-"""Points at which the derivative is taken where one does not tell how far the history moved a score."""
+"""Points of the integrated gradients, if a single derivative does not explain the change of a score."""
 
 
 @dataclass(frozen=True)
 class Influence:
-    """One feedback behind a recommendation: ``contribution`` is how far it moved the score, in units of the score.
+    """A rating or click behind a recommendation; ``contribution`` is its effect on the score, in units of the score.
 
     ``rating`` is None for a click.
     """
@@ -55,10 +55,10 @@ class Recommendation:
     """One recommended item.
 
     Attributes:
-      item_id: as the data gave it.
-      score: after adaptation; prior: before, with no feedback at all. Items are in its order.
-      because: the feedbacks that moved the score most, strongest first.
-      predicted: the score clipped to the rating scale, which a score may leave; None where scores are not ratings.
+      item_id: original id of the item.
+      score: score after adaptation, which orders the items; prior: score without any feedback.
+      because: the feedback that changed the score most, strongest first.
+      predicted: the score clipped to the rating scale; None if scores are not ratings.
     """
 
     item_id: Any
@@ -75,8 +75,8 @@ class Recommendations(Sequence[Recommendation]):
 
     Attributes:
       items: the recommendations.
-      unknown: history entries that name no item of the data; they were skipped.
-      notes: what else was changed in the history, one line each.
+      unknown: history entries that match no item of the data; they were skipped.
+      notes: other changes to the history, one line each.
     """
 
     items: tuple[Recommendation, ...]
@@ -96,9 +96,9 @@ class Recommendations(Sequence[Recommendation]):
 
 @dataclass(frozen=True, repr=False)
 class ManyRecommendations(Mapping[Any, Recommendations]):
-    """Recommendations by user id, in the order of the table; ``unknown`` and ``notes`` are of the whole table.
+    """Recommendations by user id, in the order of the table; ``unknown`` and ``notes`` refer to the whole table.
 
-    A mapping: iterate over user ids, or over ``items()``.
+    It is a mapping: iterate over user ids, or over ``items()``.
     """
 
     users: dict[Any, Recommendations]
@@ -106,7 +106,7 @@ class ManyRecommendations(Mapping[Any, Recommendations]):
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """The first users with their first items, and what was noted.
+        """The first users with their first items, and the notes.
 
         >>> ManyRecommendations({"ann": Recommendations((Recommendation(7, "Heat", 4.5, 3.0),))})
         ManyRecommendations of 1 user
@@ -155,26 +155,25 @@ class _Best(NamedTuple):
 
 
 class Recommender:
-    """Serve a fitted method: adapt a new user on a few feedbacks and recommend from the whole catalogue.
+    """Serve a fitted method: adapt to a new user with a few ratings or clicks, and recommend from the whole catalogue.
 
     Args:
       method: a fitted baseline, or a learner with its parameters.
-      data: names items, titles, features and the range of ratings.
-      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that training
-        never saw are scored too, by their content.
-      chunk: items scored at a time; None chooses by the device. The whole catalogue in one product for one user of a
-        method whose ``tables`` are known and whose scores are linear in an item's row.
-      negatives: implicit feedback: items that the user did not give, drawn as support with target 0 for each one given;
-        as many as the method met in training, by default as many as `data.draw.task_source` draws by default. The same
-        history draws the same ones.
-      predicts_ratings: whether scores are ratings; those of a popularity, or of a loss of ranks, are not.
-      seed: of the key that `adapt` gets.
+      data: supplies items, titles, features and the range of ratings.
+      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that are not in
+        training are scored too, by their content.
+      chunk: items scored at a time; None: chosen by the device. For one user of a method with known ``tables`` and
+        scores that are linear in an item's row, the whole catalogue is one product.
+      negatives: implicit feedback: sampled items per click of the history, used as support with target 0; as many as in
+        training; default: as in `task_source`. The same history draws the same items.
+      predicts_ratings: whether scores are ratings; those of popularity or of a ranking loss are not.
+      seed: seed of the key of `adapt`.
 
-    It cannot be pickled, nor used in a process forked from the one that made it, since compiled programs and JAX's
-    threads do not come along: save the run, and open it in each process (started by "spawn").
+    A Recommender cannot be pickled, nor used in a fork of its process, which lacks compiled programs and JAX's threads:
+    save the run, and open it in each process (started by "spawn").
 
     Raises:
-      MetarecError: an empty catalogue; a method whose tables cannot be of it.
+      MetarecError: the catalogue is empty, or the tables of the method do not match it.
     """
 
     def __init__(
@@ -215,8 +214,8 @@ class Recommender:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise MetarecError(
-                f"this Recommender was made in process {self._process}, and {os.getpid()} is a fork of it, where JAX "
-                'would wait for ever for threads that are not there; start workers with "spawn" '
+                f"this Recommender belongs to process {self._process}, and {os.getpid()} is a fork of it, in which JAX "
+                'would wait forever for missing threads; start workers with "spawn" '
                 '(multiprocessing.get_context("spawn")), and open the run in each'
             )
 
@@ -230,30 +229,29 @@ class Recommender:
         exclude_seen: bool = True,
         known_user: Any = None,
     ) -> Recommendations:
-        """The best ``n`` items for a user who gave ``history``.
+        """The best ``n`` items for a user with this ``history``.
 
         Each contribution is (d score / d target_j) (target_j - prior prediction of j), by differentiating through the
-        adaptation. Where adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
-        contributions add up to ``score - prior``. Where they would not, the derivative is averaged along the path of
-        targets from the prior predictions to what the user gave (integrated gradients, Sundararajan et al. 2017). For
-        implicit feedback, whose targets are all 1, it is d score / d weight_j: the rate at which the score would fall
-        were the feedback to fade.
+        adaptation. If adaptation is linear in the targets (ridge, ALS fold-in, bias, item-kNN) that is exact:
+        contributions add up to ``score - prior``. Otherwise the derivative is averaged along the path of targets from
+        the prior predictions to the ratings (integrated gradients, Sundararajan et al. 2017). For implicit feedback,
+        whose targets are all 1, it is d score / d weight_j, the sensitivity of the score to the weight of the click.
 
         Args:
           history: ``{item: rating}``, a pandas Series of ratings by item, columns ``{"item_id": [...], "rating":
-            [...]}`` or a DataFrame of them (under the names that files may have), or, for implicit feedback, a sequence
-            of items. An item is an id, else a title, else a title in another case. Empty: the list of the prior.
-          n: items wanted; fewer come back where the catalogue ends.
-          user_features: the user's side features by column name, as the data gave them. A value never seen counts as
-            unknown.
-          explain: feedbacks named for each item; 0 saves the backward passes.
-          exclude_seen: leave out what is in the history.
-          known_user: id of a user of the data, whose history here need not be whole: with ``exclude_seen``, nothing
-            that the user has in the data is recommended.
+            [...]}`` or a DataFrame of them (with the usual column names), or, for implicit feedback, a sequence of
+            items. An item is an id, else a title, else a title in another case. Empty: the ranking of the prior.
+          n: number of items; fewer are returned if the catalogue has fewer.
+          user_features: the user's side features by column name, in the units of the data. An unknown value counts as
+            missing.
+          explain: number of ratings or clicks listed per item; 0 saves the backward passes.
+          exclude_seen: exclude the items of the history.
+          known_user: id of a user of the data, whose history may be partial: with ``exclude_seen``, all items that the
+            user has in the data are excluded.
 
         Raises:
-          MetarecError: a rating outside the range of the data or missing, an unknown feature name, ``n`` below 1, a
-            ``known_user`` that the data has not.
+          MetarecError: a rating is missing or outside the range of the data, a feature name is unknown, ``n`` is below
+            1, or ``known_user`` is not in the data.
         """
         self._check_process()
         parsed = parse_history(history, self.data, self._names)
@@ -261,13 +259,13 @@ class Recommender:
             parsed = parsed._replace(had=np.setdiff1d(self._had_by(known_user), parsed.item))
         features, notes = feature_columns(user_features or {}, self.data)
         best = self._serve([parsed], n, [features], explain > 0, exclude_seen, users=1)
-        return self._told(parsed, next(best), explain, (*parsed.notes, *notes))
+        return self._result(parsed, next(best), explain, (*parsed.notes, *notes))
 
     def _had_by(self, user: Any) -> np.ndarray:
-        """Rows of all that a user of the data had."""
+        """Rows of all items of a user of the data."""
         row = int(self.data.users.encode([user])[0])
         if not row:
-            raise MetarecError(f"known_user {user!r} is not a user of the data; leave it out for a new user")
+            raise MetarecError(f"known_user {user!r} is not a user of the data; omit it for a new user")
         return self.data.item[self.data.user == row]
 
     def recommend_many(
@@ -279,13 +277,13 @@ class Recommender:
         explain: int = 0,
         exclude_seen: bool = True,
     ) -> ManyRecommendations:
-        """`recommend` for a table of new users, in batches: one compiled program for each length class of histories.
+        """`recommend` for a table of new users, in batches, with one compiled program per length class of histories.
 
         Args:
-          histories: columns ``(user ids, item ids or titles, ratings or None)``, one entry a feedback; or a mapping or
-            DataFrame with columns of users, items and ratings, under the names that files may have.
+          histories: columns ``(user ids, item ids or titles, ratings or None)``, one entry per rating or click; or a
+            mapping or DataFrame with columns of users, items and ratings, with the usual names.
           user_features: features by user id, as ``{"ann": {"age": 25}}``, or a DataFrame with one row per user. Users
-            that only it names get a list of their features alone; what it says nothing of counts as unknown.
+            without a history get recommendations from their features only; absent features count as unknown.
           n, explain, exclude_seen: as in `recommend`.
         """
         self._check_process()
@@ -293,23 +291,27 @@ class Recommender:
         by_user = {} if user_features is None else features_by_user(user_features)
         new = [user for user in by_user if user not in set(users)]
         users, parsed = [*users, *new], [*parsed, *([parse_history([], self.data, self._names)] * len(new))]
-        columns, said = self._feature_columns(users, by_user)
+        columns, remarks = self._feature_columns(users, by_user)
         order = sorted(range(len(users)), key=lambda k: _slots(len(parsed[k].item) * (1 + self._negatives)))
         found: dict[int, Recommendations] = {}
         best = self._serve(
             [parsed[k] for k in order], n, [columns[k] for k in order], explain > 0, exclude_seen, users=_USERS
         )
         for k, one in zip(order, best, strict=True):
-            found[k] = self._told(parsed[k], one, explain, (*parsed[k].notes, *said[k]))
+            found[k] = self._result(parsed[k], one, explain, (*parsed[k].notes, *remarks[k]))
         for k, user in enumerate(users):
             left = () if found[k].items else self._nothing_left(parsed[k])
-            notes = (*notes, *(f"user {printable(str(user))}: {note}" for note in (*said[k], *left)))
+            notes = (*notes, *(f"user {printable(str(user))}: {note}" for note in (*remarks[k], *left)))
         notes = (*notes, *self._clipped([item for one in found.values() for item in one]))
         return ManyRecommendations({user: found[k] for k, user in enumerate(users)}, unknown, notes)
 
     def _nothing_left(self, history: History) -> tuple[str, ...]:
         count = len(history.item)
-        return (f"nothing is left: all {count} items are in the history",) if count == len(self.data.items.ids) else ()
+        return (
+            (f"nothing to recommend: all {count} items are in the history",)
+            if count == len(self.data.items.ids)
+            else ()
+        )
 
     def _clipped(self, items: Sequence[Recommendation]) -> tuple[str, ...]:
         if self._scale is None or all(item.predicted == item.score for item in items):
@@ -320,7 +322,7 @@ class Recommender:
     def _feature_columns(
         self, users: Sequence[Any], by_user: Mapping[Any, Mapping[str, Any]]
     ) -> tuple[list[dict[str, np.ndarray]], list[tuple[str, ...]]]:
-        """Feature columns of each user, the same ones for all, unknown where not given; and notes for each."""
+        """Feature columns of each user, the same columns for all, unknown if absent; and notes on each user."""
         known = self.data.user_features
         found = [feature_columns(by_user.get(user, {}), self.data) for user in users]
         names = dict.fromkeys(name for columns, _ in found for name in columns)
@@ -336,9 +338,9 @@ class Recommender:
         drop: bool,
         users: int,
     ) -> Iterator[_Best]:
-        """The best items of each history, in order; neighbours in the list that need like many slots share a call."""
+        """The best items of each history, in order; consecutive histories with equal numbers of slots share a call."""
         if n < 1:
-            raise MetarecError(f"n must be 1 or more, and is {n}; ask for at least one item")
+            raise MetarecError(f"n must be 1 or more, got {n}; request at least one item")
         n = min(n, len(self.data.items.ids))
         support = [self._with_negatives(h) for h in parsed]
         widths = [_slots(len(item)) for item, _, _ in support]
@@ -378,7 +380,7 @@ class Recommender:
         return moved if implicit or not _unexplained(found, moved) else at(_PATH)
 
     def _with_negatives(self, history: History) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items, targets and masks of the slots: what was given, what else the user had (mask 0), drawn negatives."""
+        """Items, targets and masks of the slots: the history, other items of the user (mask 0), sampled negatives."""
         drawn = np.zeros(0, np.int32)
         if self._negatives and len(history.item):
             own = np.concatenate([history.item, history.had])
@@ -394,7 +396,7 @@ class Recommender:
             np.repeat(np.array([1, 0, 1], np.float32), sizes),
         )
 
-    def _told(self, history: History, best: _Best, explain: int, notes: tuple[str, ...]) -> Recommendations:
+    def _result(self, history: History, best: _Best, explain: int, notes: tuple[str, ...]) -> Recommendations:
         real = np.isfinite(best.score)
         decode = self.data.items.decode
         titles = self.data.titles
@@ -427,19 +429,19 @@ class Recommender:
 
 
 def _chunk_size(users: int) -> int:
-    """Items that one step scores for so many users: on a CPU, what stays in its cache."""
+    """Number of items that one step scores for ``users`` users: on a CPU, as many as fit into its cache."""
     rows, scores = (1 << 11, 1 << 16) if jax.default_backend() == "cpu" else (1 << 16, 1 << 20)
     return max(1, min(rows, scores // users))
 
 
 def _slots(length: int) -> int:
-    """8, 16, 32, ...: as many as hold ``length``."""
+    """The smallest of 8, 16, 32, ... that is at least ``length``."""
     return max(8, 1 << max(0, length - 1).bit_length())
 
 
 def _unexplained(found: Best, contribution: np.ndarray) -> bool:
-    """Whether contributions do not add up to what the history moved, by more than rounding."""
+    """Whether contributions do not add up to the change of the score, by more than rounding."""
     real = np.isfinite(found.score)
     moved = np.where(real, found.score - found.prior, 0.0)
-    told = np.where(real, contribution.sum(-1), 0.0)
-    return bool((np.abs(told - moved) > 0.02 * np.abs(moved) + 1e-3).any())
+    explained = np.where(real, contribution.sum(-1), 0.0)
+    return bool((np.abs(explained - moved) > 0.02 * np.abs(moved) + 1e-3).any())

@@ -1,6 +1,6 @@
-"""How much a file may become when it is loaded: one that swells far beyond its size, or says it does, is refused.
+"""Limits on the size of a file after loading: a file that unpacks to far more than its size is refused.
 
-What is honest stays far below: ratings as text shrink to a third or a tenth of their size, seldom to a fiftieth.
+Real tables stay far below the limits: compression shrinks ratings to a third or a tenth, seldom to a fiftieth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metarec_jax.messages import one_line
 ROOM = 64 * 2**20
 """Bytes that any file may unpack to."""
 SWELL = 200
-"""And how many times its own size a larger one may."""
+"""Bytes that a larger file may unpack to, as a multiple of its size."""
 COLUMNS = 10_000
 LINE = 1 << 23
 """Characters of the longest line."""
@@ -36,7 +36,7 @@ _OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open}
 
 
 class _Counted(io.RawIOBase):
-    """A stream that gives no more than its share."""
+    """A stream that raises after ``most`` bytes."""
 
     def __init__(self, stream: Any, most: int, path: Path) -> None:
         self._stream, self._left, self._path = stream, most, path
@@ -57,9 +57,9 @@ class _Counted(io.RawIOBase):
 
 
 def opened(path: Path, packed: str) -> BinaryIO:
-    """The bytes of a file, unpacked where ``packed`` is "gzip" or "bz2".
+    """The bytes of a file, unpacked if ``packed`` is "gzip" or "bz2".
 
-    Reading raises MetarecError where it unpacks to more than `ROOM`, and more than `SWELL` times its size.
+    Reading raises MetarecError if the file unpacks to more than `ROOM` bytes and more than `SWELL` times its size.
     """
     if packed not in _OPEN:
         return path.open("rb")
@@ -68,14 +68,14 @@ def opened(path: Path, packed: str) -> BinaryIO:
 
 
 def local(path: str | Path) -> Path:
-    """A path as it is opened: ``~`` is the user's home.
+    """The path to open; ``~`` is the user's home.
 
     Raises:
       MetarecError: it is a URL.
     """
     if (url := _URL.fullmatch(str(path))) is not None:
         whole = str(path) if "://" in str(path) else f"{url[1]}://{url[2]}"  # a `Path` has lost one of the slashes
-        raise MetarecError(f"{whole} is a URL, and files are read here. Download it and give the path of the file")
+        raise MetarecError(f"{whole} is a URL, expected a local file. Download it and pass the path of the file")
     try:
         return Path(path).expanduser()
     except RuntimeError:  # of no user ("~nobody")
@@ -86,16 +86,16 @@ def broken(path: Path, error: Exception) -> MetarecError:
     if isinstance(error, FileNotFoundError):
         return MetarecError(f"there is no file {path}. Check the path")
     if isinstance(error, PermissionError):
-        return MetarecError(f"{path} may not be read by this user. Change its permissions (chmod +r)")
+        return MetarecError(f"no permission to read {path}. Change its permissions (chmod +r)")
     if isinstance(error, EOFError) or "runcated" in str(error) or "end-of-stream" in str(error):
-        return MetarecError(f"{path} ends in the middle of its compressed data: it was cut off. Get it again")
+        return MetarecError(f"{path} ends in the middle of its compressed data: it is truncated. Download it again")
     if isinstance(error, MemoryError):
-        return MetarecError(f"{path} does not fit into memory. Give a part of it, or use a larger machine")
-    return MetarecError(f"{path} cannot be read ({one_line(error)}). Get or write it again")
+        return MetarecError(f"{path} does not fit into memory. Use a part of it, or a larger machine")
+    return MetarecError(f"{path} cannot be read ({one_line(error)}). Download or write it again")
 
 
 def fits(read: Callable[P, T]) -> Callable[P, T]:
-    """A reader whose first argument is a path: memory that does not suffice is a MetarecError that names the file."""
+    """Decorate a reader whose first argument is a path: a MemoryError becomes a MetarecError that names the file."""
 
     @functools.wraps(read)
     def bounded(*args: P.args, **options: P.kwargs) -> T:
@@ -109,17 +109,17 @@ def fits(read: Callable[P, T]) -> Callable[P, T]:
 
 def swollen(path: Path) -> MetarecError:
     return MetarecError(
-        f"{path} unpacks to more than {SWELL} times its size, which no honest table does. "
-        "If it is one, unpack it first and give the unpacked file"
+        f"{path} unpacks to more than {SWELL} times its size, which is not plausible for a table. "
+        "If it is a table, unpack it and pass the unpacked file"
     )
 
 
 def read_json(path: Path, most: int = 2**24) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is no JSON, nests too deeply, or is larger than ``most`` bytes.
+      ValueError: it is not JSON, is nested too deeply, or is larger than ``most`` bytes.
     """
     with path.open("rb") as file:
         raw = file.read(most + 1)
@@ -129,7 +129,7 @@ def read_json(path: Path, most: int = 2**24) -> Any:
 
 
 def parse_json(raw: bytes | str) -> Any:
-    """`json.loads`, whose failures are all ValueError."""
+    """`json.loads`; every failure is a ValueError."""
     try:
         return json.loads(raw)
     except RecursionError:
@@ -137,25 +137,27 @@ def parse_json(raw: bytes | str) -> Any:
 
 
 def read_arrays(path: Path, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Some int32 vectors of an .npz file, of the lengths that the caller knows; nothing is allocated on its word.
+    """Some int32 vectors of an .npz file, whose lengths the caller knows; sizes in the file are not trusted.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is damaged, or holds something else under these names.
+      ValueError: it is damaged, or holds other types or lengths under these names.
     """
-    found = {}
+    vectors = {}
     try:
         with zipfile.ZipFile(path) as z:
             for name, size in sizes.items():
                 member = z.getinfo(f"{name}.npy")
                 if member.file_size > 4 * size + 1024:
-                    raise ValueError(f"{name} in {path.name} has {member.file_size} bytes, not {4 * size} and a header")
-                found[name] = _vector(z.read(member), name, size)
+                    raise ValueError(
+                        f"{name} in {path.name}: expected {4 * size} bytes and a header, got {member.file_size} bytes"
+                    )
+                vectors[name] = _vector(z.read(member), name, size)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # what zipfile and its decompressors raise on damaged files is not one family
+    except Exception as error:  # zipfile and its decompressors raise unrelated types on damaged files
         raise ValueError(f"{path.name} cannot be read ({one_line(error)})") from error
-    return found
+    return vectors
 
 
 def _vector(raw: bytes, name: str, size: int) -> np.ndarray:
@@ -164,5 +166,5 @@ def _vector(raw: bytes, name: str, size: int) -> np.ndarray:
         raise ValueError(f"{name} is in another version of NumPy's format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     if shape != (size,) or dtype != np.int32 or len(raw) - stream.tell() != 4 * size:
-        raise ValueError(f"{name} is {dtype}{list(shape)}, and int32[{size}] was wanted")
+        raise ValueError(f"{name}: expected int32[{size}], got {dtype}{list(shape)}")
     return np.frombuffer(raw, np.dtype("<i4"), offset=stream.tell()).astype(np.int32)

@@ -1,9 +1,9 @@
-"""`Interactions` as one Parquet file with its sha256 beside it: read back quickly, or found corrupt.
+"""`Interactions` cached as one Parquet file with its sha256 beside it, which detects corruption.
 
-Interactions, ids, titles and features are columns. They are of different lengths, so the shorter ones end in nulls;
-the lengths are JSON in the file's metadata, with what is small: names, kinds of features, notes. In the first format
-all but the interactions was in that JSON, which Parquet's own limit of 100 MB made unreadable for about a million
-titled items; such files are still read, and the large ones too.
+Interactions, ids, titles and features are columns of different lengths; shorter ones are padded with nulls. The
+lengths, names, kinds of features and notes are JSON in the file's metadata. In the first format everything except the
+interactions was in that JSON, which exceeded Parquet's limit of 100 MB at about a million titled items; such files are
+still read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from metarec_jax.messages import one_line, printable
 _METADATA = b"metarec_jax"
 _COLUMNS = ("user", "item", "rating", "timestamp")
 _GROUP = 1 << 20
-"""Rows that are written at once: so many nulls, at most, are in memory for a column that has ended."""
+"""Rows that are written at once, and so the most nulls in memory for a column that has ended."""
 
 
 def write_cache(data: Interactions, path: Path) -> None:
-    """Write ``path`` and then ``path.sha256``, each in one step, so that a reader never sees half a file.
+    """Write ``path`` and then ``path.sha256``, each atomically, so that a reader never sees a partial file.
 
     Raises:
       OSError: the folder cannot be written.
@@ -71,7 +71,7 @@ def write_cache(data: Interactions, path: Path) -> None:
 
 
 def _strings(values: np.ndarray) -> pa.Array:
-    """Integers as they are, and text; as bytes where it has lone surrogates, which are no UTF-8."""
+    """Integers or text as an Arrow array; text with lone surrogates, which is not valid UTF-8, as bytes."""
     if values.dtype.kind != "O":
         return pa.array(values)
     try:
@@ -81,7 +81,7 @@ def _strings(values: np.ndarray) -> pa.Array:
 
 
 def _vectors(values: np.ndarray) -> pa.Array:
-    """The values of a feature; those of several for each row as lists."""
+    """The values of a feature as an Arrow array, with lists if a row has several values."""
     if values.ndim == 1:
         return pa.array(values)
     rows, width = values.shape
@@ -89,19 +89,19 @@ def _vectors(values: np.ndarray) -> pa.Array:
 
 
 def read_cache(path: Path) -> Interactions:
-    """What `write_cache` wrote.
+    """Read the data set that `write_cache` wrote.
 
     Raises:
-      OSError: a file is not there or cannot be read.
-      ValueError: the bytes are not those whose checksum was noted, or hold something else.
+      OSError: a file is absent or cannot be read.
+      ValueError: the checksum does not match, or the file is not a cached data set.
     """
     raw = path.read_bytes()
     if files.sha256(raw) != _checksum(path).read_text(errors="replace").strip():
-        raise ValueError("its sha256 is not the one noted when it was written")
+        raise ValueError("its sha256 differs from the one recorded when it was written")
     try:
         return _parsed(raw, path)
     except (*_ERRORS, pa.ArrowException, MemoryError) as error:
-        raise ValueError(f"it is no cached data set: {one_line(error)}") from error
+        raise ValueError(f"it is not a cached data set: {one_line(error)}") from error
 
 
 _ERRORS = (MetarecError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, NotImplementedError)
@@ -114,19 +114,19 @@ def _parsed(raw: bytes, path: Path) -> Interactions:
     if "format" not in rest:
         return _of_first_format(raw, path, rest)
     if rest["format"] != 2:
-        raise ValueError(f"it is of format {rest['format']!r}, and this version of metarec_jax reads formats 1 and 2")
+        raise ValueError(f"it has format {rest['format']!r}; this version of metarec_jax reads formats 1 and 2")
     if not all(isinstance(text, str) for text in [rest["name"], *rest["notes"]]):
         raise ValueError("its name or notes are not text")
     table = parquet.counted(pa.BufferReader(raw), path, len(raw))
     lengths = rest["lengths"]
     if sorted(lengths) != sorted(table.column_names):
-        raise ValueError("its columns are not those that its metadata names")
+        raise ValueError("its columns differ from those in its metadata")
 
     def column(name: str) -> Any:
         if name not in lengths:
             return None
         if type(lengths[name]) is not int or not 0 <= lengths[name] <= len(table):
-            raise ValueError(f"the length of {name} is {lengths[name]!r}, and there are {len(table)} rows")
+            raise ValueError(f"{name}: expected a length of at most {len(table)}, got {lengths[name]!r}")
         return _array(table[name].slice(0, lengths[name]), name)
 
     def features(side: str) -> dict[str, Feature]:
@@ -156,7 +156,7 @@ def _parsed(raw: bytes, path: Path) -> Interactions:
 
 
 def _array(values: pa.ChunkedArray, name: str) -> np.ndarray:
-    """A column as numbers, as text (objects), or, where its rows are lists of one length, ``[rows, length]``."""
+    """A column as numbers or text (objects); ``[rows, length]`` if its rows are lists of one length."""
     kind = values.type
     if values.null_count:
         raise ValueError(f"its column {name} has {values.null_count} missing values")
@@ -174,7 +174,7 @@ def _array(values: pa.ChunkedArray, name: str) -> np.ndarray:
 
 
 def _objects(texts: Iterator[str]) -> np.ndarray:
-    return np.array([*texts, None], object)[:-1]  # None: an array of text would give each the room of the longest
+    return np.array([*texts, None], object)[:-1]  # the None keeps the dtype object: fixed-width text would waste memory
 
 
 def _units(pairs: Any) -> tuple[tuple[float, float], ...]:
@@ -186,7 +186,7 @@ def _vocabulary(ids: np.ndarray | None) -> Vocabulary | None:
 
 
 def _of_first_format(raw: bytes, path: Path, rest: Mapping[str, Any]) -> Interactions:
-    """What versions up to 0.1.0 wrote: all but the interactions is in the JSON of the metadata."""
+    """Data of versions up to 0.1.0: everything except the interactions is in the JSON of the metadata."""
     table = parquet.counted(pa.BufferReader(raw), path, len(raw), footer=max(len(raw), bounds.ROOM))
 
     def ids(values: list[Any]) -> Vocabulary:

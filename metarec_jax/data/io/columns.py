@@ -1,4 +1,4 @@
-"""One column at a time: which one is meant, and its values as arrays. Bad values are refused by row and column."""
+"""Single columns of a table: detection by name, and values as arrays. Errors name the row and the column."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError
-from metarec_jax.data.io.spelling import decimal_commas, said_of_commas
+from metarec_jax.data.io.spelling import commas_note, decimal_commas
 from metarec_jax.messages import listed, shown
 
 Where = Callable[[int], str]
-"""Where row ``k`` (from 0) of a table stands, in words: "line 7 of ratings.csv"."""
+"""The location of row ``k`` (from 0) of a table for a message: "line 7 of ratings.csv"."""
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
-"""Text that means "no value", in ids, ratings and timestamps; blanks around a value do not count."""
+"""Text that means "no value", in ids, ratings and timestamps; surrounding blanks are ignored."""
 
 ALIASES = {
     "user": (
@@ -40,7 +40,7 @@ ALIASES = {
     ),
     "title": ("title", "movietitle", "itemtitle", "booktitle", "producttitle", "name", "itemname", "productname"),
 }
-"""Names that people give to each column, as compared: letters and digits only, in lower case; the first one wins."""
+"""Usual names of each column, normalised to letters and digits in lower case; earlier ones take precedence."""
 
 
 class Roles(NamedTuple):
@@ -54,21 +54,21 @@ class Roles(NamedTuple):
 
 
 def plain(name: object) -> str:
-    """A column name as aliases are compared. ``plain("User_ID")`` is ``"userid"``."""
+    """A normalised column name. ``plain("User_ID")`` is ``"userid"``."""
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
-def find_column(names: Sequence[str], role: str, asked: str | None, where: str) -> str | None:
-    """The column that plays ``role``: the one asked for, or the first alias; None where there is none.
+def find_column(names: Sequence[str], role: str, asked: str | None, source: str) -> str | None:
+    """The column of ``role``: ``asked``, or the first alias; None if there is none.
 
     Args:
-      names: the columns there are.
+      names: the columns of the table.
       role: a key of `ALIASES`.
-      asked: a name that must be there; "" says that no column is to be used.
-      where: the table, for messages.
+      asked: a name that must exist; "" for no column.
+      source: the table, for messages.
 
     Raises:
-      MetarecError: a name asked for is not there.
+      MetarecError: the column ``asked`` does not exist.
 
     >>> find_column(["userId", "movieId", "stars"], "item", None, "ratings.csv")
     'movieId'
@@ -81,7 +81,7 @@ def find_column(names: Sequence[str], role: str, asked: str | None, where: str) 
         close = difflib.get_close_matches(plain(asked), [plain(n) for n in names], n=1, cutoff=0.6)
         hint = next((n for n in names if close and plain(n) == close[0]), None)
         raise MetarecError(
-            f"{where} has no column {shown(asked)}; its columns are: {listed(names)}. "
+            f"{source} has no column {shown(asked)}; its columns are: {listed(names)}. "
             + (f"Did you mean {shown(hint)}?" if hint else f"Name the {role} column with {option(role)}")
         )
     by_plain = {plain(n): n for n in reversed(names)}
@@ -98,12 +98,12 @@ def find_roles(
     implicit: bool,
     source: str,
 ) -> Roles:
-    """The columns of a table of interactions; a name asked for must be there, and user and item must be found.
+    """The columns of a table of interactions. Columns given by name must exist; user and item columns are required.
 
     Raises:
-      MetarecError: a column is missing; the columns that are there are named.
+      MetarecError: a column is missing; the message lists the columns of the table.
     """
-    found = {}
+    required = {}
     for role, asked in (("user", user), ("item", item)):
         column = find_column(names, role, asked or None, source)
         if column is None:
@@ -111,9 +111,9 @@ def find_roles(
                 f"{source} has no {role} column by a usual name; its columns are: {listed(names)}. "
                 f"Name it with {option(role)}"
             )
-        found[role] = column
+        required[role] = column
     roles = Roles(
-        **found,
+        **required,
         rating=None if implicit else find_column(names, "rating", rating, source),
         timestamp=find_column(names, "timestamp", timestamp, source),
         title=None if title is None else find_column(names, "title", title, source),
@@ -131,7 +131,7 @@ def find_roles(
 
 
 def option(role: str) -> str:
-    """How a person names the column of a role: on the command line and in Python."""
+    """The option that names the column of a role, on the command line and in Python."""
     return f"--{role}-col ({role}_col= in Python)"
 
 
@@ -139,7 +139,7 @@ def numbers(column: pd.Series, name: str, where: Where, notes: list[str] | None 
     """A column of numbers, float32 ``[N]``, nan where missing.
 
     Args:
-      notes: gets what is to be said of the column.
+      notes: a list that notes on the column are appended to.
 
     Raises:
       MetarecError: a value is not a number, or is infinite; the message names its row.
@@ -155,7 +155,7 @@ def numbers(column: pd.Series, name: str, where: Where, notes: list[str] | None 
         if bad.any() and (decimals := decimal_commas(spelled)) is not None:
             parsed, bad = np.array([*decimals, np.nan]), np.zeros(len(bad), bool)
             if notes is not None:
-                notes.append(f"column {shown(name)}: {said_of_commas(spelled)}")
+                notes.append(f"column {shown(name)}: {commas_note(spelled)}")
         if bad.any():
             row = int(np.argmax(bad[codes]))
             raise MetarecError(
@@ -168,20 +168,20 @@ def numbers(column: pd.Series, name: str, where: Where, notes: list[str] | None 
     if infinite.any():
         row = int(np.argmax(infinite))
         raise MetarecError(
-            f"{where(row)}, column {shown(name)}: {out[row]} where a finite number was wanted. "
-            "Correct or delete the row"
+            f"{where(row)}, column {shown(name)}: expected a finite number, got {out[row]}. Correct or delete the row"
         )
     return out
 
 
 def no_rating(values: np.ndarray, counts: np.ndarray) -> str | None:
-    """A note where one value far from all others is given so often that it may stand for "no rating"; else None.
+    """A note if a value far from all others is so frequent that it may mean "no rating"; else None.
 
-    Such is 0 where a fifth of the ratings have it and the others' mean lies above half of the scale (Book-Crossing);
-    the one negative value of a twentieth (-1); and one further from the others than these are from each other (99).
+    Such a value is: 0, if a fifth of the ratings have it and the mean of the others is above half of the scale
+    (Book-Crossing); the only negative value (-1), or a value further from the others than these are from each other
+    (99), if a twentieth of the ratings have it.
 
     Args:
-      values, counts: the distinct ratings in ascending order, and how often each is given.
+      values, counts: the distinct ratings in ascending order, and their frequencies.
     """
     if len(values) < 4:
         return None
@@ -194,7 +194,7 @@ def no_rating(values: np.ndarray, counts: np.ndarray) -> str | None:
         )
         if (odd and share >= 0.05) or (k == 0 and value == 0 and share >= 0.2 and mean > float(values[-1]) / 2):
             return (
-                f"{share:.0%} of the ratings are {value:g}, far from the rest (mean {mean:.3g}): if that means "
+                f"{share:.0%} of the ratings are {value:g}, far from the others (mean {mean:.3g}): if that means "
                 "'no rating', delete these rows, or read every row as a click with --implicit (implicit=True in Python)"
             )
     return None
@@ -204,24 +204,24 @@ def distinct_values(column: pd.Series, name: str) -> tuple[np.ndarray, list[Any]
     """Codes of the distinct values, -1 where missing, and these values.
 
     Raises:
-      MetarecError: a row holds a list or a table, not one value.
+      MetarecError: a row holds a list or a table instead of a single value.
     """
     if isinstance(column.dtype, pd.CategoricalDtype):
         codes = column.cat.codes.to_numpy()
         if not np.bincount(codes[codes >= 0], minlength=len(column.cat.categories)).all():
-            column = column.cat.remove_unused_categories()  # an id is one that a row has
+            column = column.cat.remove_unused_categories()  # only values that occur are ids
         return column.cat.codes.to_numpy(), list(column.cat.categories)
     try:
-        codes, found = pd.factorize(column)
+        codes, values = pd.factorize(column)
     except TypeError as error:
         raise MetarecError(
-            f"column {shown(name)} holds lists or tables, and one value a row was wanted. Name another column"
+            f"column {shown(name)}: expected one value per row, got lists or tables. Name another column"
         ) from error
-    return codes, found.tolist() if hasattr(found, "tolist") else list(found)
+    return codes, values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _float(value: Any) -> float | None:
-    """A number; nan for a missing value; None for what is neither."""
+    """A number; nan for a missing value; None for anything else."""
     if isinstance(value, str) and value.strip() in MISSING:
         return np.nan
     if isinstance(value, str) and "_" in value:  # "1_000" is a number to Python alone
@@ -233,10 +233,10 @@ def _float(value: Any) -> float | None:
 
 
 def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """A column of times: int64 seconds since 1970, which are missing (bool), and notes. All ``[N]``.
+    """A column of times: int64 seconds since 1970 ``[N]``, which of them are missing (bool ``[N]``), and notes.
 
-    Numbers are seconds; where their median is 1e11 or more (as seconds, after the year 5138) they are taken as
-    milli-, micro- or nanoseconds, and a note says so. Dates and ISO 8601 text are read as UTC where they name no zone.
+    Numbers are seconds; if their median is 1e11 or more (as seconds, after the year 5138), they are read as milli-,
+    micro- or nanoseconds, with a note. Dates and ISO 8601 text without a zone are read as UTC.
 
     Raises:
       MetarecError: a value is neither a number nor an ISO date; the message names its row.
@@ -256,14 +256,14 @@ def seconds(column: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.
     dates = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
     is_number = np.array([value is not None for value in spelled] + [True])
     bad = np.append(dates.isna().to_numpy(), False) & ~gone
-    if 2 * is_number.sum() > len(is_number):  # a column of seconds, so blame what is no number
+    if 2 * is_number.sum() > len(is_number):  # a column of seconds, so report a value that is not a number
         bad = ~is_number
     if bad.any():
         row = int(np.argmax(bad[codes]))
         raise MetarecError(
             f"{where(row)}, column {shown(name)}: {shown(str(distinct[codes[row]]))} is neither seconds since 1970 "
             "nor an ISO date (2024-01-31 or 2024-01-31T12:00:00). Correct it, or name another column with "
-            f"{option('timestamp')}, or an empty name to use none"
+            f"{option('timestamp')}, or an empty name for no timestamps"
         )
     parsed = np.append(dates.dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64), 0)
     return parsed[codes], gone[codes], ()

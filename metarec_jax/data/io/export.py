@@ -1,4 +1,4 @@
-"""Rows of a result as a file that other programs read: CSV, JSON, JSON lines or Parquet, by the name of the file."""
+"""Results as files: CSV, JSON, JSON lines or Parquet, chosen by the suffix."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a name that tells of no format that is written.
+    """Refuse a file whose suffix is not one of `SUFFIXES`.
 
     Raises:
-      MetarecError: a suffix that is none of `SUFFIXES`.
+      MetarecError: the suffix is another one.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise MetarecError(f"{path} cannot be written: its name must end in one of {', '.join(SUFFIXES)}; rename it")
+        raise MetarecError(f"cannot write {path}: its name must end in one of {', '.join(SUFFIXES)}; rename it")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows with these columns, in the format that the suffix names; CSV rounds numbers to six digits.
+    """Write these columns of the rows, in the format of the suffix; CSV rounds numbers to six digits.
 
     Raises:
-      MetarecError: a suffix that is none of `SUFFIXES`, or a path that cannot be written.
+      MetarecError: the suffix is not one of `SUFFIXES`, or the path cannot be written.
     """
     check_suffix(path)
     rows = [{name: _printable(row[name]) for name in columns} for row in rows]
@@ -50,9 +50,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
             else:
                 file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise MetarecError(f"{path} cannot be written ({one_line(error)}); give another path") from error
+        raise MetarecError(f"cannot write {path} ({one_line(error)}); choose another path") from error
 
 
 def _printable(value: Any) -> Any:
-    """Text without half characters, which UTF-8 has no bytes for."""
+    """The value; in text, lone surrogates, which UTF-8 cannot encode, are escaped."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

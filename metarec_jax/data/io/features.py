@@ -1,13 +1,13 @@
-"""Side features from a table: which of its columns are features, of which kind, as arrays in vocabulary rows.
+"""Side features from a table: which of its columns are features, their kinds, and arrays in vocabulary rows.
 
-Which kind a column is, by what it holds (missing values do not count):
+The kind of a column depends on its values; missing values are ignored:
 
-- lists, or text where "|" parts values or that is plainly lists (`metarec_jax.data.io.lists`) -> "multi". Lists of
-  decimal numbers, all equally long -> "numeric".
+- lists, text separated by "|", or text that clearly holds lists (`metarec_jax.data.io.lists`) -> "multi". Lists of
+  decimal numbers of one length -> "numeric".
 - true/false, pandas categories, text, and whole numbers of at most `FEW` different values -> "categorical".
 - any other number, and dates (of pandas, or ISO 8601 text) -> "numeric".
-- no feature: a column with one value only, and labels, that is text (or whole numbers in a column named like an id or
-  a zip code) where more than half of the rows have a value of their own: titles, addresses, descriptions.
+- not a feature: a column with a single value; labels, that is text (or whole numbers in a column named like an id or
+  a zip code) with more distinct values than half of the rows, such as titles, addresses and descriptions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from metarec_jax.data.io.ids import float_bits, refuse_rounded
 from metarec_jax.messages import listed, shown
 
 MAX_VALUES = 32
-"""A multi-valued feature keeps this many values of a row, the first ones."""
+"""A multi-valued feature keeps at most this many values of a row, the first ones."""
 FEW = 50
 """Whole numbers of at most this many different values are categories."""
 
@@ -42,7 +42,7 @@ _NO_VALUE = {*MISSING, "(no genres listed)"}
 
 
 class SideTable(NamedTuple):
-    """Features by name, display titles ``[len(vocabulary.ids)]`` or None, and what was left out."""
+    """Features by name, display titles ``[len(vocabulary.ids)]`` or None, and notes on what was dropped."""
 
     features: dict[str, Feature]
     titles: np.ndarray | None
@@ -58,37 +58,37 @@ def side_features(
     are standardised over the known values of the vocabulary's ids, and a missing value is 0, the mean.
 
     Args:
-      frame: one row an id; of a repeated id the last row counts; ids outside the vocabulary are left out.
+      frame: one row per id; the last row of a repeated id is used; ids outside the vocabulary are dropped.
       side: "user" or "item".
-      id_col: the column of ids; found by its name where None.
-      title_col: the column of titles; found by its name where None (items only).
+      id_col: the column of ids; None: detected by its name.
+      title_col: the column of titles (items only); None: detected by its name.
 
     Raises:
-      MetarecError: a column asked for is not there, or no id of the table is one of the interactions.
+      MetarecError: a column given by name does not exist, or no id of the table occurs in the interactions.
 
     >>> table = pd.DataFrame({"item": ["b", "a"], "genres": ["War|Drama", "Drama"]})
     >>> genres = side_features(table, Vocabulary(np.array(["a", "b"])), side="item").features["item_genres"]
     >>> genres.kind, genres.vocabulary.ids.tolist(), genres.values.tolist()  # rows: unknown, "a", "b"
     ('multi', ['Drama', 'War'], [[0, 0], [1, 0], [2, 1]])
     """
-    found = id_column(list(frame.columns), side, id_col)
+    ids = id_column(list(frame.columns), side, id_col)
     if not len(frame):
-        raise MetarecError(f"the {side} table holds no rows. A table with one row an id was wanted")
-    refuse_rounded(frame[found].unique().tolist(), f"{found} of the {side} table", float_bits(frame[found].dtype))
-    rows = vocabulary.encode(_objects(frame[found]))
+        raise MetarecError(f"the {side} table: expected one row per id, got no rows. Check the file")
+    refuse_rounded(frame[ids].unique().tolist(), f"{ids} of the {side} table", float_bits(frame[ids].dtype))
+    rows = vocabulary.encode(_objects(frame[ids]))
     notes = [f"{side} {note}" for note in frame.attrs.get("notes", ())]
     if outside := int((rows == 0).sum()):
-        notes.append(f"{outside} {side}s of the {side} table have no interaction: left out")
+        notes.append(f"{outside} {side}s of the {side} table have no interaction: dropped")
     if outside == len(rows):
         raise MetarecError(
-            f"no id in column {shown(found)} of the {side} table is among the {len(vocabulary.ids)} {side} ids of the "
-            f"interactions (such as {shown(vocabulary.ids.tolist()[0])}, against {shown(frame[found].iloc[0])}). "
+            f"no id in column {shown(ids)} of the {side} table (such as {shown(frame[ids].iloc[0])}) is among the "
+            f"{len(vocabulary.ids)} {side} ids of the interactions (such as {shown(vocabulary.ids.tolist()[0])}). "
             f"Name its id column with {option(side)}"
         )
     known = pd.Series(np.arange(len(rows)), index=rows)[rows > 0]
     repeated = known.index.duplicated(keep="last")
     if repeated.any():
-        notes.append(f"{int(repeated.sum())} repeated {side} ids in the {side} table: the last row counts")
+        notes.append(f"{int(repeated.sum())} repeated {side} ids in the {side} table: the last row is used")
     known = known[~repeated]
     if without := len(vocabulary.ids) - len(known):
         notes.append(f"{without} {side}s have no row in the {side} table: their features are unknown")
@@ -100,18 +100,18 @@ def side_features(
     titles = None
     if title is not None:
         titles = texts(vocabulary.ids)
-        given = _objects(frame[title])
-        has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in given], bool)
-        titles[at[has] - 1] = given[has]
+        values = _objects(frame[title])
+        has = np.array([isinstance(t, str) and t.strip() not in MISSING for t in values], bool)
+        titles[at[has] - 1] = values[has]
         notes.extend(_shared_titles(titles, vocabulary.ids, at[has] - 1))
     features: dict[str, Feature] = {}
     for column in columns:
-        if column in (found, title):
+        if column in (ids, title):
             continue
         name = column if column.startswith(f"{side}_") else f"{side}_{column}"
         feature, note = _feature(column, frame[column], at, vocabulary.num_rows)
         if feature is not None and (name in features or name in ("user_id", "item_id")):
-            feature, note = None, f"is a second {shown(name)}: no feature"
+            feature, note = None, f"is a second {shown(name)}: not a feature"
         if feature is not None:
             features[name] = feature
         if note:
@@ -120,80 +120,83 @@ def side_features(
 
 
 def _shared_titles(titles: np.ndarray, ids: np.ndarray, at: np.ndarray) -> list[str]:
-    """A note where several of the items ``at`` have one title."""
+    """A note if several of the items ``at`` share a title."""
     shared = pd.Series(at, index=titles[at]).groupby(level=0, sort=False).agg(list)
     shared = shared[shared.map(len) > 1]
     if not len(shared):
         return []
-    count = f"{len(shared)} titles are those" if len(shared) > 1 else "1 title is that"
+    count = f"{len(shared)} titles belong" if len(shared) > 1 else "1 title belongs"
     first, second = (shown(n) for n in ids[sorted(shared.iloc[0])[:2]].tolist())
     such = f"such as {shown(shared.index[0])}, ids {first} and {second}"
-    return [f"{count} of several items ({such}): name these by their ids"]
+    return [f"{count} to several items ({such}): refer to these by their ids"]
 
 
 def id_column(columns: Sequence[object], side: str, asked: str | None) -> str:
-    """The column of ids of a side table: the one asked for if it is there, else the first alias, else "id"."""
+    """The column of ids of a side table: ``asked`` if it exists, else the first alias, else "id"."""
     names = [str(c) for c in columns]
     if asked is not None and asked in names:
         return asked
-    found = find_column(names, side, None, f"the {side} table") or next((n for n in names if plain(n) == "id"), None)
-    if found is None:
+    column = find_column(names, side, None, f"the {side} table") or next((n for n in names if plain(n) == "id"), None)
+    if column is None:
         raise MetarecError(
             f"the {side} table has no column of {side} ids; its columns are: {listed(names)}. "
-            f"Call one of them {asked or side + '_id'!r}"
+            f"Rename one of them to {asked or side + '_id'!r}"
         )
-    return found
+    return column
 
 
 def _feature(name: str, column: pd.Series, at: np.ndarray, num_rows: int) -> tuple[Feature | None, str | None]:
-    """The feature a column makes, or None; and what to say of it."""
+    """The feature of a column, or None, and a note on it."""
     if any(isinstance(value, (dict, bytes)) for value in _objects(column)):
-        return None, f"holds {'objects' if any(isinstance(v, dict) for v in _objects(column)) else 'bytes'}: no feature"
-    said: str | None = None
+        held = "objects" if any(isinstance(value, dict) for value in _objects(column)) else "bytes"
+        return None, f"holds {held}: not a feature"
+    remark: str | None = None
     if (dates := _dates(column)) is not None:
-        column, said = dates, "is read as dates"
+        column, remark = dates, "is read as dates"
     values, lists = _numbers(column), None
-    if values is None and (lists := _lists(column)) is None and (found := _spelled_lists(column)) is not None:
-        lists, said = found
+    if values is None and (lists := _lists(column)) is None and (spelled := _spelled_lists(column)) is not None:
+        lists, remark = spelled
     if lists is not None:
         width = {len(row) for row in lists if row}
         if len(width) == 1 and all(isinstance(v, float) for row in lists for v in row):
             values = np.array([row or [np.nan] * max(width) for row in lists], np.float64)
         else:
             feature, note = _multi(lists, at, num_rows)
-            return feature, "; ".join(filter(None, (said, note))) or None
+            return feature, "; ".join(filter(None, (remark, note))) or None
     if values is not None:
         values = values.reshape(len(values), -1)
         exact_ints = _objects(column).tolist() if pd.api.types.is_integer_dtype(column.dtype) else None
         present = values[np.isfinite(values)]
         distinct = len(set(exact_ints) - {None}) if exact_ints else len(np.unique(present))
         if distinct < 2:
-            return None, "is the same everywhere: no feature"
+            return None, "has the same value in every row: not a feature"
         exact = bool((np.abs(present) < 2.0**63).all())
         whole = values.shape[1] == 1 and exact and bool((present == np.floor(present)).all())
         dated = pd.api.types.is_datetime64_any_dtype(column.dtype)
         label = whole and not dated and _LABEL_NAME.search(name) is not None
         if label and _is_label(distinct, len(present)):
-            return None, "differs on most rows, like a label: no feature"
+            return None, "differs on most rows, like a label: not a feature"
         if not label and (dated or not whole or distinct > FEW):
             feature, note = _numeric(values, at, num_rows)
-            return feature, "; ".join(filter(None, (said, note))) or None
+            return feature, "; ".join(filter(None, (remark, note))) or None
         plain_values = exact_ints or [None if not np.isfinite(v) else int(v) for v in values[:, 0]]
         labels: list[int | str | None] = [None if v is None else int(v) for v in plain_values]
     else:
         labels = [_text(v) for v in _objects(column)]
         if _NAMIBIA in set(_objects(column)) and all(_CODE.fullmatch(str(text)) for text in labels if text is not None):
             labels = [_NAMIBIA if v == _NAMIBIA else text for v, text in zip(_objects(column), labels, strict=True)]
-            said = ": 'NA' is a value, like the other codes of two letters"
-    given = [t for t in labels if t is not None]
-    if len(set(given)) < 2:
-        return None, "is the same everywhere: no feature"
-    if values is None and not isinstance(column.dtype, pd.CategoricalDtype) and _is_label(len(set(given)), len(given)):
-        return None, "differs on most rows, like a label: no feature"
-    vocabulary = _vocabulary(given)
+            remark = ": 'NA' is read as a value, like the other two-letter codes"
+    present_values = [t for t in labels if t is not None]
+    distinct = len(set(present_values))
+    if distinct < 2:
+        return None, "has the same value in every row: not a feature"
+    category = isinstance(column.dtype, pd.CategoricalDtype)
+    if values is None and not category and _is_label(distinct, len(present_values)):
+        return None, "differs on most rows, like a label: not a feature"
+    vocabulary = _vocabulary(present_values)
     out = np.zeros(num_rows, np.int32)
     out[at] = vocabulary.encode(np.array([*labels, None], dtype=object)[:-1])
-    return Feature("categorical", out, vocabulary), said
+    return Feature("categorical", out, vocabulary), remark
 
 
 def _is_label(distinct: int, rows: int) -> bool:
@@ -218,7 +221,7 @@ def _text(value: Any) -> str | None:
 
 
 def _numbers(column: pd.Series) -> np.ndarray | None:
-    """A numeric or date column as float64, nan where missing; None for another."""
+    """A numeric or date column as float64, nan where missing; None for any other column."""
     if pd.api.types.is_bool_dtype(column.dtype) or isinstance(column.dtype, pd.CategoricalDtype):
         return None
     if pd.api.types.is_datetime64_any_dtype(column.dtype):
@@ -232,7 +235,7 @@ def _numbers(column: pd.Series) -> np.ndarray | None:
 
 
 def _lists(column: pd.Series) -> list[list[Any]] | None:
-    """A column of lists, or of text parted by "|", as lists without missing or repeated values; None for another."""
+    """A column of lists, or of text separated by "|", as lists without missing or repeated values; else None."""
     if isinstance(column.dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(column.dtype):
         return None
     values = _objects(column).tolist()
@@ -255,21 +258,21 @@ def _lists(column: pd.Series) -> list[list[Any]] | None:
 
 
 def _spelled_lists(column: pd.Series) -> tuple[list[list[Any]], str] | None:
-    """A column of text that is plainly lists (`lists.split`), and what to say of it; None for another."""
+    """A column of text that clearly holds lists (`lists.split`), and a note on it; None for any other column."""
     if column.dtype != object and not pd.api.types.is_string_dtype(column.dtype):
         return None
     texts = [_text(value) for value in _objects(column)]
     distinct = list(dict.fromkeys(text for text in texts if text is not None))
-    if (found := lists_of_text.split(distinct)) is None:
+    if (split := lists_of_text.split(distinct)) is None:
         return None
-    values = dict(zip(distinct, found[0], strict=True))
+    values = dict(zip(distinct, split[0], strict=True))
     rows = pd.Series([[] if text is None else values[text] for text in texts], dtype=object)
     lists = _lists(rows)
-    return None if lists is None else (lists, f"is {found[1]}: split into its values")
+    return None if lists is None else (lists, f"is {split[1]}: split into its values")
 
 
 def _dates(column: pd.Series) -> pd.Series | None:
-    """A column of ISO 8601 dates in text, as dates in UTC; None for another."""
+    """A column of ISO 8601 dates in text, as dates in UTC; None for any other column."""
     if column.dtype != object and not pd.api.types.is_string_dtype(column.dtype):
         return None
     texts = [_text(value) for value in _objects(column)]
@@ -283,7 +286,7 @@ def _multi(lists: list[list[Any]], at: np.ndarray, num_rows: int) -> tuple[Featu
     lists = [[str(v) for v in row] for row in lists]
     distinct = {value for row in lists for value in row}
     if len(distinct) < 2 or len({tuple(row) for row in lists}) < 2:
-        return None, "is the same everywhere: no feature"
+        return None, "has the same value in every row: not a feature"
     longest = max(map(len, lists))
     width = min(longest, MAX_VALUES)
     vocabulary = _vocabulary(distinct)
@@ -293,7 +296,7 @@ def _multi(lists: list[list[Any]], at: np.ndarray, num_rows: int) -> tuple[Featu
     out = np.zeros((num_rows, width), np.int32)
     out[np.repeat(at, lengths), slot] = flat
     cut = sum(len(row) > width for row in lists)
-    note = f"has up to {longest} values a row: the first {width} are kept ({cut} rows cut)" if cut else None
+    note = f"has up to {longest} values per row: the first {width} are kept ({cut} rows truncated)" if cut else None
     return Feature("multi", out, vocabulary), note
 
 
@@ -301,7 +304,7 @@ def _numeric(values: np.ndarray, at: np.ndarray, num_rows: int) -> tuple[Feature
     infinite = np.isinf(values)
     values = np.where(infinite, np.nan, values)
     peak = np.nanmax(np.abs(values), initial=0.0)
-    peak = peak if peak > 1e100 else 1.0  # whose squares are no numbers
+    peak = peak if peak > 1e100 else 1.0  # squares of larger values overflow
     values = values / peak
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a part of the vectors of which no value is known
@@ -310,6 +313,6 @@ def _numeric(values: np.ndarray, at: np.ndarray, num_rows: int) -> tuple[Feature
     scaled = (values - middle) / spread
     out = np.zeros((num_rows, values.shape[1]), np.float32)
     out[at] = np.nan_to_num(scaled)
-    note = f"has {int(infinite.sum())} infinite values: taken as missing" if infinite.any() else None
+    note = f"has {int(infinite.sum())} infinite values: read as missing" if infinite.any() else None
     units = np.nan_to_num(np.stack([middle, spread], 1)) * peak
     return Feature("numeric", out, units=tuple((float(m), float(s)) for m, s in units)), note

@@ -1,7 +1,7 @@
-"""Table files: what a file is, how its fields are parted, and its columns. What is wrong with one is a `MetarecError`.
+"""Table files: the kind of a file, its delimiter, and its columns. Every fault of a file is a `MetarecError`.
 
-Delimited text (comma, tab, semicolon, "|" or "::"; plain, gzip or bzip2; UTF-8, or Latin-1 where the caller allows it)
-and Parquet. A RecBole atomic file is tab-parted text whose header names types (``user_id:token``).
+Delimited text (comma, tab, semicolon, "|" or "::"; plain, gzip or bzip2; UTF-8, or Latin-1 if the caller allows it)
+and Parquet. A RecBole atomic file is tab-separated text whose header names types (``user_id:token``).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,4000}")
 _SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PART = "\x1f"
-"""One byte that no text holds, in the place of a delimiter of two, for a reader that wants one."""
+"""A byte that text does not contain, which replaces a two-byte delimiter for readers that require one byte."""
 
 
 class Dialect(NamedTuple):
-    """How a text file is laid out.
+    """The layout of a text file.
 
     Attributes:
-      delimiter: what parts the fields; quoted: whether ``"..."`` may hold it.
+      delimiter: separates the fields; quoted: whether fields may be quoted, ``"..."``.
       names: of the columns; without a header user_id, item_id, rating, timestamp, column_5, ... by position.
       types: RecBole's type of each column, or "".
       header: whether the file names its columns; skip: lines before the first row.
@@ -60,25 +60,29 @@ class Dialect(NamedTuple):
 
 
 def kind(path: Path) -> str:
-    """What the first bytes say: "parquet", "gzip", "bz2" or "text". Refuses what is none of them."""
+    """The kind of a file by its first bytes: "parquet", "gzip", "bz2" or "text".
+
+    Raises:
+      MetarecError: the file is none of these.
+    """
     if "\0" in str(path):
-        raise MetarecError(f"{shown(str(path))} is no path: it holds a zero byte. Check the path")
+        raise MetarecError(f"{shown(str(path))} is not a path: it contains a zero byte. Check the path")
     if path.exists() and not path.is_file():  # a pipe or a device may never end
-        raise MetarecError(f"{path} is no plain file. Write what it gives into a file and name that")
+        raise MetarecError(f"{path} is not a regular file. Save its content to a file and pass that")
     head = first_bytes(path, raw=True)[:4096]
     if head[:4] == b"PAR1":
         return "parquet"
     if path.suffix == ".parquet":
         raise MetarecError(f"{path} is not a Parquet file (it does not begin with PAR1). Write it again")
     if head[:2] == b"PK":
-        raise MetarecError(f"{path} is a zip archive; a table or a folder was wanted. Unzip it first")
+        raise MetarecError(f"{path}: expected a table or a folder, got a zip archive. Unzip it first")
     if head[:2] == b"\x1f\x8b":
         return "gzip"
     return "bz2" if head[:3] == b"BZh" else "text"
 
 
 def first_bytes(path: Path, raw: bool = False) -> bytes:
-    """How a file begins, unpacked unless ``raw``."""
+    """The first bytes of a file, unpacked unless ``raw``."""
     try:
         with bounds.opened(path, "text" if raw else kind(path)) as file:
             return file.read(_HEAD)
@@ -91,21 +95,19 @@ def sniff(
 ) -> Dialect:
     """The layout of a text file, from its first lines.
 
-    The first line is a header if it holds a column name that people use (or one of ``asked``), or if all of it is text
-    where a later row has a number.
+    The first line is a header if it contains a usual column name (or one of ``asked``), or if all of its fields are
+    text and a later row has a number.
 
     Args:
-      names: where given, the columns of a file that is known to have no header.
-      asked: column names that the caller will want.
-      latin: take bytes that are not UTF-8 as Latin-1.
+      names: the columns of a file that is known to have no header.
+      asked: column names that the caller requires.
+      latin: read bytes that are not UTF-8 as Latin-1.
     """
     head = first_bytes(path)
     if head[:2] in _UTF16:
-        raise MetarecError(f"{path} is UTF-16 text. Convert it, say with: iconv -f utf-16 -t utf-8")
+        raise MetarecError(f"{path} is UTF-16 text. Convert it, for example with: iconv -f utf-16 -t utf-8")
     if b"\0" in head:
-        raise MetarecError(
-            f"{path} is not a table (it holds binary data). CSV, TSV, Parquet or a RecBole file was wanted"
-        )
+        raise MetarecError(f"{path}: expected CSV, TSV, Parquet or a RecBole file, got binary data. Check the path")
     encoding = "utf-8"
     try:
         text = _decode(head)
@@ -113,13 +115,13 @@ def sniff(
         if not latin:
             raise _not_utf8(path, head[: error.start].count(b"\n") + 1, head[error.start : error.start + 1]) from error
         encoding, text = "latin-1", head.decode("latin-1")
-    lines = list(io.StringIO(text, newline=""))  # str.splitlines parts at more than line ends
+    lines = list(io.StringIO(text, newline=""))  # str.splitlines also splits at other characters
     lines = lines[:-1] if len(head) == _HEAD and len(lines) > 1 else lines
     separator = _SEPARATOR.fullmatch(lines[0].rstrip("\r\n")) if lines else None
-    if separator is not None:  # Excel's first line, which is neither a header nor a row
+    if separator is not None:  # Excel's "sep=" line, which is neither a header nor a row
         lines[0] = "\n"
     if not any(line.strip() for line in lines):
-        raise MetarecError(f"{path} is empty. A table with one row an interaction was wanted")
+        raise MetarecError(f"{path} is empty, expected a table with one row per interaction. Check the file")
     delimiter = _delimiter(path, lines[:_SAMPLE]) if separator is None else separator[1]
     try:
         quoted = delimiter in ",;" or (
@@ -129,9 +131,9 @@ def sniff(
         )
         rows = list(_first(_fields(lines, delimiter, quoted), _SAMPLE))
     except csv.Error as error:
-        raise MetarecError(f"{path}: its first lines cannot be parted into fields ({one_line(error)})") from error
+        raise MetarecError(f"{path}: its first lines cannot be split into fields ({one_line(error)})") from error
     if (width := len(rows[0][1])) > bounds.COLUMNS:
-        raise MetarecError(f"line 1 of {path} has {width} fields, and {bounds.COLUMNS} are the most. Leave some out")
+        raise MetarecError(f"line 1 of {path}: expected at most {bounds.COLUMNS} fields, got {width}. Remove some")
     first = [field.strip() for field in rows[0][1]]
     typed = [_TYPED.fullmatch(field) for field in first]
     types = tuple(match[2] if match else "" for match in typed)
@@ -144,12 +146,10 @@ def sniff(
         first = [usual[k] if k < len(usual) else f"column_{k + 1}" for k in range(len(first))]
     sample = rows[1:] if header else rows
     if not sample:
-        raise MetarecError(f"{path} holds a header ({listed(first)}) and no rows. At least one row was wanted")
+        raise MetarecError(f"{path} has a header ({listed(first)}) and no rows. At least one row is required")
     columns = tuple(names) if names is not None else _unique(first)
     if len(columns) != len(first):
-        raise MetarecError(
-            f"line 1 of {path} has {len(first)} fields where {len(columns)} were wanted ({listed(columns)})"
-        )
+        raise MetarecError(f"line 1 of {path}: expected {len(columns)} fields ({listed(columns)}), got {len(first)}")
     fields = tuple(tuple(row) for _, row in sample)
     skip = rows[0][0] if header else int(separator is not None)
     return Dialect(delimiter, quoted, columns, types, header, skip, encoding, fields)
@@ -159,14 +159,15 @@ def _decode(head: bytes) -> str:
     try:
         return head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3 or len(head) < _HEAD:  # not merely a character cut at the end of the head
+        if error.start < len(head) - 3 or len(head) < _HEAD:  # not just a character cut at the end of the head
             raise
         return head[: error.start].decode("utf-8-sig")
 
 
 def _not_utf8(path: Path, line: int, byte: bytes) -> MetarecError:
     return MetarecError(
-        f"line {line} of {path} is not UTF-8 text (byte 0x{byte.hex()}). Convert it, say with: iconv -f latin1 -t utf-8"
+        f"line {line} of {path} is not UTF-8 text (byte 0x{byte.hex()}). Convert it, for example with: "
+        "iconv -f latin1 -t utf-8"
     )
 
 
@@ -175,26 +176,26 @@ def _is_quoted(field: str) -> bool:
 
 
 def _delimiter(path: Path, lines: list[str]) -> str:
-    """The one that parts most lines into equally many fields, two or more."""
+    """The delimiter that splits most lines into the same number of fields, two or more."""
     scores = []
     for delimiter in _DELIMITERS:
         try:
             counts = Counter(len(row) for _, row in _fields(lines, delimiter, delimiter in ",;"))
-        except csv.Error:  # a quote that is never closed, a field without end
+        except csv.Error:  # an unclosed quote, or a field that is too long
             continue
         width, times = max(((w, n) for w, n in counts.items() if w > 1), key=lambda p: p[1], default=(1, 0))
         scores.append((round(times / sum(counts.values()), 1), width if times else 0, delimiter))
     share, width, best = max(scores, key=lambda score: score[:2], default=(0.0, 0, ""))
     if share < 0.5 or width < 2:
         raise MetarecError(
-            f"{path}: the fields of its lines are not parted by a comma, tab, semicolon, '|' or '::' "
-            f"(line 1: {shown(lines[0].strip())}). A table with a user and an item column was wanted"
+            f"{path}: expected fields separated by a comma, tab, semicolon, '|' or '::', got line 1: "
+            f"{shown(lines[0].strip())}. A table requires a user and an item column"
         )
     return best
 
 
 def _fields(lines: Any, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """Line number (from 1; of a quoted field's last line) and fields of each line that is not blank."""
+    """Line number (from 1; the last line of a quoted field) and fields of each line that is not blank."""
     if len(delimiter) > 1:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -236,13 +237,13 @@ def _unique(names: list[str]) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], missing: bool = True) -> pd.DataFrame:
-    """Some columns of a text file. A numeric column in which something is no number comes back as text.
+    """Some columns of a text file. A numeric column with a value that is not a number is returned as text.
 
     Args:
       missing: whether text such as NA is a missing value.
 
     Raises:
-      MetarecError: a line has too few or too many fields, or the file is cut off or not UTF-8; the line is named.
+      MetarecError: a line has too few or too many fields, or the file is truncated or not UTF-8; the line is named.
     """
     attempts = [(types, False), (dict.fromkeys(types, _TEXT), False)]
     if dialect.quoted:
@@ -268,7 +269,7 @@ def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newli
     if len(delimiter) > 1:
         whole = source.read()
         if _PART.encode() in whole:
-            raise MetarecError(f"{path} holds the control character {shown(_PART)}. Delete it")
+            raise MetarecError(f"{path} contains the control character {shown(_PART)}. Delete it")
         source, delimiter = pa.BufferReader(whole.replace(delimiter.encode(), _PART.encode())), _PART
     return pa.csv.read_csv(
         source,
@@ -285,10 +286,10 @@ def _parse(path: Path, dialect: Dialect, types: Mapping[str, pa.DataType], newli
 
 
 def lines(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row of a text file, slowly: to name what is wrong.
+    """Line number and fields of each row of a text file; slow, used to report a fault.
 
     Raises:
-      MetarecError: a line of more than `bounds.LINE` characters.
+      MetarecError: a line is longer than `bounds.LINE` characters.
     """
     encoding = "utf-8-sig" if dialect.encoding == "utf-8" else dialect.encoding
     with (
@@ -308,54 +309,52 @@ def _bounded(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
 
 def place(path: Path, dialect: Dialect | None, row: int) -> str:
-    """Where row ``row`` (from 0) stands, in words: by its line (from 1) in a text file, by its number elsewhere."""
+    """The location of row ``row`` (from 0) for a message: its line (from 1) in a text file, else its number."""
     if dialect is not None:
         try:
             for k, (number, _) in enumerate(lines(path, dialect)):
                 if k == row:
                     return f"line {number} of {path}"
-        except csv.Error:  # Arrow takes longer fields than csv does
+        except csv.Error:  # Arrow accepts longer fields than csv does
             pass
     return f"row {row + 1} of {path}"
 
 
 def _refusal(path: Path, dialect: Dialect, error: Exception) -> MetarecError:
-    """What to say of a text file that would not parse: its first bad line, if there is one."""
+    """The error of a text file that does not parse; it names the first bad line, if there is one."""
     number, wanted = dialect.skip, len(dialect.names)
     try:
         for number, row in lines(path, dialect):
             if dialect.encoding == "utf-8" and (bad := re.search("[\udc80-\udcff]", "".join(row))):
                 return _not_utf8(path, number, bytes([ord(bad[0]) - 0xDC00]))
             if len(row) != wanted:
-                cut = " The file may have been cut off:" if len(row) < wanted else " A field may hold the delimiter:"
+                cause = "The file may be truncated:" if len(row) < wanted else "A field may contain the delimiter:"
                 return MetarecError(
-                    f"line {number} of {path} has {len(row)} fields where {wanted} were wanted "
-                    f"({listed(dialect.names)}).{cut} correct or delete the line"
+                    f"line {number} of {path}: expected {wanted} fields ({listed(dialect.names)}), got {len(row)}. "
+                    f"{cause} correct or delete the line"
                 )
     except READ_ERRORS as broken:
         return bounds.broken(path, broken)
     except csv.Error as broken:
-        return MetarecError(
-            f"line {number + 1} of {path} cannot be parted into fields ({one_line(broken)}). Correct it"
-        )
+        return MetarecError(f"line {number + 1} of {path} cannot be split into fields ({one_line(broken)}). Correct it")
     return bounds.broken(path, error)
 
 
 def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) -> pd.DataFrame:
-    """A whole text file, for side features: numbers where all of a column is, lists where RecBole says so, or text.
+    """A whole text file, for side features: columns of numbers, of lists (if RecBole's header says so), or of text.
 
     Args:
-      ids: columns of ids, which stay as they are spelled.
+      ids: columns of ids, which keep their spelling.
 
     Returns:
-      The columns; ``attrs["notes"]`` says what was changed.
+      The columns; ``attrs["notes"]`` lists what was changed.
 
     Raises:
-      MetarecError: a line has too few or too many fields or is not UTF-8, or the file is cut off; the line is named.
+      MetarecError: a line has too few or too many fields or is not UTF-8, or the file is truncated; the line is named.
     """
     frame = read_columns(path, dialect, dict.fromkeys(dialect.names, _TEXT), missing=False)
     if not len(frame):
-        raise MetarecError(f"{path} holds no rows. At least one row was wanted")
+        raise MetarecError(f"{path} has no rows. At least one row is required")
     columns, notes = {}, []
     for name, type_ in zip(dialect.names, dialect.types, strict=True):
         codes = frame.pop(name).cat
@@ -365,17 +364,17 @@ def read_text(path: Path, dialect: Dialect, ids: Collection[str | None] = ()) ->
         if type_ == "float_seq" and (bad := [k for k, value in enumerate(given) if _floats(value) is None]):
             row = int(np.argmax(at == bad[0]))
             raise MetarecError(
-                f"{place(path, dialect, row)}, column {shown(name)}: {shown(given[bad[0]])} is no list of numbers, as "
-                "its header says. Correct it, or call the column token_seq"
+                f"{place(path, dialect, row)}, column {shown(name)}: {shown(given[bad[0]])} is not a list of numbers, "
+                "the type in its header. Correct it, or change the type to token_seq"
             )
         if name in ids:
             typed = pd.Series([*given, None], dtype=object)
         elif dialect.delimiter == ";" and (decimals := spelling.decimal_commas(given)) is not None:
             typed = pd.Series([*decimals, np.nan], dtype=np.float64)
-            notes.append(f"column {shown(name)}: {spelling.said_of_commas(given)}")
+            notes.append(f"column {shown(name)}: {spelling.commas_note(given)}")
         else:
             typed = _typed([*given, None], type_)
-            if typed.dtype == object and not type_.endswith("_seq"):  # whether its NA is a value, the whole column says
+            if typed.dtype == object and not type_.endswith("_seq"):  # NA may be a value: the whole column decides
                 typed = pd.Series([*(value or None for value in spelled), None], dtype=object)
         columns[name] = typed.iloc[at].reset_index(drop=True)  # -1, missing, is the last
     frame = pd.DataFrame(columns)

@@ -1,4 +1,4 @@
-"""A table of new users and what they say of items: read as it stands, since it need not be a data set to learn from."""
+"""A table of new users with their ratings of items, read without the checks of a training set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from metarec_jax.messages import listed, shown
 
 
 class Histories(NamedTuple):
-    """Columns, one entry a feedback. ``rating`` is None where the table has none; ``notes`` say what was left out."""
+    """Columns with one entry per rating or click; ``rating`` is None if the table has none; ``notes`` list drops."""
 
     user_id: list[Any]
     item_id: list[Any]
@@ -40,24 +40,24 @@ def read_histories(
 ) -> Histories:
     """Users, items (by id or title) and ratings of a delimited, JSON or Parquet file.
 
-    Rows without an item or, in a table with ratings, without a rating are left out, and counted in ``notes``. A table
-    without a user column is one user's. Where it has times, a user's rows stand in their order, those without a time
-    first, so that of a repeated item the last is the last in time.
+    Rows without an item or, in a table with ratings, without a rating are dropped, and counted in ``notes``. A table
+    without a user column holds one user. If it has times, the rows of a user are in time order, those without a time
+    first, so that the last row of a repeated item is the last in time.
 
     Args:
-      user_col, item_col, rating_col, timestamp_col: columns that must be there, by name or, without a header, by number
-        ("1", "2", ...); found by their usual names where None.
-      trained_with: the same four, of the table that a run was trained on: used where this table has them too.
+      user_col, item_col, rating_col, timestamp_col: columns that must exist, by name or, without a header, by number
+        ("1", "2", ...); None: detected by their usual names.
+      trained_with: the same four columns of the table that a run was trained on, used if this table has them too.
 
     Raises:
-      MetarecError: no such file, no item column, no whole row, or a file that cannot be read; the line is named.
+      MetarecError: no such file, no item column, no complete row, or a file that cannot be read; the line is named.
     """
     path = bounds.local(path)
     notes: list[str] = []
     if path.is_dir():
-        raise MetarecError(f"{path} is a folder; name the table of new users in it")
+        raise MetarecError(f"{path} is a folder, expected a table of new users; name a file in it")
     if "\0" in str(path) or not path.exists():
-        raise MetarecError(f"there is no file {path}; give a table with the columns user_id, item_id and rating")
+        raise MetarecError(f"there is no file {path}; name a table with the columns user_id, item_id and rating")
     asked = {"user": user_col, "item": item_col, "rating": rating_col, "timestamp": timestamp_col}
     form, dialect = layouts.layout(path), None
     if form in ("parquet", "json"):
@@ -68,7 +68,7 @@ def read_histories(
         dialect = formats.sniff(path, asked=hints)
         names = list(dialect.names)
         if not dialect.header:
-            notes.append(f"{path} has no header: its columns are taken for {listed(names)}")
+            notes.append(f"{path} has no header: its columns are read as {listed(names)}")
             by_position = {str(k + 1): name for k, name in enumerate(names)}
             asked = {role: by_position.get(c or "", c) for role, c in asked.items()}
     for role, column in asked.items():
@@ -79,7 +79,7 @@ def read_histories(
     if item is None:
         raise MetarecError(
             f"{path} has no item column by a usual name; its columns are: {listed(names)}. "
-            f"Name it with {option('item')}, or call it item_id"
+            f"Name it with {option('item')}, or rename it to item_id"
         )
     if dialect is not None:
         frame = formats.read_text(path, dialect, (user, item, time))
@@ -88,7 +88,7 @@ def read_histories(
         wanted.append(user)
     for name in wanted:
         if any(isinstance(value, (list, tuple, dict, np.ndarray)) for value in frame[name]):
-            raise MetarecError(f"{path}: column {shown(name)} holds lists or tables, and one value a row was wanted")
+            raise MetarecError(f"{path}: column {shown(name)}: expected one value per row, got lists or tables")
     ids = {}
     for role in filter(None, (user, item)):
         coded = code_ids(frame[role], spelled=dialect is not None, name=role)
@@ -99,15 +99,15 @@ def read_histories(
         try:
             frame = _in_time(frame, user, time, path, dialect)
         except MetarecError as error:
-            notes.append(f"rows are taken in the order of the file, since their times cannot be read: {error}")
+            notes.append(f"rows are read in the order of the file, since their times cannot be read: {error}")
     frame = frame[wanted]
     whole = frame.dropna()
     if lost := len(frame) - len(whole):
         gone = 0 if user is None else frame[user].nunique() - whole[user].nunique()
-        users_too = f"; {gone} users have no other row, and get no list" if gone else ""
-        notes.append(f"{lost} rows of {path} left out: they lack one of {listed(wanted)}{users_too}")
+        users_too = f"; {gone} users have no other row and get no recommendations" if gone else ""
+        notes.append(f"{lost} rows of {path} dropped: they lack one of {listed(wanted)}{users_too}")
     if not len(whole):
-        raise MetarecError(f"every row of {path} lacks one of {listed(wanted)}; fill them in")
+        raise MetarecError(f"every row of {path} lacks one of {listed(wanted)}; complete them")
     columns = {name: whole[name].astype(object).tolist() for name in wanted}
     users = ["new user"] * len(whole) if user is None else columns[user]
     if len({type(u) for u in users}) > 1:
@@ -118,7 +118,7 @@ def read_histories(
 def _in_time(
     frame: pd.DataFrame, user: str | None, time: str, path: Path, dialect: formats.Dialect | None
 ) -> pd.DataFrame:
-    """The rows of each user in the order of their times, those without one first; each user's where his rows were."""
+    """The rows of each user in time order, those without a time first; each user keeps the positions of their rows."""
     moments, missing, _ = seconds(frame[time], time, lambda row: formats.place(path, dialect, row))
     users = np.zeros(len(frame), np.intp) if user is None else pd.factorize(frame[user])[0]
     places, order = np.argsort(users, kind="stable"), np.empty(len(frame), np.intp)
@@ -131,16 +131,16 @@ def read_features(path: str | Path, user_col: str | None = None) -> dict[Any, di
     """Side features of new users, by user and column, of a delimited or Parquet file with one row per user.
 
     Args:
-      user_col: the column of users; found by its usual names where None, or where the file has none of that name.
+      user_col: the column of users; detected by its usual names if None or absent from the file.
 
     Raises:
       MetarecError: no such file, no column of users, a row without a user, or a user on two rows.
     """
     path = bounds.local(path)
     if "\0" in str(path) or not path.is_file():
-        raise MetarecError(f"there is no file {path}; give a table with one row per user: user_id, and the features")
+        raise MetarecError(f"there is no file {path}; name a table with one row per user: user_id and the features")
     frame = layouts.side_frame(path, "user", user_col)
-    assert frame is not None, "a path was given"
+    assert frame is not None, "path is not None"
     by = id_column(list(frame.columns), "user", user_col)
     coded = code_ids(frame[by], spelled=layouts.layout(path) not in ("parquet", "json"), name=by)
     if (coded.codes < 0).any():

@@ -1,4 +1,4 @@
-"""Ids of any source as codes: exact, sorted, and refused where a float has rounded them."""
+"""Ids of any source as codes: exact and sorted; ids that a float has rounded are refused."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Coded(NamedTuple):
 
 
 def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> Coded:
-    """Sorted distinct ids of a column, and each row's position among them.
+    """Sorted distinct ids of a column, and the position of each row's id among them.
 
-    Integers stay integers; text stays text, without blanks around it. Whole floats (what pandas makes of integers when
-    some are missing) become integers again. A mixture becomes text, and a note says so.
+    Integers stay integers; text stays text, stripped of blanks. Whole floats (pandas' form of integers with missing
+    values) become integers again. A mixture becomes text, with a note.
 
     Args:
       column: ``[N]``, of any dtype.
-      spelled: the values come from a text file: integers if every one is spelled as one without leading zeros, with or
-        without a decimal point ("26.0").
-      name: of the column, for notes.
+      spelled: the values come from a text file: they are integers if every one is spelled as an integer without leading
+        zeros, with or without a decimal point ("26.0").
+      name: name of the column, for notes.
 
     Raises:
-      MetarecError: an id was rounded by a float, so that several may have become one; or is bytes that are not UTF-8.
+      MetarecError: a float has rounded an id, so that several may coincide; or an id is bytes that are not UTF-8.
 
     >>> code_ids(pd.Series(["b", "a", None, "b"]))
     Coded(codes=array([ 1,  0, -1,  1], dtype=int32), ids=array(['a', 'b'], dtype=object), notes=())
@@ -56,39 +56,39 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
         names = [id_of(value) for value in distinct]
     except UnicodeDecodeError as error:
         raise MetarecError(
-            f"column {shown(name)}: the id {shown(error.object)} is bytes that are not UTF-8 text. Write it as text"
+            f"column {shown(name)}: the id {shown(error.object)} is not UTF-8 text. Write it as text"
         ) from error
     texts = [n for n in names if isinstance(n, str)]
     notes: tuple[str, ...] = ()
-    given = len(names) - names.count(None)
-    if spelled and len(texts) == given and not all(map(is_integer, texts)) and None not in map(whole, texts):
+    present = len(names) - names.count(None)
+    if spelled and len(texts) == present and not all(map(is_integer, texts)) and None not in map(whole, texts):
         such = next(text for text in texts if not is_integer(text))
         notes = (
             f"column {shown(name)}: whole numbers with a decimal point, such as {shown(such)}, are read as integers",
         )
         names = [whole(n) if isinstance(n, str) else n for n in names]
         texts = []
-    as_integers = not texts or (spelled and len(texts) == given and all(map(is_integer, texts)))
+    as_integers = not texts or (spelled and len(texts) == present and all(map(is_integer, texts)))
     if as_integers and all(n is None or -(2**63) <= int(n) < 2**63 for n in names):
-        known: list[Any] = [None if n is None else int(n) for n in names]
+        values: list[Any] = [None if n is None else int(n) for n in names]
     else:
-        known = [None if n is None else str(n) for n in names]
-        spelled_numbers = sum(map(is_integer, texts)) if spelled else given - len(texts)
-        if 0 < spelled_numbers < given:
+        values = [None if n is None else str(n) for n in names]
+        spelled_numbers = sum(map(is_integer, texts)) if spelled else present - len(texts)
+        if 0 < spelled_numbers < present:
             notes = (f"column {shown(name)} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
-    kept = [n for n in known if n is not None]
+    kept = [n for n in values if n is not None]
     dtype = np.int64 if kept and isinstance(kept[0], int) else object
     ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
-    lookup = np.full(len(known) + 1, -1, np.int32)  # the last one answers code -1
-    lookup[[k for k, n in enumerate(known) if n is not None]] = inverse
+    lookup = np.full(len(values) + 1, -1, np.int32)  # the last entry is that of code -1
+    lookup[[k for k, n in enumerate(values) if n is not None]] = inverse
     return Coded(lookup[codes], ids, notes)
 
 
 def refuse_rounded(values: Sequence[Any], name: str, bits: int = EXACT) -> None:
-    """Refuse ids that a float has rounded; text only where all of it is numbers.
+    """Refuse ids that a float has rounded; text only if all of it is numbers.
 
     Raises:
-      MetarecError: naming the first such id.
+      MetarecError: a float has rounded an id; the message names the first one.
     """
     bad = next((v for v in values if was_rounded(v, bits)), None)
     if isinstance(bad, str):
@@ -99,15 +99,16 @@ def refuse_rounded(values: Sequence[Any], name: str, bits: int = EXACT) -> None:
             )
     elif bad is not None:
         raise MetarecError(
-            f"column {shown(name)}: the id {shown(bad)} was rounded: a float tells ids from {2**bits} on no longer "
-            "apart. Read the column again as int64 (Int64 where some are missing) or as text"
+            f"column {shown(name)}: the id {shown(bad)} was rounded: a float cannot distinguish ids from {2**bits} on. "
+            "Read the column again as int64 (Int64 if some are missing) or as text"
         )
 
 
 def float_bits(dtype: Any) -> int:
-    """Bits of the integers that values of a dtype hold exactly, as floats do."""
-    of_values = getattr(dtype, "categories", pd.Index([])).dtype if isinstance(dtype, pd.CategoricalDtype) else dtype
-    plain_dtype = getattr(of_values, "numpy_dtype", of_values)
+    """Bits of the integers that a dtype represents exactly."""
+    if isinstance(dtype, pd.CategoricalDtype):
+        dtype = getattr(dtype, "categories", pd.Index([])).dtype
+    plain_dtype = getattr(dtype, "numpy_dtype", dtype)
     is_float = isinstance(plain_dtype, np.dtype) and plain_dtype.kind == "f"
     return np.finfo(plain_dtype).nmant + 1 if is_float else EXACT
 
@@ -127,10 +128,10 @@ def _code_dense(values: np.ndarray, low: int, high: int) -> Coded:
 
 
 def id_of(value: Any) -> str | int | None:
-    """An id as text or integer; None where there is none. Bytes are UTF-8 text.
+    """An id as text or integer; None if it is missing. Bytes are decoded as UTF-8.
 
     Raises:
-      UnicodeDecodeError: bytes that are not.
+      UnicodeDecodeError: the bytes are not UTF-8.
     """
     if isinstance(value, bytes):
         value = value.decode()

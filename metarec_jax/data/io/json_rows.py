@@ -1,4 +1,4 @@
-"""JSON tables: one object per line, or an array of objects. A column is a key, and a missing key a missing value."""
+"""JSON tables: one object per line, or an array of objects. A key is a column; a missing key is a missing value."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from metarec_jax.data.io import bounds, formats
 from metarec_jax.data.io.spelling import EXACT
 from metarec_jax.messages import one_line, shown
 
-_EXPECTED = "expected one JSON object per line, or an array of objects. Write it so"
+_EXPECTED = "expected one JSON object per line, or an array of objects. Convert it"
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file begins as a JSON object or as an array does; named ``.json``, with either bracket."""
+    """Whether a file starts like a JSON object or an array of objects; for a name in ``.json``, with a bracket."""
     start = _start(path)
     named = any(suffix in (".json", ".jsonl", ".ndjson") for suffix in path.suffixes[-2:])
     following = start[1:].lstrip()[:1]
@@ -35,45 +35,45 @@ def columns(path: Path) -> list[str]:
     """All keys of the objects of a file.
 
     Raises:
-      MetarecError: no rows, what is not JSON or not an object, or more keys than a table has columns.
+      MetarecError: there are no rows, a row is not a JSON object, or there are more keys than a table may have columns.
     """
     names: dict[str, None] = {}
     for _, row in _rows(path):
         names.update(dict.fromkeys(row))
         if len(names) > bounds.COLUMNS:
-            raise MetarecError(f"{path} has more than {bounds.COLUMNS} keys. Leave some out")
+            raise MetarecError(f"{path} has more than {bounds.COLUMNS} keys. Remove some")
     if not names:
-        raise MetarecError(f"{path} holds no rows. At least one row is required")
+        raise MetarecError(f"{path} has no rows. At least one row is required")
     return list(names)
 
 
 def read(path: Path, wanted: Sequence[str] | None = None) -> pd.DataFrame:
-    """Some columns of a file, each value of which must be a number, text, or missing; or all, as they are.
+    """The ``wanted`` columns of a file, of single values (numbers or text); None: all columns, of any values.
 
     Raises:
-      MetarecError: as `columns`; and an object or a list in a column that is wanted. The line is named.
+      MetarecError: as `columns`; and an object or a list in a wanted column. The message names the line.
     """
     names = columns(path) if wanted is None else list(wanted)
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    values_by_name: dict[str, list[Any]] = {name: [] for name in names}
     for place, row in _rows(path):
-        for name, values in found.items():
+        for name, values in values_by_name.items():
             value = row.get(name)
             if wanted is not None and isinstance(value, (dict, list)):
                 raise MetarecError(
-                    f"{place}, column {shown(name)} holds an object or a list, and one value per row is expected. "
-                    "Name another column, or write its parts as columns of their own"
+                    f"{place}, column {shown(name)}: expected one value per row, got an object or a list. "
+                    "Name another column, or write its parts as separate columns"
                 )
             values.append(value)
-    return pd.DataFrame({name: _typed(values) for name, values in found.items()})
+    return pd.DataFrame({name: _typed(values) for name, values in values_by_name.items()})
 
 
 def place(path: Path, row: int) -> str:
-    """Where row ``row`` (from 0) stands: its line, or its number in the array."""
-    return next(itertools.islice((where for where, _ in _rows(path)), row, None), f"row {row + 1} of {path}")
+    """The location of row ``row`` (from 0) for a message: its line, or its position in the array."""
+    return next(itertools.islice((at for at, _ in _rows(path)), row, None), f"row {row + 1} of {path}")
 
 
 def _typed(values: list[Any]) -> pd.Series:
-    """Integers stay exact; a column of numbers is one of floats only where these hold all of its integers."""
+    """A typed column. Integers stay exact: numbers become floats only if floats represent all of the integers."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
         return pd.Series(values, dtype="Int64")
@@ -84,7 +84,7 @@ def _typed(values: list[Any]) -> pd.Series:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object, and where it stands, in words."""
+    """The location of each object, for messages, and the object."""
     number = 0
     try:
         with bounds.opened(path, formats.kind(path)) as file, io.TextIOWrapper(file, "utf-8-sig") as stream:
@@ -95,22 +95,22 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 return
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    where = f"line {number} of {path}"
-                    yield where, _object(_parsed(line, where), where)
+                    place = f"line {number} of {path}"
+                    yield place, _object(_parsed(line, place), place)
     except UnicodeDecodeError as error:
         raise MetarecError(f"{path} is not UTF-8 text (near line {number + 1}). Convert it to UTF-8") from error
     except formats.READ_ERRORS as error:
         raise bounds.broken(path, error) from error
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, place: str) -> Any:
     try:
         return bounds.parse_json(text)
     except ValueError as error:
-        raise MetarecError(f"{where} is not JSON ({one_line(error)}); {_EXPECTED}") from error
+        raise MetarecError(f"{place} is not JSON ({one_line(error)}); {_EXPECTED}") from error
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MetarecError(f"{where} is not a JSON object but {shown(json.dumps(value))}; {_EXPECTED}")
+        raise MetarecError(f"{place} is not a JSON object but {shown(json.dumps(value))}; {_EXPECTED}")
     return value

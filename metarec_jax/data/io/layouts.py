@@ -1,4 +1,4 @@
-"""Layouts of folders: where the interactions are, and which tables of users and items stand beside them."""
+"""Layouts of folders: the file of interactions, and the tables of users and items beside it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _SIDE_NAMES = {
 
 
 def find(folder: Path) -> Path:
-    """The interactions in a folder: a known layout, or its only table.
+    """The file of interactions in a folder: that of a known layout, or the only table.
 
     Raises:
-      MetarecError: there is none, or there are several.
+      MetarecError: there is no table, or there are several.
     """
     try:
         files = sorted(p for p in folder.iterdir() if p.is_file())
     except OSError as error:
-        raise MetarecError(f"the folder {folder} may not be read ({error.strerror}). Change its permissions") from error
+        raise MetarecError(f"cannot read the folder {folder} ({error.strerror}). Change its permissions") from error
     layouts = (
         [p for p in files if p.name.endswith((".inter", ".inter.gz"))],
         [
@@ -49,19 +49,19 @@ def find(folder: Path) -> Path:
         [p for p in files if re.search(r"\.(csv|tsv|parquet|jsonl|ndjson)(\.gz|\.bz2)?$", p.name)],
         [p for p in files if re.search(r"\.json(\.gz|\.bz2)?$", p.name)],
     )
-    for k, found in enumerate(layouts):
-        if len(found) == 1 or (found and k == 1):
-            return found[0]
-        if found:
-            raise MetarecError(f"the folder {folder} holds several tables: {listed(p.name for p in found)}. Name one")
+    for k, tables in enumerate(layouts):
+        if len(tables) == 1 or (tables and k == 1):
+            return tables[0]
+        if tables:
+            raise MetarecError(f"the folder {folder} has several tables: {listed(p.name for p in tables)}. Name one")
     raise MetarecError(
-        f"the folder {folder} holds no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, one CSV, "
-        f"Parquet or JSON file); it holds: {listed(p.name for p in files) or 'no files'}. Name a file"
+        f"the folder {folder} has no table of interactions (NAME.inter, ratings.dat, u.data, ratings.csv, one CSV, "
+        f"Parquet or JSON file); it has: {listed(p.name for p in files) or 'no files'}. Name a file"
     )
 
 
 def layout(path: Path) -> Format:
-    """What a file of interactions is, by its content, and for MovieLens by its name."""
+    """The format of a file of interactions, by its content and, for MovieLens, by its name."""
     if formats.kind(path) == "parquet":
         return "parquet"
     if json_rows.is_json(path):
@@ -70,12 +70,12 @@ def layout(path: Path) -> Format:
     if any(dialect_types):
         return "recbole"
     base = path.name.removesuffix(".gz")
-    known = base == "ratings.dat" or _MOVIELENS_100K.fullmatch(base)
-    return "movielens" if known or (base == "ratings.csv" and beside(path, "movielens")[1] is not None) else "csv"
+    named = base == "ratings.dat" or _MOVIELENS_100K.fullmatch(base)
+    return "movielens" if named or (base == "ratings.csv" and beside(path, "movielens")[1] is not None) else "csv"
 
 
 def beside(path: Path, form: Format) -> tuple[Path | None, Path | None]:
-    """The files of users and items that a layout keeps beside its interactions, where they are there."""
+    """The files of users and of items that a layout keeps beside its interactions; None if absent."""
     base = path.name.removesuffix(".gz")
     if form == "recbole":
         pair = (f"{base.removesuffix('.inter')}.user", f"{base.removesuffix('.inter')}.item")
@@ -90,28 +90,28 @@ def beside(path: Path, form: Format) -> tuple[Path | None, Path | None]:
 
 
 def side_frame(path: str | Path | None, side: str, id_col: str | None = None) -> pd.DataFrame | None:
-    """A table of users or items; MovieLens' own get names, lists of genres, and the year that stands in the title.
+    """A table of users or items; MovieLens files get column names, lists of genres, and the year of the title.
 
     Args:
       side, id_col: as in `metarec_jax.data.io.features.side_features`; the ids of a text file are read as text.
     """
     if path is None:
         return None
-    where = bounds.local(path)
-    if formats.kind(where) == "parquet":
-        return parquet.read(where)
-    if json_rows.is_json(where):
-        return json_rows.read(where)
-    base = where.name.removesuffix(".gz")
+    path = bounds.local(path)
+    if formats.kind(path) == "parquet":
+        return parquet.read(path)
+    if json_rows.is_json(path):
+        return json_rows.read(path)
+    base = path.name.removesuffix(".gz")
     names = _SIDE_NAMES.get(base)
-    dialect = formats.sniff(where, names, latin=names is not None)
+    dialect = formats.sniff(path, names, latin=names is not None)
     if names is None and not dialect.header:
-        raise MetarecError(f"{where} has no header, so its columns have no names. Put one on its first line")
-    frame = formats.read_text(where, dialect, (id_column(dialect.names, side, id_col),))
+        raise MetarecError(f"{path} has no header, so its columns have no names. Add one as its first line")
+    frame = formats.read_text(path, dialect, (id_column(dialect.names, side, id_col),))
     if base == "u.item":
         if odd := next((g for g in GENRES_100K if not pd.api.types.is_numeric_dtype(frame[g].dtype)), None):
             raise MetarecError(
-                f"{where}, the genre {odd}: {shown(frame[odd].iloc[0])}, and 0 or 1 was wanted. Get it again"
+                f"{path}, genre {odd}: expected 0 or 1, got {shown(frame[odd].iloc[0])}. Download it again"
             )
         flags = frame[list(GENRES_100K)].to_numpy(dtype=np.float64, na_value=0) > 0
         genres = [[g for g, on in zip(GENRES_100K, row, strict=True) if on and g != "unknown"] for row in flags]

@@ -1,4 +1,4 @@
-"""Text that holds several values: written as a list of JSON, Python, NumPy or SQL, or parted by a sign."""
+"""Text that holds several values: a list of JSON, Python, NumPy or SQL, or values with a separator."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 _SIGNS = (";", ",", "/")
 _LONGEST = 100_000
-"""Characters of text that is read as a list."""
+"""Maximum number of characters of a text that is read as a list."""
 _WORDS = 60
-"""Characters of a value that a sign parts."""
+"""Maximum number of characters of a value between separators."""
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
 def split(texts: Sequence[str]) -> tuple[list[list[Any]], str] | None:
-    """The values of each text, and in words how they were parted; None where they are not plainly lists.
+    """The values of each text, and a description of the separator; None if the texts are not clearly lists.
 
-    They are where each is written as a list in brackets, or where one sign parts them into values of which most stand
-    first in some texts and later in others ("Comedy, War" and "War"), unlike names ("Lee, Ang") and places.
+    They are lists if each is in brackets, or if a separator splits them into values most of which occur first in some
+    texts and later in others ("Comedy, War" and "War"), unlike names ("Lee, Ang") and places.
 
     >>> split(["War, Drama", "Drama"])
-    ([['War', 'Drama'], ['Drama']], "parted by ','")
+    ([['War', 'Drama'], ['Drama']], "separated by ','")
     >>> split(["Lyon, France", "Nice, France"])
     """
     if not texts:
         return None
     if all(text[0] in _BRACKETS and text[-1] == _BRACKETS[text[0]] for text in texts if text):
         rows = [_literal(text) for text in texts]
-        found = [row for row in rows if row is not None]
-        return (_of_one_kind(found), "written as a list") if len(found) == len(rows) else None
+        lists = [row for row in rows if row is not None]
+        return (_of_one_kind(lists), "written as a list") if len(lists) == len(rows) else None
     for sign in _SIGNS:
         if any(sign in text for text in texts):
             parts = [[part.strip() for part in text.split(sign) if part.strip()] for text in texts]
             if _is_plain(parts, sign):
-                return parts, f"parted by '{sign}'"
+                return parts, f"separated by '{sign}'"
     return None
 
 
@@ -58,13 +58,13 @@ def _is_plain(rows: list[list[str]], sign: str) -> bool:
 
 
 def _literal(text: str) -> list[Any] | None:
-    """The values of a list as JSON, Python, NumPy or SQL write it; of objects their names."""
+    """The values of a list as JSON, Python, NumPy or SQL write it; for objects, their names."""
     inside = text[1:-1].strip()
     if len(text) > _LONGEST:
         return None
     if not inside:
         return []
-    if re.search(r"['\"]\s+['\"]", inside) and "," not in inside:  # NumPy's; Python would join its parts to one text
+    if re.search(r"['\"]\s+['\"]", inside) and "," not in inside:  # NumPy's form; Python would concatenate the strings
         return [one or other for one, other in _QUOTED.findall(inside)]
     values: Any = None
     try:
@@ -78,12 +78,12 @@ def _literal(text: str) -> list[Any] | None:
         values = sorted(values, key=str)
     if not isinstance(values, (list, tuple)):
         return None
-    found = [name(value) for value in values]
-    return None if None in found else found
+    names = [name(value) for value in values]
+    return None if None in names else names
 
 
 def name(value: Any) -> str | int | float | None:
-    """A value itself; of an object what it calls its name, or its only text."""
+    """The value itself; for an object, its "name" or its only text."""
     if isinstance(value, dict):
         words = [v for v in value.values() if isinstance(v, str)]
         value = value.get("name", words[0] if len(words) == 1 else None)
@@ -101,7 +101,7 @@ def _bare(bracket: str, inside: str) -> list[Any] | None:
 
 
 def _of_one_kind(rows: list[list[Any]]) -> list[list[Any]]:
-    """Numbers as floats where one of them has a fraction; all else as it is."""
+    """Numbers as floats if one of them is a float; any other values unchanged."""
     every = [value for row in rows for value in row]
     if all(isinstance(v, (int, float)) for v in every) and any(isinstance(v, float) for v in every):
         return [[float(v) for v in row] for row in rows]

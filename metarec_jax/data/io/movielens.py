@@ -1,8 +1,8 @@
-"""MovieLens files, as GroupLens ships them and as RecBole's atomic copies, to one canonical `Interactions`.
+"""MovieLens files, in GroupLens' original form or RecBole's atomic form, as one canonical `Interactions`.
 
-Canonical means: the same users, items, rows, row order and features whichever copy was read. Users keep their integer
-ids; an item is named by its title with the year, "Toy Story (1995)"; only rated items are kept; rows are sorted by
-user, time and title. The zip code of a user is left out.
+Canonical means: the same users, items, rows, row order and features from either form. Users keep their integer ids; an
+item's id is its title with the year, "Toy Story (1995)"; only rated items are kept; rows are sorted by user, time and
+title. The zip code of a user is omitted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 
 AGES = {0: "under 18", 18: "18-24", 25: "25-34", 35: "35-44", 45: "45-49", 50: "50-55", 56: "56+"}
-"""ML-1M's seven age bands by their lower bound; ML-100K's ages in years are put into the same bands."""
+"""ML-1M's seven age bands by their lower bound; ML-100K's ages in years are mapped to the same bands."""
 
 OCCUPATIONS = (
     "other",
@@ -94,7 +94,7 @@ def ml_100k(files: Mapping[str, bytes], name: str) -> Interactions:
 
 
 def atomic(files: Mapping[str, bytes], name: str) -> Interactions:
-    """From RecBole's ``NAME.inter``, ``NAME.user``, ``NAME.item``: user ids wear a prefix, and item ids are titles."""
+    """From RecBole's ``NAME.inter``, ``NAME.user``, ``NAME.item``: user ids have a prefix, and item ids are titles."""
 
     def table(suffix: str) -> pd.DataFrame:
         raw = io.BytesIO(files[f"{name}.{suffix}"])
@@ -134,10 +134,10 @@ def canonical(ratings: pd.DataFrame, users: pd.DataFrame, items: pd.DataFrame, n
     Args:
       ratings: user (integer), item (title), rating, timestamp.
       users: user, age (years or band), gender, occupation.
-      items: item (title), genres (lists of names). Titles may repeat: such items are one item here, and of a user's
-        ratings of it the latest counts (of equal times, the highest).
+      items: item (title), genres (lists of names). Items with the same title are merged, and the latest of a user's
+        ratings is kept (of equal times, the highest).
     """
-    known = items["item"].map(_title)
+    item_titles = items["item"].map(_title)
     row_title, distinct = pd.factorize(ratings["item"])
     spelled = pd.Series(distinct).map(_title)
     user_ids = np.sort(ratings["user"].unique())
@@ -151,19 +151,19 @@ def canonical(ratings: pd.DataFrame, users: pd.DataFrame, items: pd.DataFrame, n
     order = order[last]
     order = order[np.lexsort((item[order], timestamp[order], user[order]))]
 
-    frame = items.assign(item=known).drop_duplicates("item").set_index("item")
+    frame = items.assign(item=item_titles).drop_duplicates("item").set_index("item")
     unrated = len(frame) - len(item_ids)
     people = users.set_index("user").loc[user_ids]
     bounds = np.array(list(AGES))
     bands = np.array(list(AGES.values()))[np.searchsorted(bounds, people["age"].to_numpy(), side="right") - 1]
     year = pd.Series(item_ids).str.extract(r"\((\d{4})\)(?: \(V\))?$")[0].astype(float).to_numpy()
     notes = []
-    if merged := len(known) - known.nunique():
-        notes.append(f"{merged} titles stood for two ids each and are one item here")
+    if merged := len(item_titles) - item_titles.nunique():
+        notes.append(f"{merged} titles with two ids each are merged into one item each")
     if repeats := len(ratings) - len(order):
-        notes.append(f"{repeats} ratings of an item that the user rated again later left out")
+        notes.append(f"{repeats} ratings of an item that the user rated again later are dropped")
     if unrated:
-        notes.append(f"{unrated} items without a rating left out")
+        notes.append(f"{unrated} items without a rating are dropped")
     return Interactions(
         user=user[order],
         item=item[order],

@@ -1,4 +1,4 @@
-"""Parquet files: their columns as a table, or one message. Read in batches that are counted, since a footer may lie."""
+"""Parquet files: their columns as a table. Files are read in batches that are counted, since a footer may be wrong."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from metarec_jax.data.io import bounds
 from metarec_jax.messages import one_line, shown
 
 ERRORS = (pa.ArrowException, OSError, UnicodeError, ValueError, KeyError, OverflowError, NotImplementedError)
-"""What pyarrow and pandas raise on damaged files."""
+"""The exceptions of pyarrow and pandas on damaged files."""
 _ROWS = 2**22
-"""Rows that any file may have; a larger one `_ROWS_A_BYTE` for each of its bytes."""
+"""Rows that any file may have; a larger file may have `_ROWS_A_BYTE` rows per byte."""
 _ROWS_A_BYTE = 100
 _BATCH = 1 << 17
 
@@ -27,14 +27,14 @@ def columns(path: Path) -> list[str]:
     """The names of a file's columns.
 
     Raises:
-      MetarecError: the file is damaged, or has two columns of one name, or more than a table has.
+      MetarecError: the file is damaged, two columns have the same name, or there are more than `bounds.COLUMNS`.
     """
     try:
         names = list(pq.read_schema(path).names)
     except ERRORS as error:
         raise _damaged(path, error) from error
     if len(names) > bounds.COLUMNS:
-        raise MetarecError(f"{path} has {len(names)} columns, and {bounds.COLUMNS} are the most. Leave some out")
+        raise MetarecError(f"{path}: expected at most {bounds.COLUMNS} columns, got {len(names)}. Remove some")
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise MetarecError(f"{path} has two columns called {shown(twice)}. Rename one of them")
@@ -42,15 +42,15 @@ def columns(path: Path) -> list[str]:
 
 
 def read(path: Path, wanted: list[str] | None = None) -> pd.DataFrame:
-    """Some columns of a file, or all; text as categories where only some are read.
+    """The ``wanted`` columns of a file, with text as categories; None: all columns, with text as objects.
 
     Raises:
-      MetarecError: the file is damaged, or swells far beyond its size.
+      MetarecError: the file is damaged, or unpacks to far more than its size.
     """
     names = columns(path)
     try:
         schema = pq.read_schema(path)
-        # As a dictionary, so that one long text on many rows is held once.
+        # As a dictionary, so that a long text on many rows is stored once.
         texts = [n for n in names if pa.types.is_string(schema.field(n).type)]
         frame = as_frame(counted(path, path, path.stat().st_size, wanted or names, wanted or texts))
     except ERRORS as error:
@@ -66,15 +66,15 @@ def counted(
     as_dictionary: Sequence[str] = (),
     footer: int | None = None,
 ) -> pa.Table:
-    """Columns of a file of ``size`` bytes, batch by batch until it is found to hold more than such a file can.
+    """Columns of a file of ``size`` bytes, read batch by batch up to the limits of such a file.
 
     Args:
-      source: what pyarrow reads: the path or a buffer.
+      source: the path or a buffer.
       as_dictionary: the columns of text to be read as codes.
-      footer: bytes that the file's metadata may have; default: pyarrow's 100 MB.
+      footer: limit of the file's metadata, in bytes; default: pyarrow's 100 MB.
 
     Raises:
-      MetarecError: there are more rows than `_ROWS` and than `_ROWS_A_BYTE` allows, or more bytes than `bounds` allows.
+      MetarecError: there are more rows than `_ROWS` and `_ROWS_A_BYTE` allow, or more bytes than `bounds` allows.
     """
     with pq.ParquetFile(source, read_dictionary=list(as_dictionary), thrift_string_size_limit=footer) as file:
         names = list(file.schema_arrow.names if wanted is None else wanted)
@@ -90,8 +90,8 @@ def counted(
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
-    """Integers with missing values stay integers; bytes become text, which is categories or objects; times are UTC."""
-    found = {}
+    """A table as a frame. Integers with missing values stay integers; bytes become text; times become UTC."""
+    frame = {}
     for name in table.column_names:
         column = table.column(name)
         table = table.drop_columns([name])
@@ -99,15 +99,15 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
         integers = pa.types.is_integer(column.type) and column.null_count
         if pa.types.is_timestamp(column.type) and column.type.tz is not None:
             column = column.cast(pa.timestamp(column.type.unit))  # the same moments, whatever the zone is called
-        found[name] = column.to_pandas(
+        frame[name] = column.to_pandas(
             types_mapper={column.type: pd.Int64Dtype()}.get if integers else None, date_as_object=False
         )
         del column
-    return pd.DataFrame(found, copy=False)
+    return pd.DataFrame(frame, copy=False)
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bytes as the text that they are in UTF-8, or as the UUIDs that sixteen of them each are; else as they come."""
+    """Bytes as UTF-8 text, or as UUIDs if each value has sixteen bytes that are not UTF-8; other columns unchanged."""
     type_ = column.type
     is_uuid = isinstance(type_, pa.UuidType)
     if is_uuid:
@@ -127,4 +127,4 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _damaged(path: Path, error: Exception) -> MetarecError:
     if isinstance(error, (FileNotFoundError, PermissionError, MemoryError)):
         return bounds.broken(path, error)
-    return MetarecError(f"{path} is damaged or cut off ({one_line(error)}). Get or write it again")
+    return MetarecError(f"{path} is damaged or truncated ({one_line(error)}). Download or write it again")

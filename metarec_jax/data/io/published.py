@@ -1,4 +1,4 @@
-"""The file of a published partition: a table of interactions with the state that each row belongs to."""
+"""The file of a published partition: a table of interactions with the state of each row."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ _STATES = {
 def read_states(
     path: Path, data: Interactions | None = None, state_col: str | None = None
 ) -> tuple[Interactions, np.ndarray, int]:
-    """The rows of a partition file, the part of each ("train" or a scenario), and how many rows ``data`` does not know.
+    """The rows of a partition file, the part of each ("train" or a scenario), and the number of rows not in ``data``.
 
     Args:
       path: a Parquet file or delimited text with a header.
-      data: whose vocabularies and features are used; None: the file's own ids, sorted.
+      data: supplies the vocabularies and features; None: the ids of the file, sorted.
       state_col: the column of states; None: the first named state, scenario, split, ..., or ending in ``_state``.
 
     Raises:
-      MetarecError: no such file, column or state, a cell without a value, ids that are not those of ``data``.
+      MetarecError: no such file, column or state; a missing value; or ids that do not match those of ``data``.
     """
     dialect = None if formats.kind(path) == "parquet" else formats.sniff(path)
     if dialect is not None and not dialect.header:
-        raise MetarecError(f"{path} has no header, so its columns have no names. Put one on its first line")
+        raise MetarecError(f"{path} has no header, so its columns have no names. Add one as its first line")
     names = parquet.columns(path) if dialect is None else list(dialect.names)
     role = {r: find_column(names, r, None, path.name) for r in ("user", "item", "rating", "timestamp")}
     state = state_col or next((c for c in names if c.lower() in _STATE_NAMES or c.lower().endswith("_state")), None)
     wanted = {"user": role["user"], "item": role["item"], "state": state}
     if missing := [r for r, column in wanted.items() if column not in names]:
-        raise MetarecError(f"{path} has the columns {listed(names)}, and none for {', '.join(missing)}; name it so")
+        raise MetarecError(f"{path} has no column for {', '.join(missing)}, only {listed(names)}; rename the columns")
     needed = [c for c in dict.fromkeys([*wanted.values(), *role.values()]) if c is not None]
     if dialect is None:
         frame = parquet.read(path, needed)
@@ -59,7 +59,7 @@ def read_states(
         text = pa.dictionary(pa.int32(), pa.string())
         frame = formats.read_columns(path, dialect, {c: pa.float32() if c == role["rating"] else text for c in needed})
     if not len(frame):
-        raise MetarecError(f"{path} holds no rows. A table with one row an interaction was wanted")
+        raise MetarecError(f"{path} has no rows, expected one row per interaction. Check the file")
 
     def where(row: int) -> str:
         return formats.place(path, dialect, row)
@@ -76,7 +76,7 @@ def read_states(
     for column, gone in blank.items():
         if gone.any():
             raise MetarecError(
-                f"{where(int(np.argmax(gone)))}, column {shown(column)}, has no value; fill it or drop the row"
+                f"{where(int(np.argmax(gone)))}, column {shown(column)}, has no value; fill it in or delete the row"
             )
     parts = _parts(path, str(state), coded["state"])
     user, item = coded["user"], coded["item"]
@@ -91,19 +91,19 @@ def read_states(
 
 
 def _parts(path: Path, column: str, state: Coded) -> np.ndarray:
-    known = [_STATES.get(str(s).lower().removesuffix("_state")) for s in state.ids.tolist()]
-    if unknown := [s for s, part in zip(state.ids.tolist(), known, strict=True) if part is None]:
-        raise MetarecError(f"{path}: {shown(column)} says {listed(unknown, 5)}; known states are {', '.join(_STATES)}")
-    return np.array(known)[state.codes]
+    parts = [_STATES.get(str(s).lower().removesuffix("_state")) for s in state.ids.tolist()]
+    if unknown := [s for s, part in zip(state.ids.tolist(), parts, strict=True) if part is None]:
+        raise MetarecError(f"{path}: {shown(column)} has {listed(unknown, 5)}; known states are {', '.join(_STATES)}")
+    return np.array(parts)[state.codes]
 
 
-def _rows(path: Path, side: str, coded: Coded, known: Vocabulary) -> np.ndarray:
-    """The row of each id in the vocabulary; 0 where it lacks it."""
-    rows = known.encode(coded.ids)
+def _rows(path: Path, side: str, coded: Coded, vocabulary: Vocabulary) -> np.ndarray:
+    """The row of each id in the vocabulary; 0 if it is not in it."""
+    rows = vocabulary.encode(coded.ids)
     if not rows.any():
         raise MetarecError(
-            f"no {side} of {path.name}, such as {coded.shown(0)}, is in the data, which has "
-            f"{shown(known.ids.tolist()[0])}; read data whose ids are those of the partition, or give data=None"
+            f"no {side} of {path.name}, such as {coded.shown(0)}, is in the data, which has ids such as "
+            f"{shown(vocabulary.ids.tolist()[0])}; use data with the ids of the partition, or data=None"
         )
     return rows[coded.codes]
 
@@ -116,17 +116,17 @@ def read_partition(
     validation: float = 0.1,
     seed: int = 0,
 ) -> Split:
-    """A published partition: a table of user, item, rating and the state each row belongs to, such as MeLU's of ML-1M.
+    """Read a published partition: a table of user, item, rating and state of each row, such as MeLU's of ML-1M.
 
-    States are named warm, user_cold, item_cold and both_cold, or user_and_item_cold, with or without ``_state``. Train
-    is the warm state. With ``validation``, that share of its users, and of its items, is cut out of train, and their
-    rows make the validation scenarios that the file has tests for; 0 leaves all warm rows in train. Test parts stay as
-    published, items that training never saw included.
+    States are named warm, user_cold, item_cold and both_cold, or user_and_item_cold, with or without ``_state``. The
+    warm state is the training part. ``validation`` is the fraction of its users, and of its items, that is moved from
+    training to the validation scenarios that the file has tests for; 0 keeps all warm rows in training. Test parts stay
+    as published, including items that are not in training.
 
     Args:
       path: a Parquet file, or delimited text with a header.
-      data: where given, its vocabularies and features are used, and its ids must be those of the file; rows with ids
-        that it lacks are dropped and counted. Else the file's own ids, sorted.
+      data: supplies vocabularies and features, with the ids of the file; rows with other ids are dropped and counted.
+        None: the ids of the file, sorted.
       state_col: the column of states; default: the first named state, scenario, split, ..., or ending in ``_state``.
 
     Raises:
@@ -135,7 +135,9 @@ def read_partition(
     Source: Lee et al., "MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation", KDD 2019.
     """
     if not 0 <= validation < 1:
-        raise MetarecError(f"validation is {validation}; it is a share of the warm users, 0 or more and below 1")
+        raise MetarecError(
+            f"validation, a fraction of the warm users, must be at least 0 and below 1, got {validation}"
+        )
     table, state, unknown = read_states(Path(path), data, state_col)
     dropped = {"rows with ids that the data lacks": unknown} if unknown else {}
     return by_state(table, state, validation=validation, seed=seed, source=str(path), dropped=dropped)

@@ -1,4 +1,4 @@
-"""From tables and files to `Interactions`: columns found, ids coded, bad rows named, dropped ones counted."""
+"""Tables and files as `Interactions`: columns are detected, ids coded, bad rows reported and dropped rows counted."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def from_pandas(
     duplicates: Duplicates = "last",
     name: str = "interactions",
 ) -> Interactions:
-    """Interactions from a table with one row each; ids are kept, and sorted in the vocabularies.
+    """Interactions from a table with one row per interaction; ids are kept, and sorted in the vocabularies.
 
     Args:
       frame: a user and an item column; a rating column or none (implicit feedback: every row is a positive); times in
         seconds since 1970 (milli-, micro- and nanoseconds are recognised by their size), dates, or ISO text.
-      user_col, item_col, rating_col, timestamp_col: found by the names that people use where None (`columns.ALIASES`);
-        "" says that no rating or timestamp column is to be used.
-      implicit: take no notice of ratings.
-      user_features, item_features: one row an id; see `metarec_jax.data.io.features` for the kinds of columns.
-      title_col: display names of items, a column of ``item_features`` or else of ``frame``.
-      unrated_items: let items that only ``item_features`` names into the vocabulary, to be recommended by content.
-      duplicates: of several rows of one user and item keep the "last" or "first" (in time; without times in order), or
-        the "mean" of the ratings with the last time; or "error".
-      name: of the data set, for reports.
+      user_col, item_col, rating_col, timestamp_col: None: detected by the usual names (`columns.ALIASES`); "" for no
+        rating or timestamp column.
+      implicit: ignore ratings.
+      user_features, item_features: one row per id; see `metarec_jax.data.io.features` for the kinds of columns.
+      title_col: titles of items, a column of ``item_features`` or else of ``frame``.
+      unrated_items: include items that occur only in ``item_features``, which are recommended by content.
+      duplicates: of several rows of a user and item, keep the "last" or "first" (in time, or in order without times),
+        or the "mean" of the ratings with the last time; "error" raises.
+      name: name of the data set, for reports.
 
     Returns:
-      The interactions, in the order of the rows. ``notes`` says in one sentence each what was dropped or changed; what
-      was dropped is a `MetarecWarning` too. Rows without a user, item or rating are dropped; those without a time are
-      kept (`NO_TIME`), and refused by what goes by time.
+      The interactions, in the order of the rows. ``notes`` lists what was dropped or changed; dropped rows are a
+      `MetarecWarning` too. Rows without a user, item or rating are dropped; rows without a time are kept (`NO_TIME`),
+      and refused by methods that require times.
 
     Raises:
-      MetarecError: a column asked for is missing, a value is no number or infinite, fewer than two users, ratings that
-        are all equal; the row and column are named.
+      MetarecError: a column given by name is missing, a value is not a finite number, there are fewer than two users,
+        or all ratings are equal; the message names the row and column.
 
     >>> data = from_pandas(pd.DataFrame({"user": ["b", "a", "b"], "item": [7, 7, 9], "stars": [5, 3, 1]}))
     >>> data.user.tolist(), data.item.tolist(), data.rating.tolist()
@@ -111,10 +111,10 @@ def read(
     duplicates: Duplicates = "last",
     name: str | None = None,
 ) -> Interactions:
-    """Interactions from a file, or from a folder that holds one in a known layout.
+    """Interactions from a file, or from a folder with a known layout.
 
     - Delimited text: comma, tab, semicolon, "|" or "::", plain or compressed (gzip, bzip2), UTF-8, with a header or
-      without (then user_id, item_id, rating, timestamp by position; a column may be asked for as "1", "2", ...).
+      without (then user_id, item_id, rating, timestamp by position; columns may be named "1", "2", ...).
     - Parquet; ids of bytes are read as UTF-8 text, or as UUIDs.
     - JSON: one object per line, or an array of objects, plain or compressed.
     - RecBole: ``NAME.inter`` with a typed header; ``NAME.user`` and ``NAME.item`` beside it are its features.
@@ -126,31 +126,29 @@ def read(
 
     Args:
       path: the file or folder.
-      format: what it must be; by content where None.
-      user_features, item_features: files, instead of those found beside the interactions.
-      name: of the data set; of the file (or folder) where None.
+      format: the format that the file must have; None: detected by its content.
+      user_features, item_features: files, instead of those beside the interactions.
+      name: name of the data set; None: that of the file or folder.
       user_col, item_col, rating_col, timestamp_col, implicit: as in `from_pandas`; and so are
       title_col, unrated_items, duplicates.
 
     Raises:
-      MetarecError: whatever is wrong with the files; a bad row is named by its line.
+      MetarecError: a fault of the files; the message names the line of a bad row.
     """
     path = bounds.local(path)
     folder = path.is_dir()
     path = layouts.find(path) if folder else path
     form = layouts.layout(path)
     if format is not None and format != form and not (format == "csv" and form in ("recbole", "movielens")):
-        raise MetarecError(
-            f"{path} was to be read as {format!r}, and it is {form!r}. Leave the format out, or name {form!r}"
-        )
+        raise MetarecError(f"{path}: expected format {format!r}, got {form!r}. Omit the format, or use {form!r}")
     asked = tuple(c for c in (user_col, item_col, rating_col, timestamp_col, title_col) if c)
     tables = {"parquet": parquet, "json": json_rows}
     dialect = None if form in tables else formats.sniff(path, asked=asked)
     names = tables[form].columns(path) if dialect is None else list(dialect.names)
-    said: list[str] = []
+    notes: list[str] = []
     if dialect is not None and not dialect.header:
         if form == "csv":
-            said.append(f"no header: the columns are taken for {listed(names)}")
+            notes.append(f"no header: the columns are read as {listed(names)}")
         by_position = {str(k + 1): n for k, n in enumerate(names)}
         user_col, item_col, rating_col, timestamp_col = (
             None if c is None else by_position.get(c, c) for c in (user_col, item_col, rating_col, timestamp_col)
@@ -192,13 +190,13 @@ def read(
         unrated_items=unrated_items,
         duplicates=duplicates,
         name=name,
-        said=said,
+        first_notes=notes,
     )
     return _warned(data, 4)
 
 
 def _warned(data: Interactions, level: int) -> Interactions:
-    """The data, after a warning of each note on dropped rows; ``level`` is that of the caller's caller."""
+    """The data, after a warning for each note on dropped rows; ``level`` is the stack level of the user's call."""
     for note in data.notes:
         if " dropped (" in note:
             warnings.warn(note, MetarecWarning, stacklevel=level)
@@ -206,7 +204,7 @@ def _warned(data: Interactions, level: int) -> Interactions:
 
 
 def _type(column: str, roles: Roles, dialect: formats.Dialect) -> pa.DataType:
-    """What to read a text column as. Ids are text: only so are leading zeros and odd spellings kept."""
+    """The type to read a text column as. Ids are read as text, which keeps leading zeros and unusual spellings."""
     if column == roles.rating:
         return pa.float32()
     if column == roles.timestamp:
@@ -234,20 +232,18 @@ def _interactions(
     unrated_items: bool,
     duplicates: Duplicates,
     name: str,
-    said: Sequence[str] = (),
+    first_notes: Sequence[str] = (),
 ) -> Interactions:
-    """The one path of every source: code, check, drop, count."""
+    """Interactions from a frame of any source: ids are coded, values checked, bad rows dropped and counted."""
     if duplicates not in ("last", "first", "mean", "error"):
         raise MetarecError(
-            f"--duplicates (duplicates= in Python) is {duplicates!r}; give 'last', 'first', 'mean' or 'error'"
+            f"--duplicates (duplicates= in Python) must be 'last', 'first', 'mean' or 'error', got {duplicates!r}"
         )
     if not len(frame):
-        raise MetarecError(f"{source} holds no rows. A table with one row an interaction was wanted")
-    notes = list(said)
+        raise MetarecError(f"{source} has no rows, expected one row per interaction. Check the file")
+    notes = list(first_notes)
     if roles.rating is None:
-        notes.append(
-            "ratings were left out, as asked (implicit)" if implicit else "no rating column: implicit feedback"
-        )
+        notes.append("ratings are ignored (implicit)" if implicit else "no rating column: implicit feedback")
     if unused := [c for c in names if c not in roles]:
         notes.append(f"columns not used: {listed(unused)}")
 
@@ -270,7 +266,7 @@ def _interactions(
     notes.extend([*user.notes, *item.notes])
     missing = {roles.user: user.codes < 0, roles.item: item.codes < 0, **missing}
     counts = {column: int(gone.sum()) for column, gone in missing.items()}
-    rows: np.ndarray | None = None  # which rows of the source are left; None: all of them
+    rows: np.ndarray | None = None  # rows of the source that are kept; None: all of them
     if any(counts.values()):
         gone = np.logical_or.reduce(list(missing.values()))
         first = where(int(np.argmax(gone)))
@@ -278,13 +274,13 @@ def _interactions(
         notes.append(f"{int(gone.sum())} rows with missing values dropped ({each}; the first is {first})")
         rows = np.flatnonzero(~gone)
         if not len(rows):
-            raise MetarecError(f"every row of {source} lacks a value ({each}). Complete rows were wanted")
+            raise MetarecError(f"every row of {source} lacks a value ({each}). Complete the rows")
         user, item = _taken(user, rows), _taken(item, rows)
         rating = None if rating is None else rating[rows]
         timestamp = None if timestamp is None else timestamp[rows]
     del missing
     if timestamp is not None and (count := int((timestamp == NO_TIME).sum())):
-        notes.append(f"{count} rows have no time: kept, but --by time and --order time require one of every row")
+        notes.append(f"{count} rows have no time: kept, but --by time and --order time require a time in every row")
 
     keep, rating, repeats = _without_repeats(user, item, rating, timestamp, duplicates)
     if keep is not None:
@@ -306,10 +302,10 @@ def _interactions(
     if unrated_items and item_features is not None:
         their_ids = item_features[id_column(list(item_features.columns), "item", asked[1])]
         more_ids = code_ids(their_ids, spelled=item.ids.dtype != object).ids
-        if more_ids.dtype != item.ids.dtype:  # text for integers names none of them, integers for text are spelled
+        if more_ids.dtype != item.ids.dtype:  # text matches no integer id; integers match text by their spelling
             more_ids = texts(more_ids) if item.ids.dtype == object else item.ids[:0]
         union = np.union1d(item.ids, more_ids)
-        notes.append(f"{len(union) - len(item.ids)} items without an interaction kept from the item table")
+        notes.append(f"{len(union) - len(item.ids)} items without an interaction are added from the item table")
         item = Coded(np.searchsorted(union, item.ids).astype(np.int32)[item.codes], union)
     users, items = Vocabulary(user.ids), Vocabulary(item.ids)
     about_users = None if user_features is None else side_features(user_features, users, side="user", id_col=asked[0])
@@ -346,7 +342,7 @@ def _interactions(
 
 
 def _taken(coded: Coded, rows: np.ndarray) -> Coded:
-    """The ids of some rows only, and their codes."""
+    """The ids that occur in some rows, with the codes of these rows."""
     codes = coded.codes[rows]
     present = np.bincount(codes, minlength=len(coded.ids)) > 0
     if present.all():
@@ -359,7 +355,7 @@ def _taken(coded: Coded, rows: np.ndarray) -> Coded:
 def _without_repeats(
     user: Coded, item: Coded, rating: np.ndarray | None, timestamp: np.ndarray | None, how: Duplicates
 ) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-    """Which rows to keep (None: all), the ratings of those, and how many rows go."""
+    """Rows to keep (None: all), their ratings, and the number of dropped rows."""
     pair = user.codes.astype(np.int64)
     pair *= len(item.ids)
     pair += item.codes
@@ -388,7 +384,7 @@ def _repeat_message(user: Coded, item: Coded, where: Where, rows: np.ndarray | N
     first = int(np.argmax((pair == pair[second]).to_numpy()))
     at = [where(k if rows is None else int(rows[k])) for k in (first, second)]
     return (
-        f"user {user.shown(user.codes[second])} and item {item.shown(item.codes[second])} stand on {at[0]} and on "
+        f"user {user.shown(user.codes[second])} and item {item.shown(item.codes[second])} occur on {at[0]} and on "
         f"{at[1]}. Delete one, or keep one with --duplicates last, first or mean (duplicates= in Python)"
     )
 
@@ -396,11 +392,11 @@ def _repeat_message(user: Coded, item: Coded, where: Where, rows: np.ndarray | N
 def _check(user: Coded, rating: np.ndarray | None, roles: Roles, source: str) -> None:
     if len(user.ids) < 2:
         raise MetarecError(
-            f"{source}, column {shown(roles.user)}: all rows are of one user ({user.shown(0)}); meta-learning wants "
-            f"many, two at the least. Name another column with {option('user')}"
+            f"{source}, column {shown(roles.user)}: all rows belong to one user ({user.shown(0)}); meta-learning "
+            f"requires at least two. Name another column with {option('user')}"
         )
     if rating is not None and rating.min() == rating.max():
         raise MetarecError(
-            f"{source}, column {shown(roles.rating)}: all ratings equal {rating[0]:g}, so nothing is left to predict. "
-            "If a row means that the user chose the item, say --implicit (implicit=True in Python)"
+            f"{source}, column {shown(roles.rating)}: all ratings are {rating[0]:g}, so there is nothing to predict. "
+            "If a row means that the user chose the item, use --implicit (implicit=True in Python)"
         )

@@ -1,4 +1,4 @@
-"""Which users of a store are held out, and what of it comes into memory: for evaluation, baselines and a warm start."""
+"""Held-out users of a store, and the part of it that is loaded: for evaluation, baselines and a warm start."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from metarec_jax.data.store.opened import Store, lengths, load
 
 
 class Held(NamedTuple):
-    """Who trains and who is held out of a store.
+    """The training users and the held-out users of a store.
 
     Attributes:
-      users: int32, ascending rows of the users who train: what is streamed.
-      items: int32, ascending rows of the items that they had.
-      data: held-out users, and a sample of the others, in memory.
+      users: int32, ascending rows of the training users, who are streamed.
+      items: int32, ascending rows of the items in their histories.
+      data: held-out users, and a sample of the other users, in memory.
       part: int8 ``[data.users.num_rows]``: 0 for users of the sample, 1 for validation, 2 for test.
-      split: of ``data``: its training part is the sample.
-      known: the catalogue of ``data``, in which every item of the stream is known, also where the sample lacks it.
+      split: the split of ``data``; its training part is the sample.
+      known: the catalogue of ``data``; it includes every item of the stream, even if the sample lacks it.
     """
 
     users: np.ndarray
@@ -44,19 +44,19 @@ def hold_out(
     seed: int = 0,
     user_rows: Literal["prior", "own"] = "prior",
 ) -> Held:
-    """Hold out users of a store, by a hash of their ids and the seed: those of validation and test come into memory.
+    """Hold out validation and test users of a store, chosen by a hash of their ids and the seed, and load them.
 
     Args:
-      validation, test: the share of the users who have two interactions or more, at the most ``most`` of them.
-      sample: interactions of other users that come into memory too, for baselines and a warm start.
+      validation, test: fractions of the users with two or more interactions, at most ``most`` users each.
+      sample: number of interactions of other users that are loaded too, for baselines and a warm start.
       user_rows: as in `task_source`; "own" keeps the rows of all users in ``data``.
 
     Raises:
-      MetarecError: shares that leave nobody to train on, or nobody held out.
+      MetarecError: the fractions leave no user to train on, or none held out.
     """
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise MetarecError(
-            f"--validation {validation:g} and --test {test:g}: give shares of 0 or more whose sum is below 1"
+            f"--validation {validation:g} and --test {test:g} must be at least 0, and their sum below 1; correct them"
         )
     hashes = np.fromfile(store.path / "hashes.bin", "<u8")
     order = np.argsort(_mixed(hashes + _mixed(np.array([seed], np.uint64)))).astype(np.int32) + 1
@@ -66,8 +66,9 @@ def hold_out(
     tested, validated = (min(round(share * len(able)), most) for share in (test, validation))
     if len(able) <= tested + validated or not (tested or not test) or not (validated or not validation):
         raise MetarecError(
-            f"{len(able)} of {store.users} users have two interactions or more, and of these {tested} would be held "
-            f"out for the test, {validated} for validation; change the shares ({test}, {validation}), or use more data"
+            f"{len(able)} of {store.users} users have two or more interactions; {tested} of them would be held out for "
+            f"the test and {validated} for validation; change --test {test:g} or --validation {validation:g}, or use "
+            "more data"
         )
     held = (able[:tested], able[tested : tested + validated])
     part = np.zeros(store.users + 1, np.int8)
@@ -91,7 +92,7 @@ def hold_out(
 
 
 def split_of(data: Interactions, part: np.ndarray) -> Split:
-    """The split that ``Held.part`` tells of ``Held.data``; a run that keeps both finds its held-out users again."""
+    """The split of ``Held.data`` by ``Held.part``; a run stores both, and so recovers its held-out users."""
     of_row = part[data.user]
     held = [{"user_cold": data.take(of_row == k)} if (of_row == k).any() else {} for k in (1, 2)]
     return Split(data.take(of_row == 0), held[0], held[1], {}, {})

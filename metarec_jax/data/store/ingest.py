@@ -1,4 +1,4 @@
-"""What a store is prepared from: files of one table of interactions; text is read block by block into Parquet."""
+"""Input of a store: files of one table of interactions. Text files are converted to Parquet block by block."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Source(NamedTuple):
 
     Attributes:
       dialect: of text files, the same for all; None for Parquet.
-      names: the columns; roles: which of them is what.
-      notes: what was assumed.
+      names: the columns; roles: the column of each role.
+      notes: assumptions, one line each.
     """
 
     files: tuple[Path, ...]
@@ -48,21 +48,21 @@ def source(
     timestamp_col: str | None = None,
     implicit: bool = False,
 ) -> Source:
-    """The files that the paths (files, folders or patterns with ``*``) name, and the columns in them.
+    """The files of the paths (files, folders or patterns with ``*``), and their columns.
 
     Raises:
-      MetarecError: no such file, files of different kinds or columns, or a column that is not there.
+      MetarecError: no such file, files of different kinds or columns, or a missing column.
     """
     files = find(paths)
     asked = [user_col, item_col, rating_col, timestamp_col]
     notes: list[str] = []
     is_parquet = {formats.kind(path) == "parquet" for path in files}
     if len(is_parquet) > 1:
-        raise MetarecError(f"{files[0]} and the files with it are partly Parquet, partly text. Give files of one kind")
+        raise MetarecError(f"{files[0]} and the other files are partly Parquet, partly text. Use files of one kind")
     if (json_file := next((p for p in files if is_parquet == {False} and json_rows.is_json(p)), None)) is not None:
         target = json_file.with_name(f"{json_file.name.split('.')[0]}.parquet")
         raise MetarecError(
-            f"{json_file} is JSON, and a store is prepared of CSV or Parquet files. Convert it, say with: "
+            f"{json_file}: expected CSV or Parquet, got JSON. Convert it, for example with: "
             f"duckdb -c \"COPY (FROM '{json_file}') TO '{target}'\""
         )
     dialect = None
@@ -76,7 +76,7 @@ def source(
         others = ((path, _same_layout(path, files[0], dialect, wanted)) for path in files[1:])
         if not dialect.header:
             if layouts.layout(files[0]) == "csv":
-                notes.append(f"no header: the columns are taken for {listed(names)}")
+                notes.append(f"no header: the columns are read as {listed(names)}")
             by_position = {str(k + 1): name for k, name in enumerate(names)}
             asked = [None if c is None else by_position.get(c, c) for c in asked]
     roles = find_roles(names, asked[0], asked[1], asked[2], asked[3], None, implicit, str(files[0]))
@@ -84,35 +84,37 @@ def source(
         if missing := [c for c in roles if c is not None and c not in theirs]:
             raise MetarecError(
                 f"{path} has no column {shown(missing[0])}, which {files[0]} has; its columns are: {listed(theirs)}. "
-                "Give files of one table"
+                "Use files of one table"
             )
     if roles.rating is None:
-        notes.append("ratings left out, as asked (implicit)" if implicit else "no rating column: implicit feedback")
+        notes.append("ratings are ignored (implicit)" if implicit else "no rating column: implicit feedback")
     if unused := [name for name in names if name not in roles]:
         notes.append(f"columns not used: {listed(unused, 10)}")
     return Source(files, dialect, tuple(names), roles, tuple(notes))
 
 
 def find(paths: Sequence[str | Path]) -> tuple[Path, ...]:
-    """Files, folders and patterns as files: of a folder the known layout (`layouts.find`), or all tables below it."""
-    found: list[Path] = []
-    for given in paths:
-        path = bounds.local(given)
+    """The files of paths and patterns; a folder gives its known layout (`layouts.find`), or all tables in it."""
+    files: list[Path] = []
+    for name in paths:
+        path = bounds.local(name)
         if path.is_dir():
-            found += _in_folder(path)
+            files += _in_folder(path)
         elif path.exists():
-            found.append(path)
-        elif matched := sorted(glob.glob(str(path), recursive=True)):
-            found += [file for name in matched for file in ([Path(name)] if Path(name).is_file() else find([name]))]
+            files.append(path)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            files += [file for match in matches for file in ([Path(match)] if Path(match).is_file() else find([match]))]
         else:
             raise MetarecError(f"there is no file {path}. Check the path")
-    if not found:
-        raise MetarecError("no file of interactions was named. Give a CSV or Parquet file, a folder, or a pattern")
-    return tuple(dict.fromkeys(found))
+    if not files:
+        raise MetarecError(
+            "expected a file of interactions, got none. Name a CSV or Parquet file, a folder, or a pattern"
+        )
+    return tuple(dict.fromkeys(files))
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The known layout that lies in a folder, or else all tables below it; hidden ones, and Spark's marks, are none."""
+    """The interactions of a known layout in a folder, else all tables below it except hidden files and markers."""
     if any(p.name.removesuffix(".gz") in _LAYOUTS or ".inter" in p.suffixes for p in folder.iterdir()):
         return [layouts.find(folder)]
 
@@ -127,21 +129,21 @@ def _same_layout(path: Path, first: Path, dialect: formats.Dialect, asked: tuple
     other = formats.sniff(path, asked=asked)
     if other[:6] != dialect[:6]:
         raise MetarecError(
-            f"{path} is laid out otherwise than {first}: columns {listed(other.names)} parted by "
-            f"{shown(other.delimiter)}, against {listed(dialect.names)} parted by {shown(dialect.delimiter)}. "
-            "Give files of one table"
+            f"{path} has another layout than {first}: columns {listed(other.names)} separated by "
+            f"{shown(other.delimiter)}, not {listed(dialect.names)} separated by {shown(dialect.delimiter)}. "
+            "Use files of one table"
         )
     return list(other.names)
 
 
-def text_to_parquet(table: Source, out: Path, tell: Callable[[int], None]) -> None:
-    """The needed columns of text files as one Parquet file of text, read block by block.
+def text_to_parquet(table: Source, out: Path, progress: Callable[[int], None]) -> None:
+    """Write the required columns of text files to one Parquet file of text, block by block.
 
     Args:
-      tell: called with the number of rows so far.
+      progress: called with the number of rows so far.
 
     Raises:
-      MetarecError: a line that has too few or too many fields, or is not UTF-8; it is named.
+      MetarecError: a line has too few or too many fields, or is not UTF-8; the message names it.
     """
     assert table.dialect is not None
     columns = list(dict.fromkeys(c for c in table.roles if c is not None))
@@ -152,20 +154,20 @@ def text_to_parquet(table: Source, out: Path, tell: Callable[[int], None]) -> No
             for batch in _blocks(path, table.dialect, columns):
                 writer.write_batch(batch, row_group_size=1 << 20)
                 done += batch.num_rows
-                tell(done)
+                progress(done)
 
 
 def _blocks(path: Path, dialect: formats.Dialect, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """A text file in record batches. Where a line does not parse, and quotes are, they may hold line ends."""
-    given = 0
+    """A text file in record batches. If a line does not parse and the file has quotes, fields may contain line ends."""
+    yielded = 0
     for newlines in (False, True) if dialect.quoted else (False,):
         try:
             seen = 0
             for batch in _reader(path, dialect, columns, newlines):
                 seen += batch.num_rows
-                if seen > given:  # what the first attempt gave already is not given again
-                    batch = batch.slice(max(0, batch.num_rows - (seen - given)))
-                    given = seen
+                if seen > yielded:  # rows of the first attempt are not repeated
+                    batch = batch.slice(max(0, batch.num_rows - (seen - yielded)))
+                    yielded = seen
                     yield batch
             return
         except (pa.ArrowException, UnicodeError, OSError, EOFError) as error:
@@ -194,7 +196,7 @@ def _reader(path: Path, dialect: formats.Dialect, columns: list[str], newlines: 
 
 
 class _Parted(io.RawIOBase):
-    """A stream in which a delimiter of two equal bytes is one byte that no text holds."""
+    """A stream that replaces a delimiter of two equal bytes by one byte that text does not contain."""
 
     BY = b"\x1f"
 
@@ -207,7 +209,7 @@ class _Parted(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         block = self._stream.read(size)
         while block.endswith(self._delimiter[:1]) and (more := self._stream.read(1)):
-            block += more  # a delimiter is never cut in two
+            block += more  # never split a delimiter
         return block.replace(self._delimiter, self.BY)
 
     def close(self) -> None:

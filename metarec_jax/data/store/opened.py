@@ -1,18 +1,17 @@
-"""A task store: the histories of users in files, for data larger than memory. Opened, read user by user, loaded.
+"""A task store: the histories of users in files, for data larger than memory; opened, read user by user, or loaded.
 
 A store is a folder; docs/data_larger_than_memory.md describes it. Its portable half is Parquet, which SQL can write:
 
 - ``users/*.parquet``, ``items/*.parquet``: ``row`` (1, 2, ..) and ``id`` (ascending), the vocabularies;
-- ``histories/*.parquet``: one row a user: ``user``, and the lists ``items``, ``ratings``, ``times``, in time order.
+- ``histories/*.parquet``: one row per user: ``user``, and the lists ``items``, ``ratings``, ``times``, in time order.
 
-What is streamed from are flat little-endian arrays made of it (`metarec_jax.data.store.pack`), N interactions of U
-users:
+Streaming reads flat little-endian arrays made from it (`metarec_jax.data.store.pack`), N interactions of U users:
 
 - ``starts.bin`` int64 ``[U + 1]``: the interactions of user row u are ``starts[u - 1] .. starts[u] - 1``;
 - ``events.bin`` int32 ``[N, 2]``: item row, and the rating, a float32 by its bits; ``[N, 1]`` for implicit feedback;
-- ``times.bin`` int64 ``[N]``: seconds, where there are such (`NO_TIME` where one is not known);
+- ``times.bin`` int64 ``[N]``: seconds, `NO_TIME` if not known; absent if the data has no times;
 - ``counts.bin`` int64 ``[items + 1]``: interactions of each item row;
-- ``hashes.bin`` uint64 ``[U]``: of the users' ids, which decide who is held out;
+- ``hashes.bin`` uint64 ``[U]``: hashes of the users' ids, which decide who is held out;
 - ``store.json``: counts, and the digest of all these.
 """
 
@@ -42,9 +41,9 @@ _IDS = 1 << 17
 
 
 class File:
-    """Bytes of a file at any place, read without moving a pointer, so that threads may share it; closed when forgotten.
+    """A file for reads at any position that threads may share; closed when garbage-collected.
 
-    Not mapped into memory: pages that were read are the system's cache, not this process's.
+    It is not mapped into memory, so pages that were read count as the system's cache, not as memory of this process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,12 +51,12 @@ class File:
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The bytes of several places ``(first, size)``, one after the other, uint8.
+        """The concatenated bytes of several places ``(first, size)``, uint8.
 
-        The system is told of all places before the first is read, so that it fetches them together.
+        All places are announced to the system before the first is read, so that it fetches them together.
 
         Raises:
-          MetarecError: the file ends before.
+          MetarecError: the file ends before the last place.
         """
         out = np.empty(sum(size for _, size in places), np.uint8)
         if hasattr(os, "posix_fadvise"):
@@ -75,17 +74,17 @@ class File:
 
 
 class Store(NamedTuple):
-    """A store, opened.
+    """An open store.
 
     Attributes:
-      users, items, interactions: how many.
-      ratings: the least and the greatest; None for implicit feedback.
-      timestamps: whether it has times; untimed: interactions that have none all the same.
-      longest: interactions of the user who has most.
-      digest: sha256 of all that is streamed: the same digest, the same data.
+      users, items, interactions: their numbers.
+      ratings: the lowest and the highest rating; None for implicit feedback.
+      timestamps: whether it has times; untimed: number of interactions without a time all the same.
+      longest: length of the longest history.
+      digest: sha256 of everything that is streamed; equal digests mean equal data.
       starts: int64 ``[users + 1]``, mapped from its file.
-      events: where histories are read.
-      user_features, item_features, titles: as in `Interactions`, where files of them were given.
+      events: the file of histories.
+      user_features, item_features, titles: as in `Interactions`, if files of them were given.
     """
 
     path: Path
@@ -111,14 +110,14 @@ class Store(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Numbers that an interaction has in ``events.bin``."""
+        """Numbers per interaction in ``events.bin``."""
         return 1 if self.ratings is None else 2
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The input columns of a model, as `Interactions.columns`; the table of users has the unknown row alone.
+        """The input columns of a model, as `Interactions.columns`; the table of users has only the unknown row.
 
-        Where tasks carry the users' own rows, take ``columns | {"user_id": Column("id", store.users + 1)}``.
+        If tasks carry the users' own rows, use ``columns | {"user_id": Column("id", store.users + 1)}``.
         """
         out = {"user_id": Column("id", 1)} | {name: f.column for name, f in self.user_features.items()}
         out["item_id"] = Column("id", self.items + 1)
@@ -126,12 +125,12 @@ class Store(NamedTuple):
 
     @property
     def bytes_in_memory(self) -> int:
-        """What `load` and `metarec_jax.data.draw.task_source` take at their peak, about: 80 bytes an interaction."""
+        """Approximate peak memory of `load` and `metarec_jax.data.draw.task_source`: 80 bytes per interaction."""
         return 80 * self.interactions + 200 * (self.users + self.items)
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a path is a folder that holds a store."""
+    """Whether a path is a task store."""
     return (Path(path) / FILE).is_file()
 
 
@@ -141,31 +140,31 @@ def open_store(
     """Open a store that `metarec prepare` wrote.
 
     Args:
-      user_features, item_features: files with one row an id; the ids of that side are then held in memory.
+      user_features, item_features: files with one row per id; the ids of that side are then held in memory.
 
     Raises:
-      MetarecError: no store there, one of another version, or one whose files are not of the sizes that it notes.
+      MetarecError: there is no store, it has another version, or its files do not have the recorded sizes.
     """
     folder = Path(path)
     if not is_store(folder):
         raise MetarecError(
-            f"{folder} is no task store (it has no {FILE}). Make one with: metarec prepare DATA --out {folder}"
+            f"{folder} is not a task store (it has no {FILE}). Create one with: metarec prepare DATA --out {folder}"
         )
     try:
-        noted = _noted(bounds.read_json(folder / FILE))
+        header = _header(bounds.read_json(folder / FILE))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{FILE}: {one_line(error)}") from error
-    users, interactions = noted["users"], noted["interactions"]
-    width = 1 if noted["ratings"] is None else 2
+    users, interactions = header["users"], header["interactions"]
+    width = 1 if header["ratings"] is None else 2
     sizes = {"starts": 8 * (users + 1), "events": 4 * width * interactions, "hashes": 8 * users}
-    sizes |= {"counts": 8 * (noted["items"] + 1)} | ({"times": 8 * interactions} if noted["timestamps"] else {})
+    sizes |= {"counts": 8 * (header["items"] + 1)} | ({"times": 8 * interactions} if header["timestamps"] else {})
     for name, size in sizes.items():
         file = folder / f"{name}.bin"
-        if (there := file.stat().st_size if file.is_file() else -1) != size:
-            raise _damaged(folder, f"{file.name} has {max(there, 0)} bytes, and {size} were written")
+        if (actual := file.stat().st_size if file.is_file() else -1) != size:
+            raise _damaged(folder, f"{file.name}: expected {size} bytes, got {max(actual, 0)}")
     starts = np.memmap(folder / "starts.bin", "<i8", "r", shape=(users + 1,))
-    store = Store(folder, **noted, starts=starts, events=File(folder / "events.bin"))
-    lengths(store)  # checks them
+    store = Store(folder, **header, starts=starts, events=File(folder / "events.bin"))
+    lengths(store)  # raises if they are damaged
     if (frame := layouts.side_frame(user_features, "user")) is not None:
         table = side_features(frame, Vocabulary(ids(store, "user")), side="user")
         store = store._replace(user_features=table.features, notes=(*store.notes, *table.notes))
@@ -175,22 +174,22 @@ def open_store(
     return store
 
 
-def _noted(told: Any) -> dict[str, Any]:
-    """The fields of `Store` that ``store.json`` holds, of the right kinds."""
-    if told["format"] != FORMAT or told["version"] != VERSION:
-        raise ValueError(f"it is {told['format']!r}, version {told['version']}; version {VERSION} is read")
-    found: dict[str, Any] = {"name": str(told["name"])[:200], "digest": str(told["digest"])[:64]}
+def _header(facts: Any) -> dict[str, Any]:
+    """The fields of `Store` in ``store.json``, with checked types."""
+    if facts["format"] != FORMAT or facts["version"] != VERSION:
+        raise ValueError(f"expected {FORMAT!r}, version {VERSION}, got {facts['format']!r}, version {facts['version']}")
+    header: dict[str, Any] = {"name": str(facts["name"])[:200], "digest": str(facts["digest"])[:64]}
     for name, most in (("users", 2**31 - 2), ("items", 2**31 - 2), ("interactions", 2**48), ("longest", 2**31 - 1)):
-        if type(told[name]) is not int or not 1 <= told[name] <= most:
-            raise ValueError(f"{name} is {told[name]!r}, and 1 to {most} is possible")
-        found[name] = told[name]
-    found["timestamps"] = told["timestamps"] is True
-    found["untimed"] = int(told.get("untimed", 0))
-    found["ratings"] = None if told["ratings"] is None else tuple(float(r) for r in told["ratings"][:2])
-    if found["ratings"] is not None and not (len(found["ratings"]) == 2 and np.isfinite(found["ratings"]).all()):
-        raise ValueError(f"ratings is {told['ratings']!r}, and the least and the greatest were wanted")
-    found["notes"] = tuple(str(note)[:1000] for note in told["notes"][:100])
-    return found
+        if type(facts[name]) is not int or not 1 <= facts[name] <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {facts[name]!r}")
+        header[name] = facts[name]
+    header["timestamps"] = facts["timestamps"] is True
+    header["untimed"] = int(facts.get("untimed", 0))
+    header["ratings"] = None if facts["ratings"] is None else tuple(float(r) for r in facts["ratings"][:2])
+    if header["ratings"] is not None and not (len(header["ratings"]) == 2 and np.isfinite(header["ratings"]).all()):
+        raise ValueError(f"ratings: expected the lowest and the highest, got {facts['ratings']!r}")
+    header["notes"] = tuple(str(note)[:1000] for note in facts["notes"][:100])
+    return header
 
 
 def _damaged(folder: Path, why: str) -> MetarecError:
@@ -203,15 +202,15 @@ def lengths(store: Store) -> np.ndarray:
     Raises:
       MetarecError: ``starts.bin`` is not ascending from 0 to the number of interactions.
     """
-    found = np.empty(store.users, np.int32)
+    counts = np.empty(store.users, np.int32)
     for first in range(0, store.users, 1 << 20):
         part = np.diff(store.starts[first : first + (1 << 20) + 1])
         if part.min() < 1 or part.max() > store.longest:
             raise _damaged(store.path, f"starts.bin: a user has {part.min()} or {part.max()} interactions")
-        found[first : first + len(part)] = part
+        counts[first : first + len(part)] = part
     if store.starts[0] != 0 or store.starts[-1] != store.interactions:
         raise _damaged(store.path, f"starts.bin goes from {store.starts[0]} to {store.starts[-1]}")
-    return found
+    return counts
 
 
 def read_events(store: Store, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,18 +220,18 @@ def read_events(store: Store, users: np.ndarray) -> tuple[np.ndarray, np.ndarray
       users: int ``[T]``, rows 1..U.
 
     Returns:
-      ``starts`` int64 ``[T + 1]`` and ``events`` int32 ``[n, 1 or 2]``: the k-th user's are
+      ``starts`` int64 ``[T + 1]`` and ``events`` int32 ``[n, 1 or 2]``: those of the k-th user are
       ``events[starts[k] : starts[k + 1]]``.
 
     Raises:
-      MetarecError: an item row outside the vocabulary, or a rating that is not finite; the user and the row are named.
+      MetarecError: an item row is outside the vocabulary, or a rating is not finite; the message names user and row.
     """
     first, last = store.starts[users - 1], store.starts[users]
     starts = np.append(0, np.cumsum(last - first))
     size = 4 * store.width
     places = list(zip((first * size).tolist(), ((last - first) * size).tolist(), strict=True))
     events = store.events.read(places).view("<i4").reshape(-1, store.width)
-    item, rating = events[:, 0], events[:, -1].view("<f4")  # of implicit feedback the items again, all finite as floats
+    item, rating = events[:, 0], events[:, -1].view("<f4")  # for implicit feedback the items, all finite as floats
     wrong = (item < 1) | (item > store.items) | ~np.isfinite(rating)
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -240,44 +239,42 @@ def read_events(store: Store, users: np.ndarray) -> tuple[np.ndarray, np.ndarray
         rated = "" if store.implicit else f" with rating {rating[at]}"
         raise _damaged(
             store.path,
-            f"interaction {at - starts[k]} of user row {users[k]} is item row {item[at]}{rated}, and rows 1 to "
-            f"{store.items} with finite ratings were written",
+            f"interaction {at - starts[k]} of user row {users[k]} has item row {item[at]}{rated}, expected rows 1 to "
+            f"{store.items} with finite ratings",
         )
     return starts, events
 
 
 def ids(store: Store, side: Literal["user", "item"], rows: np.ndarray | None = None) -> np.ndarray:
-    """The ids of a side in the order of its rows, int64 or text; of ascending ``rows`` alone where given."""
+    """The ids of a side in the order of its rows, int64 or text; only those of ``rows`` (ascending) if given."""
     folder = store.path / f"{side}s"
     wanted = np.arange(1, (store.users if side == "user" else store.items) + 1) if rows is None else rows
-    found, done = [], 0
+    parts, done = [], 0
     for batch in batches(folder, ["row", "id"], _IDS):
         row = batch.column(0).to_numpy(zero_copy_only=False)
         if len(row) and not np.array_equal(row, np.arange(done + 1, done + len(row) + 1)):
             raise _damaged(store.path, f"{folder.name}: the rows are not 1, 2, 3, ...")
         low, high = np.searchsorted(wanted, [done + 1, done + len(row) + 1])
-        found.append(batch.column(1).to_numpy(zero_copy_only=False)[wanted[low:high] - done - 1])
+        parts.append(batch.column(1).to_numpy(zero_copy_only=False)[wanted[low:high] - done - 1])
         done += len(row)
     if done != (store.users if side == "user" else store.items):
         raise _damaged(store.path, f"{folder.name} has {done} rows")
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def batches(folder: Path, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
-    """The rows of the Parquet files in a folder, file by file in the order of their names, ``size`` at a time.
+    """The rows of the Parquet files in a folder, in the order of their names, ``size`` rows at a time.
 
     Raises:
-      MetarecError: there is none, one is damaged or lacks a column, or one swells far beyond its size.
+      MetarecError: there is no file, or one is damaged, lacks a column, or unpacks to far more than its size.
     """
     files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
     if not files:
-        raise MetarecError(f"{folder} holds no Parquet file, and a task store has some there. Prepare the store again")
+        raise MetarecError(f"{folder} has no Parquet file, which a task store requires. Prepare the store again")
     for path in files:
         room = max(bounds.ROOM, bounds.SWELL * path.stat().st_size)
         if lacking := [name for name in columns if name not in parquet.columns(path)]:
-            raise MetarecError(
-                f"{path} has no column {lacking[0]!r}. Write it again as the layout of a task store says"
-            )
+            raise MetarecError(f"{path} has no column {lacking[0]!r}. Write it again in the layout of a task store")
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(size, columns=list(columns)):
@@ -285,16 +282,18 @@ def batches(folder: Path, columns: Sequence[str], size: int) -> Iterator[pa.Reco
                         raise bounds.swollen(path)
                     yield batch.select(columns)
         except parquet.ERRORS as error:
-            raise MetarecError(f"{path} is damaged or cut off ({one_line(error)}). Prepare the store again") from error
+            raise MetarecError(
+                f"{path} is damaged or truncated ({one_line(error)}). Prepare the store again"
+            ) from error
 
 
 def load(store: Store, users: np.ndarray | None = None, *, whole: bool = False) -> Interactions:
-    """A store, or some of its users, in memory; by user, and in time order.
+    """Load a store, or some of its users, sorted by user and time.
 
     Args:
-      users: ascending rows; default all.
-      whole: keep the vocabulary (and the features) of all users, so that rows stay what they are in the store; else
-        the users loaded are rows 1, 2, ....
+      users: ascending rows; default: all.
+      whole: keep the vocabulary (and the features) of all users, so that rows are those of the store; else the loaded
+        users have rows 1, 2, ....
     """
     rows = np.arange(1, store.users + 1) if users is None else np.asarray(users)
     starts, events = read_events(store, rows)

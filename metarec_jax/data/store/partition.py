@@ -1,4 +1,4 @@
-"""Rows sorted by user and time, as one row a user in a few Parquet files: of a repeated pair the last is kept."""
+"""Rows sorted by user and time, written as one row per user to a few Parquet files; the last of repeats is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROWS = 1 << 20
 
 
 class _Users(NamedTuple):
-    """Whole histories: the users' ids, how many rows each has, and the other columns of these rows."""
+    """Whole histories: the users' ids, the number of rows of each, and the other columns of these rows."""
 
     ids: list[Any]
     sizes: list[int]
@@ -23,18 +23,18 @@ class _Users(NamedTuple):
 
 
 def partition(
-    rows: Path, folder: Path, *, per_file: int, tell: Callable[[int], None] = lambda done: None
+    rows: Path, folder: Path, *, per_file: int, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[int, int]:
     """Write ``users/`` and ``histories/`` of a store.
 
     Args:
-      rows: a Parquet file of the columns user (ids), item (rows of the vocabulary), and rating and time where there are
-        such, sorted by user, then time, then item.
-      per_file: interactions after which a new file of histories begins.
-      tell: called with the number of rows read so far.
+      rows: a Parquet file of the columns user (ids), item (rows of the vocabulary), and optionally rating and time,
+        sorted by user, then time, then item.
+      per_file: interactions after which a new file of histories starts.
+      progress: called with the number of rows read so far.
 
     Returns:
-      The numbers of users, and of interactions that are left.
+      The numbers of users and of interactions that are kept.
     """
     users = kept = files = 0
     (folder / "users").mkdir()
@@ -46,7 +46,7 @@ def partition(
         histories = pa.schema([("user", pa.int32()), *((p, pa.list_(schema.field(n).type)) for p, n in lists)])
         writer: pq.ParquetWriter | None = None
         with pq.ParquetWriter(folder / "users" / "part-00000.parquet", vocabulary, compression="zstd") as names:
-            for ids, sizes, columns in _by_user(file, tell):
+            for ids, sizes, columns in _by_user(file, progress):
                 row = np.arange(users + 1, users + len(ids) + 1, dtype=np.int32)
                 names.write_table(pa.table([row, pa.array(ids, vocabulary.field("id").type)], schema=vocabulary))
                 keep, left = _without_repeats(np.array(sizes), columns)
@@ -71,9 +71,9 @@ def partition(
 _LISTS = {"items": "item", "ratings": "rating", "times": "time"}
 
 
-def _by_user(file: pq.ParquetFile, tell: Callable[[int], None]) -> Iterator[_Users]:
-    """Some users at a time, each whole, about as many rows as are read at once."""
-    done, open_id = 0, None  # the user whose rows may go on in the next batch
+def _by_user(file: pq.ParquetFile, progress: Callable[[int], None]) -> Iterator[_Users]:
+    """Groups of whole users, of about as many rows as are read at once."""
+    done, open_id = 0, None  # the user whose rows may continue in the next batch
     waiting: list[dict[str, np.ndarray]] = []
     for batch in file.iter_batches(_ROWS):
         runs = pc.run_end_encode(batch.column("user"))
@@ -93,16 +93,16 @@ def _by_user(file: pq.ParquetFile, tell: Callable[[int], None]) -> Iterator[_Use
             yield _Users(ids[:-1], sizes[:-1], {n: np.concatenate([part[n] for part in parts]) for n in columns})
         open_id, waiting = ids[-1], [{name: values[cut:] for name, values in columns.items()}]
         done += batch.num_rows
-        tell(done)
+        progress(done)
     if waiting:
         whole = {name: np.concatenate([part[name] for part in waiting]) for name in waiting[0]}
         yield _Users([open_id], [len(whole["item"])], whole)
 
 
 def _without_repeats(sizes: np.ndarray, columns: dict[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray]:
-    """Which rows to keep (None: all), and how many each user then has.
+    """Which rows to keep (None: all), and the number of rows that each user keeps.
 
-    Of each user and item the last in time is kept; of those of one time, or without times, the one rated highest.
+    The last row in time of each user and item is kept; of equal times, or without times, the one rated highest.
 
     >>> _without_repeats(np.array([3, 2]), {"item": np.array([7, 8, 7, 7, 7]), "rating": np.array([1, 5, 2, 4, 3])})
     (array([False,  True,  True,  True, False]), array([2, 1]))

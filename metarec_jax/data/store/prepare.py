@@ -1,7 +1,7 @@
-"""From a table of interactions of any size to a task store: DuckDB sorts it out of core, once, by user and time.
+"""Convert a table of interactions of any size to a task store: DuckDB sorts it out of core, once, by user and time.
 
-The result does not depend on the order of the rows, the number of files or of threads: ids are sorted; of repeated
-pairs of user and item the last in time is kept (of equal times, or without times, the one of the highest rating); of
+The result does not depend on the order of the rows or on the number of files or threads: ids are sorted; the last in
+time of repeated pairs of user and item is kept (of equal times, or without times, the one with the highest rating); of
 equal times the lower item row comes first.
 """
 
@@ -31,7 +31,7 @@ _PER_FILE = 5_000_000
 _A_THREAD = 250e6
 _PARQUET = "(FORMAT parquet, COMPRESSION zstd"
 _ON_DISK = {"BIGINT": 40, "VARCHAR": 80}
-"""Bytes of disk an interaction while a store is made, by the type of user ids: 33 were measured with integers."""
+"""Bytes of disk per interaction while a store is made, by the type of user ids: 33 were measured with integers."""
 
 
 def prepare(
@@ -48,26 +48,26 @@ def prepare(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Store:
-    """Make a task store of a table; `metarec_jax.data.store.opened` describes it.
+    """Convert a table to a task store; `metarec_jax.data.store.opened` describes it.
 
-    A store is there whole or not at all: it is made in a folder beside ``out``, which a killed run leaves and the next
-    one clears.
+    The store appears atomically: it is written to a folder beside ``out``, which a killed run leaves and the next run
+    clears.
 
     Args:
-      paths: CSV or Parquet files, folders or patterns, all of one table. A single folder that holds users/, items/ and
-        histories/ is the Parquet half of a store: then only the rest is made, in place.
+      paths: CSV or Parquet files, folders or patterns, all of one table. A single folder with users/, items/ and
+        histories/ is the Parquet half of a store: then only the rest is written, in place.
       user_col, item_col, rating_col, timestamp_col, implicit: as in `metarec_jax.data.io.readers.read`.
-      partitions: files of histories; default one for 5 million interactions.
-      memory: what DuckDB may use, such as "2GB"; the rest of the process takes some 0.5 GB more.
-      fresh: replace a store that is there.
-      say: told what is done and how fast.
+      partitions: number of files of histories; default: one per 5 million interactions.
+      memory: memory for DuckDB, such as "2GB"; the rest of the process uses about 0.5 GB more.
+      fresh: replace an existing store.
+      say: called with a line on each phase and its speed.
 
     Raises:
-      MetarecError: whatever is wrong with the files; too little disk or memory; an ``out`` that is there already.
+      MetarecError: a fault of the files, too little disk or memory, or an existing ``out``.
     """
-    out, spoken = Path(out), _Spoken(say)
+    out, phase = Path(out), _Phases(say)
     if len(paths) == 1 and is_half(paths[0]):
-        return _finish_in_place(Path(paths[0]), out, fresh, spoken)
+        return _finish_in_place(Path(paths[0]), out, fresh, phase)
     limit = _bytes(memory)
     table = ingest.source(
         paths,
@@ -79,18 +79,18 @@ def prepare(
     )
     if out.exists() and not (fresh and is_store(out)):
         raise MetarecError(
-            f"{out} is a task store already; train on it with metarec fit {out}, or replace it with --fresh"
+            f"{out} is already a task store; train on it with metarec fit {out}, or replace it with --fresh"
             if is_store(out)
-            else f"{out} is there and is no task store; give --out another"
+            else f"{out} exists and is not a task store; choose another folder with --out"
         )
     size = sum(path.stat().st_size for path in table.files)
     say(f"{len(table.files)} {'Parquet' if table.dialect is None else 'text'} files, {size / 1e9:.2f} GB")
     with _work_folder(out) as folder:
         with _database(folder / "scratch", limit, table) as run:
-            kept, notes = _parquet_half(folder, run, table, partitions, spoken)
+            kept, notes = _parquet_half(folder, run, table, partitions, phase)
         shutil.rmtree(folder / "scratch")
-        with spoken("pack", kept) as tell:
-            pack(folder, name=out.name, notes=notes, tell=lambda what, done: tell(done * (what == "histories")))
+        with phase("pack", kept) as progress:
+            pack(folder, name=out.name, notes=notes, progress=lambda what, done: progress(done * (what == "histories")))
         (folder / "lock").unlink()
         old = out.with_name(f"{out.name}.old")
         if out.exists():
@@ -101,72 +101,72 @@ def prepare(
 
 
 def is_half(path: str | Path) -> bool:
-    """Whether a path is a folder that holds the Parquet half of a store."""
+    """Whether a path is a folder with the Parquet half of a store."""
     return all((Path(path) / part).is_dir() for part in ("users", "items", "histories"))
 
 
 def _parquet_half(
-    folder: Path, run: Callable[[str], list[Any]], table: ingest.Source, partitions: int | None, spoken: _Spoken
+    folder: Path, run: Callable[[str], list[Any]], table: ingest.Source, partitions: int | None, phase: _Phases
 ) -> tuple[int, list[str]]:
-    """Write users/, items/ and histories/; how many interactions there are, and what was dropped or changed."""
+    """Write users/, items/ and histories/. Returns the number of interactions, and notes on what was dropped."""
     files = table.files
     if table.dialect is not None:
         files = (folder / "scratch" / "text.parquet",)
-        _wants_disk(folder, sum(path.stat().st_size for path in table.files))
-        with spoken("read") as tell:
-            ingest.text_to_parquet(table, files[0], tell)
+        _require_disk(folder, sum(path.stat().st_size for path in table.files))
+        with phase("read") as progress:
+            ingest.text_to_parquet(table, files[0], progress)
     relation = f"read_parquet([{', '.join(sql.literal(str(path)) for path in files)}])"
-    with spoken("check") as tell:
+    with phase("check") as progress:
         checked = sql.check(run, relation, table)
-        tell(checked.read)
+        progress(checked.read)
     kind = run(f"SELECT column_type FROM (DESCRIBE SELECT {checked.columns['user']} FROM {relation})")[0][0]
-    _wants_disk(folder, checked.read * _ON_DISK[kind])
-    with spoken("items", checked.read):
+    _require_disk(folder, checked.read * _ON_DISK[kind])
+    with phase("items", checked.read):
         notes = [*checked.notes, *sql.number_items(run, relation, table, checked)]
         (folder / "items").mkdir()
         target = sql.literal(str(folder / "items" / "part-00000.parquet"))
         run(f"COPY (SELECT (rowid + 1)::INTEGER AS row, id FROM items ORDER BY rowid) TO {target} {_PARQUET})")
     ordered = folder / "scratch" / "sorted.parquet"
-    with spoken("sort", checked.read):
-        # Ratings are no key: a key of 24 bytes at the most takes half the disk that a longer one does.
+    with phase("sort", checked.read):
+        # Ratings are not part of the key: a key of at most 24 bytes requires half the disk of a longer one.
         keys = ["user", *(["time"] if "time" in checked.columns else []), "item"]
         rated = ["rating"] if "rating" in checked.columns else []
-        given = ", ".join(f"{value} AS {sql.quoted(name)}" for name, value in checked.columns.items())
+        columns = ", ".join(f"{value} AS {sql.quoted(name)}" for name, value in checked.columns.items())
         run(
             f"COPY (SELECT {', '.join('row AS item' if n == 'item' else sql.quoted(n) for n in keys + rated)} FROM "
-            f"(SELECT {given}, {checked.item} AS raw FROM {relation}{checked.condition}) JOIN item_rows USING (raw) "
+            f"(SELECT {columns}, {checked.item} AS raw FROM {relation}{checked.condition}) JOIN item_rows USING (raw) "
             f"ORDER BY {', '.join('row' if n == 'item' else sql.quoted(n) for n in keys)}) "
             f"TO {sql.literal(str(ordered))} {_PARQUET}, ROW_GROUP_SIZE 500000)"
         )
     rows = pq.read_metadata(ordered).num_rows
     per_file = _PER_FILE if partitions is None else math.ceil(rows / max(1, partitions))
-    with spoken("histories", rows) as tell:
-        _, kept = partition(ordered, folder, per_file=per_file, tell=tell)
+    with phase("histories", rows) as progress:
+        _, kept = partition(ordered, folder, per_file=per_file, progress=progress)
     if repeats := rows - kept:
         which = "last" if "time" in checked.columns else "highest" if "rating" in checked.columns else "one"
         notes.append(f"{repeats} repeated rows of a user and item dropped (the {which} is kept)")
     return kept, notes
 
 
-def _finish_in_place(folder: Path, out: Path, fresh: bool, spoken: _Spoken) -> Store:
-    """Make the flat half beside a Parquet half that something else wrote."""
+def _finish_in_place(folder: Path, out: Path, fresh: bool, phase: _Phases) -> Store:
+    """Write the flat half beside a Parquet half that another program wrote."""
     if out.resolve() != folder.resolve():
-        raise MetarecError(f"{folder} is the Parquet half of a store, which is finished in place; give --out {folder}")
+        raise MetarecError(f"{folder} is the Parquet half of a store, which is completed in place; use --out {folder}")
     if is_store(folder) and not fresh:
-        raise MetarecError(f"{folder} is a task store already; train on it with metarec fit {folder}, or say --fresh")
-    with spoken("pack") as tell:
-        pack(folder, name=folder.resolve().name, tell=lambda what, done: tell(done * (what == "histories")))
+        raise MetarecError(f"{folder} is already a task store; train on it with metarec fit {folder}, or use --fresh")
+    with phase("pack") as progress:
+        pack(folder, name=folder.resolve().name, progress=lambda what, done: progress(done * (what == "histories")))
     return open_store(folder)
 
 
 @contextlib.contextmanager
 def _database(scratch: Path, limit: int, table: ingest.Source) -> Iterator[Callable[[str], list[Any]]]:
-    """A DuckDB whose files, and whatever does not fit its memory, lie in ``scratch``; yields what executes SQL."""
+    """A DuckDB database with its files and spilled data in ``scratch``; yields a function that executes SQL."""
     try:
         import duckdb
     except ImportError as error:
         raise MetarecError(
-            "preparing a store wants DuckDB, which is not there; pip install 'metarec_jax[store]'"
+            "preparing a store requires DuckDB, which is not installed; pip install 'metarec_jax[store]'"
         ) from error
 
     def run(text: str) -> list[Any]:
@@ -179,7 +179,7 @@ def _database(scratch: Path, limit: int, table: ingest.Source) -> Iterator[Calla
             raise
         except duckdb.OutOfMemoryException as error:
             raise MetarecError(
-                f"DuckDB cannot do with {limit / 1e9:.1f} GB ({one_line(error)}); give it more: --memory-limit 4GB"
+                f"{limit / 1e9:.1f} GB are not enough for DuckDB ({one_line(error)}); allow more: --memory-limit 4GB"
             ) from error
         except duckdb.Error as error:
             raise MetarecError(
@@ -189,7 +189,7 @@ def _database(scratch: Path, limit: int, table: ingest.Source) -> Iterator[Calla
 
     scratch.mkdir()
     connection = duckdb.connect(str(scratch / "work.duckdb"))
-    worker = ThreadPoolExecutor(1)  # so that Ctrl-C need not wait for the end of a query
+    worker = ThreadPoolExecutor(1)  # so that Ctrl-C does not wait for the end of a query
     try:
         run(f"SET memory_limit = '{limit // 10**6}MB'")
         run(f"SET temp_directory = {sql.literal(str(scratch / 'spilled'))}")
@@ -205,20 +205,20 @@ def _database(scratch: Path, limit: int, table: ingest.Source) -> Iterator[Calla
 
 @contextlib.contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that belongs to this process alone; what an earlier one left there is cleared."""
+    """A folder beside ``out``, locked by this process; the files of an earlier run are removed."""
     import fcntl
 
     folder = out.with_name(f"{out.name}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MetarecError(f"{folder} cannot be made ({error.strerror}); give --out another") from error
+        raise MetarecError(f"cannot create {folder} ({error.strerror}); choose another folder with --out") from error
     with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise MetarecError(
-                f"another metarec prepare is writing {folder}; wait for it, or give --out another"
+                f"another metarec prepare is writing {folder}; wait for it, or choose another folder with --out"
             ) from None
         for left in folder.iterdir():
             if left.name != "lock":
@@ -229,12 +229,12 @@ def _work_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wants_disk(folder: Path, needed: int) -> None:
+def _require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MetarecError(
-            f"the store takes about {needed / 1e9:.1f} GB of disk while it is made, and {free / 1e9:.1f} GB are free "
-            f"at {folder.parent}; free some, or give --out a path on another disk"
+            f"preparing the store requires about {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free at "
+            f"{folder.parent}; free some, or choose a folder on another disk with --out"
         )
 
 
@@ -245,12 +245,12 @@ def _bytes(memory: str) -> int:
     if match is not None:
         size = float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2].lower()))
     if not 250e6 <= size < 2**60:
-        raise MetarecError(f"memory limit {shown(memory)}: a size such as 2GB, and 250MB at the least, was wanted")
+        raise MetarecError(f"--memory-limit expected a size of at least 250MB, such as 2GB, got {shown(memory)}")
     return int(size)
 
 
-class _Spoken:
-    """Says how long each phase took, and how far a long one is."""
+class _Phases:
+    """Prints the time of each phase, and the progress of a long one."""
 
     EVERY = 15.0
 
@@ -262,7 +262,7 @@ class _Spoken:
         began = last = time.perf_counter()
         most = 0
 
-        def tell(done: int) -> None:
+        def progress(done: int) -> None:
             nonlocal last, most
             most = max(most, done)
             if time.perf_counter() - last > self.EVERY:
@@ -270,7 +270,7 @@ class _Spoken:
                 self._say(f"  {name}: {done:,}{f' of {rows:,}' if rows else ''} rows, {_rate(done, last - began)}")
 
         self._say(f"{name} ...")
-        yield tell
+        yield progress
         took, count = time.perf_counter() - began, rows or most
         self._say(f"{name}: {count:,} rows in {took:.1f} s, {_rate(count, took)}")
 

@@ -1,7 +1,7 @@
 """The columns of a table of interactions as SQL, checked and counted in one pass.
 
-The rules are those of `data.io.readers`: integer ids where every one is spelled as one, what a missing value is,
-what a time is. Only SQL text is made here; `metarec_jax.data.store.prepare` runs it.
+The rules are those of `data.io.readers` for integer ids, missing values and times. This module only composes SQL text;
+`metarec_jax.data.store.prepare` runs it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _UNITS = ((10**17, 10**9, "nano"), (10**14, 10**6, "micro"), (10**11, 10**3, "mi
 
 
 class Checked(NamedTuple):
-    """What a pass over the rows found: how to select what is good of them.
+    """The result of a pass over the rows: SQL that selects the valid ones.
 
     Attributes:
-      columns: SQL by name: user, and rating and time where there are such.
-      item: the column of items as it stands; item_kind: its type.
-      where: conditions that are not met by every row.
-      read: how many rows there are.
-      notes: what is dropped or changed.
+      columns: SQL by name: user, and optionally rating and time.
+      item: the unchanged column of items; item_kind: its type.
+      where: conditions that some rows do not meet.
+      read: number of rows.
+      notes: what is dropped or changed, one line each.
     """
 
     columns: dict[str, str]
@@ -54,20 +54,19 @@ Run = Callable[[str], list[Any]]
 
 
 def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Checked:
-    """One pass over the rows: values that are missing or are no numbers, and of what kind users and times are.
+    """One pass over the rows: counts missing and invalid values, and determines the kinds of users and times.
 
     Args:
       relation: SQL of the table, such as ``read_parquet([...])``.
       commas: ratings have decimal commas.
 
     Raises:
-      MetarecError: a column of a type that cannot be what it is to be, a value that is no number or no time, a column
-        that is the same everywhere or empty.
+      MetarecError: a column has an unsuitable type or is constant or empty, or a value is not a number or a time.
     """
-    roles, where = table.roles, _where(table)
+    roles, source = table.roles, _name(table)
     types = {str(row[0]): _kind(str(row[1])) for row in run(f"DESCRIBE SELECT * FROM {relation}")}
-    user, kind = _id(quoted(roles.user), types[roles.user], where, roles.user, "user"), types[roles.user]
-    _id("raw", types[roles.item], where, roles.item, "item")
+    user, kind = _id(quoted(roles.user), types[roles.user], source, roles.user, "user"), types[roles.user]
+    _id("raw", types[roles.item], source, roles.item, "item")
     wanted = {"read": "count(*)"} | {f"user_{f}": f"{f}({user})" for f in ("count", "min", "max")}
     wanted |= {"user_whole": f"count_if({_spelled(user)})"} if table.dialect is not None else {}
     wanted |= {"user_fractions": f"count_if({user} != floor({user}))"} if kind in _NUMBERS else {}
@@ -82,7 +81,7 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
             wrong = f"CASE WHEN {rating} IS NULL THEN {given} END"
             wanted |= {"rating_wrong": f"count({wrong})", "rating_such": f"min({wrong})"}
     if roles.timestamp is not None:
-        given, times = _times(roles.timestamp, types[roles.timestamp], where)
+        given, times = _times(roles.timestamp, types[roles.timestamp], source)
         wanted |= {"time_given": f"count({given})"} | {f"time_{kind}": f"count({time})" for kind, time in times.items()}
         wanted |= {f"not_{k}": f"min(CASE WHEN {time} IS NULL THEN {given} END)" for k, time in times.items()}
         if "number" in times:
@@ -90,20 +89,20 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
     found = dict(zip(wanted, run(f"SELECT {', '.join(wanted.values())} FROM {relation}")[0], strict=True))
     read = int(found["read"])
     if not read:
-        raise MetarecError(f"{where} holds no rows. A table with one row an interaction was wanted")
+        raise MetarecError(f"{source} has no rows, expected one row per interaction. Check the file")
     notes, lost = list(table.notes), {roles.user: read - found["user_count"]}
     if found.get("user_fractions"):
-        raise _fractions(where, roles.user, found["user_fractions"], "user")
+        raise _fractions(source, roles.user, found["user_fractions"], "user")
     if found["user_rounded"]:
-        raise _were_rounded(where, roles.user, found["user_rounded"], found["user_such"])
+        raise _were_rounded(source, roles.user, found["user_rounded"], found["user_such"])
     if kind in _NUMBERS or (table.dialect is not None and found["user_whole"] == found["user_count"]):
         user = _integer(user, kind)
     elif found.get("user_whole"):
         notes.append(_mixed(roles.user, found["user_whole"]))
     if found["user_min"] == found["user_max"]:
         raise MetarecError(
-            f"{where}, column {shown(roles.user)}: all rows are of one user ({shown(found['user_min'])}), and "
-            f"meta-learning wants many, two at the least. Name another column with {option('user')}"
+            f"{source}, column {shown(roles.user)}: all rows belong to one user ({shown(found['user_min'])}); "
+            f"meta-learning requires at least two. Name another column with {option('user')}"
         )
     columns, conditions = {"user": user}, [f"{user} IS NOT NULL"] if found["user_count"] < read else []
     if roles.rating is not None:
@@ -113,13 +112,14 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
                 note = f"decimal commas, such as {shown(found['rating_such'])}, are read as decimal points"
                 return checked._replace(notes=(f"column {shown(roles.rating)}: {note}", *checked.notes))
             raise MetarecError(
-                f"{where}, column {shown(roles.rating)}: {found['rating_wrong']} values are no numbers of 32 bits, "
+                f"{source}, column {shown(roles.rating)}: {found['rating_wrong']} values are not 32-bit numbers, "
                 f"such as {shown(found['rating_such'])}. Correct them, or name another column with {option('rating')}"
             )
         if found["rating_min"] == found["rating_max"]:
             raise MetarecError(
-                f"{where}, column {shown(roles.rating)}: all ratings equal {shown(found['rating_min'])}, so nothing is "
-                "left to predict. If a row means that the user chose the item, say --implicit (implicit=True in Python)"
+                f"{source}, column {shown(roles.rating)}: all ratings are {shown(found['rating_min'])}, so there is "
+                "nothing to predict. If a row means that the user chose the item, use --implicit (implicit=True in "
+                "Python)"
             )
         columns["rating"], lost[roles.rating] = rating, read - found["rating_given"]
         notes += _no_rating(run, relation, rating)
@@ -128,58 +128,57 @@ def check(run: Run, relation: str, table: Source, *, commas: bool = False) -> Ch
     if roles.timestamp is not None and found["time_given"] == 0:
         notes.append(f"column {shown(roles.timestamp)} is empty: read without timestamps")
     elif roles.timestamp is not None:
-        columns["time"], said = _settled(roles.timestamp, times, found, where)
-        notes += said
+        columns["time"], remarks = _settled(roles.timestamp, times, found, source)
+        notes += remarks
         if timeless := read - found["time_given"]:
             least = f"{NO_TIME + 1}::BIGINT - 1"  # the literal itself is too large
             columns["time"] = f"coalesce({columns['time']}, {least})"
-            notes.append(f"{timeless} rows have no time: kept, but --order time requires one of every row")
+            notes.append(f"{timeless} rows have no time: kept, but --order time requires a time in every row")
     notes += [f"rows dropped: {count} without a {name}" for name, count in lost.items() if count]
     return Checked(columns, quoted(roles.item), types[roles.item], tuple(conditions), read, tuple(notes))
 
 
 def number_items(run: Run, relation: str, table: Source, checked: Checked) -> tuple[str, ...]:
-    """Make the tables ``items`` (id; its row is its rowid + 1) and ``item_rows`` (raw value, row); notes.
+    """Create the tables ``items`` (id; its row is its rowid + 1) and ``item_rows`` (raw value, row). Returns notes.
 
-    Values are trimmed, and missing ones told from ids, once for each value, not for each row.
+    Values are trimmed and checked once per distinct value, not once per row.
 
     Raises:
-      MetarecError: ids that are fractions, or no id at all.
+      MetarecError: ids are fractions, or there is no id.
     """
-    where, name, kind = _where(table), table.roles.item, checked.item_kind
-    item, raw = _id("raw", kind, where, name, "item"), f"SELECT {checked.item} AS raw, count(*) AS n"
+    source, name, kind = _name(table), table.roles.item, checked.item_kind
+    item, raw = _id("raw", kind, source, name, "item"), f"SELECT {checked.item} AS raw, count(*) AS n"
     run(f"CREATE TABLE seen AS {raw} FROM {relation}{checked.condition} GROUP BY 1")
     fractions = f"sum(n) FILTER (WHERE {item} != floor({item}))" if kind in _NUMBERS else "0"
     counted = f"sum(n), sum(n) FILTER (WHERE {item} IS NOT NULL), sum(n) FILTER (WHERE {_spelled(item)}), {fractions}"
     read, given, whole, broken = (int(n or 0) for n in run(f"SELECT {counted} FROM seen")[0])
     notes = []
     if broken:
-        raise _fractions(where, name, broken, "item")
+        raise _fractions(source, name, broken, "item")
     if not given:
-        raise MetarecError(f"{where}: no row has a user, an item and what else is wanted of it. Fill the gaps in")
+        raise MetarecError(f"{source}: no row has a value in every required column. Complete the rows")
     if (rounded := run(f"SELECT {_rounded(item, kind)}, {_such(item, kind)} FROM seen")[0])[0]:
-        raise _were_rounded(where, name, *rounded)
+        raise _were_rounded(source, name, *rounded)
     if kind in _NUMBERS or (table.dialect is not None and whole == given):
         item = _integer(item, kind)
     elif table.dialect is not None and whole:
         notes.append(_mixed(name, whole))
     if given < read:
         notes.append(f"rows dropped: {read - given} without a {name}")
-    run(f"CREATE TABLE named AS SELECT raw, {item} AS id FROM seen")  # so that the join below is one of plain columns
+    run(f"CREATE TABLE named AS SELECT raw, {item} AS id FROM seen")  # so that the join below is over plain columns
     run("CREATE TABLE items AS SELECT DISTINCT id FROM named WHERE id IS NOT NULL ORDER BY id")
     rows = "SELECT raw, (items.rowid + 1)::INTEGER AS row FROM named JOIN items ON named.id = items.id"
     run(f"CREATE TABLE item_rows AS {rows}")
     return tuple(notes)
 
 
-def _where(table: Source) -> str:
+def _name(table: Source) -> str:
     return str(table.files[0]) if len(table.files) == 1 else f"{table.files[0]} and others"
 
 
-def _fractions(where: str, name: str, count: int, side: str) -> MetarecError:
+def _fractions(source: str, name: str, count: int, side: str) -> MetarecError:
     return MetarecError(
-        f"{where}, column {shown(name)}: {count} values are fractions, and ids were wanted. "
-        f"Name another column with {option(side)}"
+        f"{source}, column {shown(name)}: expected ids, got {count} fractions. Name another column with {option(side)}"
     )
 
 
@@ -188,17 +187,17 @@ def _mixed(name: str, rows: int) -> str:
 
 
 def _spelled(value: str) -> str:
-    """SQL: whether text spells an integer, as `spelling.whole` has it."""
+    """SQL: whether text spells an integer, as in `spelling.whole`."""
     return f"regexp_full_match({value}::VARCHAR, {literal(WHOLE)})"
 
 
 def _integer(value: str, kind: str) -> str:
-    """SQL of ids that are whole numbers as such; text loses its decimal point first."""
+    """SQL that casts ids of whole numbers to integers; text loses its decimal point first."""
     return f"({value})::BIGINT" if kind in _NUMBERS else f"regexp_replace({value}, '[.]0*$', '')::BIGINT"
 
 
 def _is_rounded(value: str, kind: str) -> str:
-    """SQL: whether an id went through a float that does not hold it, as `spelling.was_rounded` has it."""
+    """SQL: whether an id passed through a float that cannot represent it, as in `spelling.was_rounded`."""
     if kind in _FLOATS:
         return f"abs({value}) >= {2**24 if kind == 'FLOAT' else 2**EXACT}"
     if kind != "VARCHAR":
@@ -208,7 +207,7 @@ def _is_rounded(value: str, kind: str) -> str:
 
 
 def _rounded(value: str, kind: str) -> str:
-    """SQL: how many ids were rounded; of text 0 where some of it is no number."""
+    """SQL: the number of rounded ids; 0 for text that is not all numbers."""
     some = f"count_if({_is_rounded(value, kind)})"
     if kind != "VARCHAR":
         return some
@@ -220,10 +219,10 @@ def _such(value: str, kind: str) -> str:
     return f"min(CASE WHEN {_is_rounded(value, kind)} THEN {value} END)"
 
 
-def _were_rounded(where: str, name: str, count: int, such: Any) -> MetarecError:
+def _were_rounded(source: str, name: str, count: int, such: Any) -> MetarecError:
     return MetarecError(
-        f"{where}, column {shown(name)}: {count} ids such as {shown(such)} were rounded by a float, so that several "
-        "may have become one. Write the column again as whole numbers or as text, without powers of ten"
+        f"{source}, column {shown(name)}: {count} ids such as {shown(such)} were rounded by a float, so that several "
+        "may coincide. Write the column again as whole numbers or as text, without powers of ten"
     )
 
 
@@ -232,8 +231,8 @@ def _kind(spelled: str) -> str:
     return "LIST" if spelled.endswith("]") else spelled.split("(")[0]
 
 
-def _id(column: str, kind: str, where: str, name: str, side: str) -> str:
-    """SQL of an id: whole numbers, or text; NULL where missing."""
+def _id(column: str, kind: str, source: str, name: str, side: str) -> str:
+    """SQL of an id: a whole number or text; NULL if missing."""
     if kind in _WHOLE:
         return f"{column}::BIGINT"
     if kind in _FLOATS:
@@ -245,18 +244,18 @@ def _id(column: str, kind: str, where: str, name: str, side: str) -> str:
     if kind == "BLOB":
         return _text(f"decode({column})")
     raise MetarecError(
-        f"{where}, column {shown(name)}: values of type {kind} cannot be ids. Name another column with {option(side)}"
+        f"{source}, column {shown(name)}: values of type {kind} cannot be ids. Name another column with {option(side)}"
     )
 
 
 def _text(column: str) -> str:
-    """SQL of text without blanks around it; NULL where it is missing."""
+    """SQL of text, stripped of blanks; NULL if missing."""
     trimmed = f"trim({column}::VARCHAR, E' \\t\\r\\n')"
     return f"CASE WHEN {trimmed} NOT IN ({', '.join(map(literal, MISSING))}) THEN {trimmed} END"
 
 
 def _no_rating(run: Run, relation: str, rating: str) -> list[str]:
-    """What `columns.no_rating` says, where ratings have few values."""
+    """The note of `columns.no_rating`, if ratings have at most 1000 values."""
     finite = f"FROM {relation} WHERE isfinite({rating})"
     counted = f"SELECT {rating} AS r, count(*) {finite} GROUP BY r ORDER BY r LIMIT 1001"
     values, counts = (np.array(column) for column in zip(*run(counted), strict=True))
@@ -265,14 +264,14 @@ def _no_rating(run: Run, relation: str, rating: str) -> list[str]:
 
 
 def _has_commas(run: Run, relation: str, value: str, wrong: int) -> bool:
-    """Whether the values that are no numbers are so for their decimal commas, as `spelling.decimal_commas` has it."""
+    """Whether the values that are not numbers have decimal commas, as in `spelling.decimal_commas`."""
     comma, thousands = (f"count_if(regexp_full_match({value}, {literal(p)}))" for p in (COMMA, THOUSANDS))
     counted = run(f"SELECT {comma}, {thousands}, count_if(contains({value}, '.')) FROM {relation}")[0]
     return counted[0] == wrong and counted[1] < wrong and not counted[2]
 
 
 def _number(name: str, kind: str, commas: bool) -> tuple[str, str]:
-    """SQL of a value as it stands, NULL where missing, and as a number of 32 bits: NULL where it is none."""
+    """SQL of a value (NULL if missing), and of the value as a 32-bit number (NULL if it is not one)."""
     column = quoted(name)
     if kind == "FLOAT":
         return f"CASE WHEN NOT isnan({column}) THEN {column} END", column
@@ -283,8 +282,8 @@ def _number(name: str, kind: str, commas: bool) -> tuple[str, str]:
     return given, f"TRY_CAST({given} AS FLOAT)"
 
 
-def _times(name: str, kind: str, where: str) -> tuple[str, dict[str, str]]:
-    """SQL of a value as it stands, and of what time it may be: "number", "date" (in seconds); NULL where neither."""
+def _times(name: str, kind: str, source: str) -> tuple[str, dict[str, str]]:
+    """SQL of a value, and of the value as a time by kind, "number" or "date" (in seconds); NULL if it is not one."""
     column = quoted(name)
     if kind == "DATE" or kind.startswith("TIMESTAMP"):
         zoned = kind if kind == "TIMESTAMP WITH TIME ZONE" else "TIMESTAMP"
@@ -300,31 +299,33 @@ def _times(name: str, kind: str, where: str) -> tuple[str, dict[str, str]]:
         date = f"floor(epoch(TRY_CAST({given} AS TIMESTAMPTZ)))::BIGINT"
         return given, {"number": f"coalesce(TRY_CAST({given} AS BIGINT), {whole})", "date": date}
     raise MetarecError(
-        f"{where}, column {shown(name)}: values of type {kind} cannot be times. Name another column with "
-        f"{option('timestamp')}, or an empty name to use none"
+        f"{source}, column {shown(name)}: values of type {kind} cannot be times. Name another column with "
+        f"{option('timestamp')}, or an empty name for no timestamps"
     )
 
 
-def _settled(name: str, times: dict[str, str], found: dict[str, Any], where: str) -> tuple[str, list[str]]:
-    """SQL in seconds of the one of `_times` that a column holds, and what to say of it."""
+def _settled(name: str, times: dict[str, str], found: dict[str, Any], source: str) -> tuple[str, list[str]]:
+    """SQL in seconds of the kind of `_times` that the column has, and notes on it."""
     kind = max(times, key=lambda k: found[f"time_{k}"])
     if found[f"time_{kind}"] < found["time_given"]:
         wrong, such = found["time_given"] - found[f"time_{kind}"], shown(found[f"not_{kind}"])
-        wanted = (
+        fault = (
             "neither seconds since 1970 nor an ISO date"
             if not found[f"time_{kind}"]
-            else ("no number of seconds, as the others are" if kind == "number" else "no ISO date, as the others are")
+            else (
+                "not numbers of seconds, unlike the others" if kind == "number" else "not ISO dates, unlike the others"
+            )
         )
         raise MetarecError(
-            f"{where}, column {shown(name)}: {wrong} values such as {such} are {wanted}. Correct them, or name another "
-            f"column with {option('timestamp')}, or an empty name to use none"
+            f"{source}, column {shown(name)}: {wrong} values such as {such} are {fault}. Correct them, or name another "
+            f"column with {option('timestamp')}, or an empty name for no timestamps"
         )
     value = times[kind]
     if kind == "number":
         for _, divisor, unit in _UNITS:
-            if 2 * found[f"time_{unit}"] > found["time_given"]:  # the median is so large
-                said = f"column {shown(name)} was read as {unit}seconds and divided by {divisor:,}"
-                return f"(({value}) - (({value}) % {divisor} + {divisor}) % {divisor}) // {divisor}", [said]
+            if 2 * found[f"time_{unit}"] > found["time_given"]:  # the median is in this unit
+                note = f"column {shown(name)} was read as {unit}seconds and divided by {divisor:,}"
+                return f"(({value}) - (({value}) % {divisor} + {divisor}) % {divisor}) // {divisor}", [note]
     return value, []
 
 

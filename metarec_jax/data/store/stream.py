@@ -1,6 +1,6 @@
 """Tasks of a store, streamed from disk: every epoch visits each user once, in a new order; grain reads ahead.
 
-A batch is a function of the seed and the step alone, so that a run that goes on at step k begins with batch k.
+A batch depends only on the seed and the step, so that a run that resumes at step k starts with batch k.
 """
 
 from __future__ import annotations
@@ -41,50 +41,50 @@ def stream_source(
     """Draw batches of user tasks from a store, as `metarec_jax.data.draw.task_source` does from memory.
 
     The host chooses users, the events of support and query, and negatives; the device hides ids and looks features up.
-    What differs from `task_source`: users come each once an epoch, in a shuffled order, not with replacement.
+    Unlike in `task_source`, each user is visited once per epoch, in a shuffled order, instead of with replacement.
 
     Args:
-      users: rows of the users to draw from (default all): leave the held-out ones out, see `hold_out`.
-      items: ascending rows of the items that negatives are drawn from; default all.
-      seed: of the order of users, of support and query and negatives.
-      ahead: batches that are read ahead of the device; threads: that read them.
+      users: rows of the users to draw from (default: all), without the held-out ones, see `hold_out`.
+      items: ascending rows of the items that negatives are drawn from; default: all.
+      seed: seed of the order of users, of support and query, and of negatives.
+      ahead: number of batches read ahead of the device; threads: number of reading threads.
       tasks, support, query, order, user_rows, user_drop, item_drop, cold_tasks, negatives: as in `task_source`.
 
     Returns:
       A source whose host batches hold ``user`` int32 ``[T]``, ``sizes`` int32 ``[T, 2]`` (support and query examples),
-      ``events`` int32 ``[T, query + support[1], 1 or 2]`` (item rows and ratings by their bits, of the query first;
-      what lies beyond the sizes is any of the user's events), and with negatives ``negatives`` int32 ``[T, (query +
+      ``events`` int32 ``[T, query + support[1], 1 or 2]`` (item rows and ratings by their bits, the query first; beyond
+      the sizes there are arbitrary events of the user), and with negatives ``negatives`` int32 ``[T, (query +
       support[1]) * negatives]``, 0 for a user who had all items.
 
     Raises:
-      MetarecError: as `task_source`; no grain; while streaming, a damaged store.
+      MetarecError: as `task_source`; grain is not installed; or, while streaming, the store is damaged.
     """
     (low, high), negatives = support, negatives_of(negatives, store.implicit)
     _check_ranges(0, tasks, support, query, negatives)
     for name, chance in (("user_drop", user_drop), ("item_drop", item_drop), ("cold_tasks", cold_tasks)):
         if not 0 <= chance <= 1:
-            raise MetarecError(f"{name} is {chance}; it is a chance, from 0 to 1")
+            raise MetarecError(f"{name} is a probability, from 0 to 1, got {chance}; correct it")
     if user_rows not in ("prior", "own"):
         raise MetarecError(f"user_rows {user_rows!r} is not known; use 'prior' or 'own'")
     if order == "time" and store.untimed:
         raise MetarecError(
             f"--order time requires the time of every interaction, and {store.untimed} of the store {store.path} have "
-            "none; take --order random, or prepare it without them"
+            "none; use --order random, or prepare it without them"
         )
     if order not in ("random", "time") or (order == "time" and not store.timestamps):
         asked = f"--order {order} (order={order!r} in Python)"
-        raise MetarecError(f"{asked} requires timestamps, which the store lacks; take --order random")
+        raise MetarecError(f"{asked} requires timestamps, which the store lacks; use --order random")
     if not 0 <= seed < 2**32:
-        raise MetarecError(f"seed is {seed}; give one from 0 to 2**32 - 1")
+        raise MetarecError(f"seed must be from 0 to 2**32 - 1, got {seed}")
     counts = lengths(store)
     chosen = np.arange(1, store.users + 1, dtype=np.int32) if users is None else np.asarray(users, np.int32)
     if chosen.size and (chosen.min() < 1 or chosen.max() > store.users):
-        raise MetarecError(f"users has rows {chosen.min()} to {chosen.max()}, and the store rows 1 to {store.users}")
+        raise MetarecError(f"users must be rows 1 to {store.users} of the store, got {chosen.min()} to {chosen.max()}")
     chosen = chosen[counts[chosen - 1] >= low + 1]
     if not len(chosen):
         raise MetarecError(
-            f"no user has {low + 1} interactions to train on (the most is {store.longest}), and --support {low} {high} "
-            f"(support= in Python) requires them; lower its first number"
+            f"no user has {low + 1} interactions to train on (the maximum is {store.longest}), which --support {low} "
+            f"{high} (support= in Python) requires; lower its first number"
         )
     del counts
     pool = np.arange(1, store.items + 1, dtype=np.int32) if items is None else np.asarray(items, np.int32)
@@ -158,7 +158,9 @@ def _stream(
     try:
         import grain
     except ImportError as error:
-        raise MetarecError("streaming wants grain, and it is not there; pip install 'metarec_jax[store]'") from error
+        raise MetarecError(
+            "streaming requires grain, which is not installed; pip install 'metarec_jax[store]'"
+        ) from error
 
     every = grain.MapDataset.range(_STEPS).map(batch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
@@ -166,21 +168,21 @@ def _stream(
 
 
 def _visited(first: int, count: int, users: int, seed: int) -> np.ndarray:
-    """The places ``0..users-1`` that come at ``first .. first + count - 1`` of an endless sequence of epochs.
+    """The users ``0..users-1`` at positions ``first .. first + count - 1`` of an endless sequence of epochs.
 
-    An epoch is a random permutation of its own, evaluated where it is wanted: no array of all users is shuffled, and to
-    go on anywhere costs nothing.
+    Each epoch is a random permutation, evaluated only where required: no array of all users is shuffled, and resuming
+    at any position costs nothing.
 
     >>> sorted(_visited(0, 5, 5, seed=0).tolist()), sorted(_visited(5, 5, 5, seed=0).tolist())
     ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
     """
     epoch, place = np.divmod(np.arange(first, first + count), users)
-    found = np.empty(count, np.int64)
+    users_at = np.empty(count, np.int64)
     for number in range(int(epoch[0]), int(epoch[-1]) + 1):
         inside = epoch == number
         rng = _generator(seed, number, 1)
-        found[inside] = _permuted(place[None, inside], np.array([[users]]), rng)[0]
-    return found
+        users_at[inside] = _permuted(place[None, inside], np.array([[users]]), rng)[0]
+    return users_at
 
 
 def _generator(seed: int, number: int, purpose: int) -> np.random.Generator:
@@ -188,14 +190,14 @@ def _generator(seed: int, number: int, purpose: int) -> np.random.Generator:
 
 
 def _columns(tables: Any, user: Array, item: Array, keep_user: Array, keep: Array) -> Inputs:
-    """As `draw._columns`, for rows of the store: a row of a table is a row of the vocabulary."""
+    """`draw._columns` for rows of the store: a table row is a vocabulary row."""
     columns = {"user_id": jnp.where(keep_user, user, 0)[:, None], "item_id": jnp.where(keep, item, 0)}
     columns |= {name: values[user][:, None] for name, values in tables["user"].items()}
     return columns | {name: values[item] for name, values in tables["item"].items()}
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Random words, uint32. Raw words of the generator, which no version of NumPy may change."""
+    """Random words, uint32. They are raw words of the generator, which are stable across versions of NumPy."""
     count = int(np.prod(shape))
     return rng.bit_generator.random_raw((count + 1) // 2).view(np.uint32)[:count].reshape(shape)
 
@@ -212,7 +214,7 @@ def _side_by_side(tasks: int, *parts: np.ndarray) -> np.ndarray:
 def _permuted(x: np.ndarray, n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random permutation of ``0..n-1`` for each row, at ``x`` ``[T, K]``; n ``[T, 1]``; x >= n gives some x < n.
 
-    As `metarec_jax.data.draw.permuted`, which gives the source and what it is worth.
+    As `metarec_jax.data.draw.permuted`, which has the source and the quality.
     """
     size = n.astype(np.uint32)
     pivots, factors, terms = _random(rng, (3, _ROUNDS, len(n), 1))
@@ -227,11 +229,11 @@ def _permuted(x: np.ndarray, n: np.ndarray, rng: np.random.Generator) -> np.ndar
 def _never_had(starts: np.ndarray, place: np.ndarray, pool: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Items of the pool that each user never had, uniform, with replacement; 0 for one who had the whole pool.
 
-    As `metarec_jax.data.draw.draw_negatives`: of the items that a user lacks, number r stands in the pool at r + k,
-    where k of the user's own come before it. With ``b_i`` free items before the i-th own one, k counts ``b_i <= r``.
+    As `metarec_jax.data.draw.draw_negatives`: the r-th item that a user lacks is at position r + k of the pool, where k
+    of the user's own items precede it. With ``b_i`` free items before the i-th own one, k counts ``b_i <= r``.
 
     Args:
-      starts: of the histories, as `read_events` gives them; place: where in the pool each of their items stands, -1 for
+      starts: starts of the histories, from `read_events`; place: position of each of their items in the pool, -1 for
         one that is not in it; words: uint32 ``[T, count]``.
 
     >>> starts, place, pool = np.array([0, 2, 6]), np.array([3, 1, 0, 1, 2, 3]), np.array([5, 6, 7, 8])
