@@ -15,8 +15,8 @@ import jax
 Array = jax.Array
 Params = Any
 """A pytree with a mapping ``params["tables"]`` of ``[num_rows, size]`` arrays (or of more rows: `rows.rounded`).
-What is in ``params["fixed"]``, if there is such a part, training leaves as it is; the rest is small and dense.
-A scalar ``params["progress"]`` (`PROGRESS`), if there is one, training sets to the share of its steps that are done."""
+Training does not change ``params["fixed"]``, if there is such a part; the rest is small and dense. Training sets a
+scalar ``params["progress"]`` (`PROGRESS`), if there is one, to the share of its steps that are done."""
 PROGRESS = "progress"
 Inputs = Mapping[str, Array]
 """Columns of examples: ``int32 [n]`` ids, ``int32 [n, f]`` multi-valued ids padded with 0, or ``float32 [n, f]``.
@@ -32,7 +32,7 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One user (or one cold item, or one domain): what is known, and what is to be predicted."""
+    """One user (or one cold item, or one domain): the examples to adapt to, and those to predict."""
 
     support: Examples
     query: Examples
@@ -42,11 +42,11 @@ class Table(NamedTuple):
     """An embedding table. Row 0 is the unknown id; in a multi-valued column id 0 is padding.
 
     Attributes:
-      num_rows: rows, the unknown one included.
+      num_rows: number of rows, the unknown row included.
       size: length of a row.
       columns: the input columns that index this table.
-      adapted: whether the inner loop may change rows of it. Where it may not, a row view need not make
-        repeated ids share one row, which is cheaper and gives the same gradient.
+      adapted: whether the inner loop may change its rows. Where it may not, repeated ids need not share one row in a
+        row view, which is cheaper and gives the same gradient.
     """
 
     num_rows: int
@@ -56,7 +56,7 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What an input column holds: ``size`` is the rows of an id or categorical column, the width of a numeric one."""
+    """Kind of an input column; ``size`` is the rows of an id or categorical column, and the width of a numeric one."""
 
     kind: Literal["id", "categorical", "multi", "numeric"]
     size: int
@@ -68,12 +68,12 @@ class Model(NamedTuple):
     Attributes:
       init: ``init(key) -> params``, a dict ``{"tables": {name: [num_rows, size]}, "net": ...}``.
       apply: ``apply(params, inputs) -> scores [n]``.
-      tables: what the engine may gather, by name.
-      features: ``features(params, inputs) -> [n, D]``, the vectors on which the score is linear in the user;
-        closed-form learners solve for that user. None where the model has no such form.
+      tables: the tables that the engine may gather, by name.
+      features: ``features(params, inputs) -> [n, D]``, item vectors in which the score is linear, with the user's
+        vector as coefficients; closed-form learners solve for that vector. None where the model has no such form.
       num_features: D of ``features``.
-      adapts: path prefixes of the parameters that inner gradient steps move unless a learner is told otherwise, such as
-        ``("tables/user_id",)`` of a dot product; None for all.
+      adapts: path prefixes of the parameters that inner gradient steps move by default, such as
+        ``("tables/user_id",)`` in a dot product; None for all.
     """
 
     init: Callable[[Array], Params]
@@ -85,14 +85,14 @@ class Model(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A meta-learner, as four pure functions. The engine, the evaluator and the recommender never ask which.
+    """A meta-learner, as four pure functions. The engine, the evaluator and the recommender treat all alike.
 
     Attributes:
       init: ``init(key) -> params``, the meta-parameters.
-      adapt: ``adapt(params, support, key) -> adapted``: what this task changed, never the size of the catalogue.
-      predict: ``predict(params, adapted, inputs) -> scores [n]``: the meta-parameters with the change laid over them.
+      adapt: ``adapt(params, support, key) -> adapted``: the task's changes, never of the size of the catalogue.
+      predict: ``predict(params, adapted, inputs) -> scores [n]``: scores of the meta-parameters with these changes.
       loss: ``loss(params, task, key) -> (loss, metrics)``: the meta-objective of ONE task; metrics are scalars.
-      tables: what the engine may gather, by name.
+      tables: the tables that the engine may gather, by name.
       user_rows: how users enter training tasks: "prior": as new ones do, with the unknown row; "own": with rows of
         their own, which ``loss`` reads.
     """
@@ -106,15 +106,15 @@ class Learner(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A fitted method: what `evaluate` compares and `Recommender` serves. Learners and baselines both become one.
+    """A fitted method, which `evaluate` compares and `Recommender` serves: a learner or a baseline.
 
     Attributes:
       params: the (meta-)parameters.
       adapt, predict: as in `Learner`.
-      tables: as in `Learner`, for a method that can be run on row views; none where it cannot, or nobody told.
-      scores: ``scores(params, adapted) -> [B, rows]``: what a batch of users, with leading axis B in each leaf of
-        ``adapted``, gives every row of the item table, as `predict` would, by one product. Not traced: it may compute
-        on the host. None where `predict` on chunks of items does as well.
+      tables: as in `Learner`, for a method that can run on row views; empty where it cannot, or that is unknown.
+      scores: ``scores(params, adapted) -> [B, rows]``: the scores of every row of the item table for a batch of users,
+        with leading axis B in each leaf of ``adapted``; equal to those of `predict`, by one product. Not traced: it may
+        compute on the host. None where `predict` on chunks of items is as fast.
     """
 
     params: Params
@@ -125,8 +125,8 @@ class Method(NamedTuple):
 
 
 class MetarecWarning(UserWarning):
-    """What a Python user should know of data that was read: rows that were dropped, and how many."""
+    """A note for a Python user on data that was read: which rows were dropped, and how many."""
 
 
 class MetarecError(Exception):
-    """Bad input, in one message: what was seen, what was wanted, one thing to do. The command line exits with 2."""
+    """Bad input, in one message: what was seen, what was expected, one thing to do. The command line exits with 2."""

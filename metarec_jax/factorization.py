@@ -1,8 +1,8 @@
 """Matrix factorisation by alternating least squares, in closed form, on the host.
 
-The normal equations of all users (then of all items) are gathered in groups of like history length, so that each group
-is one batched matrix product and one batched solve. Nothing loops over users, and what is made beside the ratings,
-sorted once by each side, has the size of a group.
+The normal equations of all users (then of all items) are grouped by similar history length, so that each group is one
+batched matrix product and one batched solve. Nothing loops over users, and the memory beyond the ratings, sorted once
+by each side, is that of one group.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from scipy.sparse import csr_matrix
 from metarec_jax.core import MetarecError
 
 _SLOTS = 1 << 17
-"""Ratings that one batched product holds at a time."""
+"""Number of ratings in one batched product."""
 
 
 class Rows(Protocol):
-    """A vocabulary, as far as this file cares."""
+    """The part of a vocabulary that this file uses."""
 
     @property
     def num_rows(self) -> int: ...
 
 
 class Feedback(Protocol):
-    """What `metarec_jax.data.interactions.Interactions` is, as far as this file cares."""
+    """The part of `metarec_jax.data.interactions.Interactions` that this file uses."""
 
     @property
     def user(self) -> np.ndarray: ...
@@ -49,9 +49,9 @@ class Factors(NamedTuple):
 
     Attributes:
       mu: mean rating; 0 for implicit feedback.
-      item_bias, item_factors: float32 ``[rows]`` and ``[rows, size]`` by vocabulary row; 0 in row 0 and where training
-        saw nothing.
-      user_bias, user_factors: the same, of users.
+      item_bias, item_factors: float32 ``[rows]`` and ``[rows, size]`` by vocabulary row; 0 in row 0 and for items
+        without training data.
+      user_bias, user_factors: the same for users.
     """
 
     mu: float
@@ -62,10 +62,10 @@ class Factors(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Entities with histories of like length. Padding points at row ``num_other``, which holds zeros.
+    """Entities with histories of similar length. Padding points at row ``num_other``, which holds zeros.
 
     Attributes:
-      rows: ``[B]`` the entities.
+      rows: ``[B]`` rows of the entities.
       other: int32 ``[B, L]`` rows of the other side.
       value: float32 ``[B, L]``.
     """
@@ -112,18 +112,19 @@ def als_factors(
 
     Args:
       train: explicit ratings, in vocabulary rows.
-      size: D, length of a factor.
-      reg, reg_bias: ridge of factors and biases, in units of one rating; reg_bias None: reg.
-      iterations: full sweeps.
-      seed: of the first item factors.
+      size: length D of a factor.
+      reg: ridge of the factors, in units of one rating.
+      reg_bias: ridge of the biases, in the same units; None for ``reg``.
+      iterations: number of full sweeps.
+      seed: seed of the initial item factors.
 
     Raises:
-      MetarecError: the data has no ratings, or none at all.
+      MetarecError: the data has no ratings.
 
     Source: Zhou et al., "Large-scale Parallel Collaborative Filtering for the Netflix Prize", 2008.
     """
     if train.rating is None or not len(train.rating):
-        raise MetarecError("als_factors wants ratings, and the data has none; use implicit_als_factors for clicks")
+        raise MetarecError("als_factors requires ratings, and the data has none; use implicit_als_factors for clicks")
     reg_bias = reg if reg_bias is None else reg_bias
     rng = np.random.default_rng(seed)
     mu = float(np.mean(train.rating, dtype=np.float64))
@@ -159,9 +160,9 @@ def _half_step(out: np.ndarray, fixed: np.ndarray, groups: list[Group], reg: flo
 
 
 def _products(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """X^T X ``[B, D, D]`` and X^T y ``[B, D, 1]``, in pieces below BLAS's threshold for threads of its own.
+    """X^T X ``[B, D, D]`` and X^T y ``[B, D, 1]``, in pieces below BLAS's threshold for its own threads.
 
-    Those spin while they wait: slower than none at this size, and ten times slower on a busy machine.
+    Those threads spin while they wait: slower than none at this size, and ten times slower on a busy machine.
     """
     left = np.zeros((x.shape[0], x.shape[2], x.shape[2]), np.float32)
     right = np.zeros((x.shape[0], x.shape[2], 1), np.float32)
@@ -174,7 +175,7 @@ def _products(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_threads(solve: Callable[[Group], None], groups: list[Group]) -> None:
-    """Each group writes rows of its own, so the order does not matter."""
+    """Solve all groups in a pool of threads; each writes rows of its own, so the order does not matter."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(solve, groups):
             pass
@@ -185,16 +186,16 @@ def implicit_als_factors(
 ) -> Factors:
     """Factorise clicks: min sum over ALL pairs of c_ui (x_ui - q_i . p_u)^2 + reg (|q|^2 + |p|^2), c = 1 + alpha x.
 
-    x_ui is 1 for a pair that is in the data and 0 for any other. The sum over all pairs is never made:
+    x_ui is 1 for a pair that is in the data and 0 for any other. The sum over all pairs is never computed:
     (Q^T Q + alpha Q_u^T Q_u + reg I) p_u = (1 + alpha) Q_u^T 1.
 
     Args:
       train: interactions; a rating, if any, is ignored.
-      size: D, length of a factor.
+      size: length D of a factor.
       reg: ridge.
-      alpha: how much more a click weighs than its absence.
-      iterations: full sweeps.
-      seed: of the first item factors.
+      alpha: weight of a click minus that of its absence.
+      iterations: number of full sweeps.
+      seed: seed of the initial item factors.
 
     Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", 2008.
     """
@@ -214,7 +215,7 @@ def implicit_als_factors(
 
 
 def _implicit_half_step(out: np.ndarray, fixed: np.ndarray, groups: list[Group], reg: float, alpha: float) -> None:
-    """Solve for the rows of ``out`` given ``fixed``, the absent pairs included through the Gram matrix."""
+    """Solve for the rows of ``out`` given ``fixed``; the Gram matrix includes the absent pairs."""
     everywhere = fixed.T @ fixed + (reg * np.eye(fixed.shape[1])).astype(np.float32)
     features = np.vstack([fixed, np.zeros((1, fixed.shape[1]), np.float32)])
 
@@ -229,26 +230,26 @@ def _implicit_half_step(out: np.ndarray, fixed: np.ndarray, groups: list[Group],
 def bias_terms(
     train: Feedback, *, reg_item: float = 5.0, reg_user: float = 5.0, iterations: int = 10
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Biases by alternating least squares: b_i = sum_u (r - mu - b_u) / (n_i + reg_item), and so for users.
+    """Biases by alternating least squares: b_i = sum_u (r - mu - b_u) / (n_i + reg_item), and likewise for users.
 
     Returns:
-      mu, item_bias float32 ``[rows]``, user_bias float32 ``[rows]``; 0 where training saw nothing.
+      mu, item_bias float32 ``[rows]``, user_bias float32 ``[rows]``; 0 for rows without training data.
 
     Source: Koren, Bell and Volinsky, "Matrix Factorization Techniques for Recommender Systems", 2009.
     """
     if train.rating is None or not len(train.rating):
-        raise MetarecError("bias_terms wants ratings, and the data has none; for clicks use popularity")
+        raise MetarecError("bias_terms requires ratings, and the data has none; use popularity for clicks")
     mu = float(np.mean(train.rating, dtype=np.float64))
     residual = train.rating - np.float32(mu)
     item, user = np.zeros(train.items.num_rows), np.zeros(train.users.num_rows)
-    of_item, of_user = np.bincount(train.item, minlength=len(item)), np.bincount(train.user, minlength=len(user))
+    per_item, per_user = np.bincount(train.item, minlength=len(item)), np.bincount(train.user, minlength=len(user))
     item_total = np.bincount(train.item, residual, minlength=len(item))
     user_total = np.bincount(train.user, residual, minlength=len(user))
     by_item = csr_matrix((np.ones(len(residual)), (train.item, train.user)), shape=(len(item), len(user)))
-    by_user = by_item.T.tocsr()  # a product with a vector, three times as quick as to take and count each rating
+    by_user = by_item.T.tocsr()  # a product with a vector is three times as fast as a bincount of each rating
     for _ in range(iterations):
-        item = (item_total - by_item @ user) / np.maximum(of_item + reg_item, 1e-12)
-        user = (user_total - by_user @ item) / np.maximum(of_user + reg_user, 1e-12)
+        item = (item_total - by_item @ user) / np.maximum(per_item + reg_item, 1e-12)
+        user = (user_total - by_user @ item) / np.maximum(per_user + reg_user, 1e-12)
     return mu, item.astype(np.float32), user.astype(np.float32)
 
 
@@ -257,7 +258,7 @@ def similarities(train: Feedback, values: np.ndarray, shrinkage: float) -> np.nd
 
     Args:
       values: float32 ``[N]``, one for each interaction: the entries of the columns.
-      shrinkage: 0 or more; a similarity that rests on few users is drawn to 0.
+      shrinkage: 0 or more; it shrinks similarities from few users towards 0.
 
     Returns:
       float32 ``[rows, rows]``.
@@ -279,7 +280,7 @@ def item_weights(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
       reg: ridge, above 0.
 
     Returns:
-      float32 ``[rows, rows]``; row i says how much item i adds to each score.
+      float32 ``[rows, rows]``; row i is what item i adds to each score.
 
     Raises:
       MetarecError: ``reg`` is not above 0.
@@ -287,14 +288,14 @@ def item_weights(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
     Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019.
     """
     if not reg > 0:
-        raise MetarecError(f"item_weights: reg is {reg}; give a ridge above 0")
+        raise MetarecError(f"item_weights: reg must be above 0, got {reg}; give a larger ridge")
     shape = (train.users.num_rows, train.items.num_rows)
     x = csr_matrix((values, (train.user, train.item)), shape=shape, dtype=np.float32)
     gram = (x.T @ x).toarray()
     gram[np.diag_indices_from(gram)] += np.float32(reg)
     factor, bad = lapack.spotrf(gram, lower=False, overwrite_a=True)
     if bad:
-        raise MetarecError(f"item_weights: with reg {reg} the matrix is singular to rounding; give a larger reg")
+        raise MetarecError(f"item_weights: the matrix is numerically singular with reg {reg}; give a larger reg")
     upper, _ = lapack.spotri(factor, lower=False, overwrite_c=True)
     inverse = np.triu(upper) + np.triu(upper, 1).T
     weights = inverse / -np.diag(inverse)
@@ -308,33 +309,41 @@ def support_map(
     """The best linear map of rank ``size`` from a random support of a user's items to the rest of them.
 
     ``argmin_{b, M} E sum_u |q_u - b - s_u M|^2 + reg |M|^2``, where s_u is the 0-1 row of ``support`` of the user's m
-    items, all choices alike, and q_u that of the others. With p = support / m, the expectations are sums over users:
-    ``E s's`` has p on the diagonal and p (support - 1) / (m - 1) beside it, for items that both are the user's, and
-    ``E s'q`` has p (m - support) / (m - 1), and 0 on the diagonal. ``M = (cov(s, s) + reg I)^-1 cov(s, q)``, projected
-    on the directions of q in which it explains most: the best of that rank (reduced-rank regression).
+    items, drawn uniformly, and q_u that of the others. With p = support / m, the expectations are sums over users:
+    for two items of the user, ``E s's`` has p on the diagonal and p (support - 1) / (m - 1) off it, and ``E s'q`` has
+    0 on the diagonal and p (m - support) / (m - 1) off it. ``M = (cov(s, s) + reg I)^-1 cov(s, q)``, projected on the
+    directions of q in which it explains most: the best of that rank (reduced-rank regression).
 
     Args:
-      train: interactions; a rating, if any, is ignored. Users with no more than ``support`` items are left out.
-      support: size of the supports, 1 or more; reg: ridge, in users, above 0; size: rank.
-      iterations: of the subspace iteration that finds those directions; seed: of its start.
+      train: interactions; a rating, if any, is ignored. Users with at most ``support`` items are left out.
+      support: size of the supports, 1 or more.
+      reg: ridge, in users, above 0.
+      size: rank, below the number of item rows.
+      iterations: number of subspace iterations, which find those directions.
+      seed: seed of the start of these iterations.
 
     Returns:
-      bias float32 ``[rows]``, inward and outward ``[rows, size]``: M = inward outward'. 0 for items never seen.
+      bias float32 ``[rows]``, inward and outward ``[rows, size]``: M = inward outward'. 0 for items without data.
 
     Raises:
-      MetarecError: numbers out of range, or no user with more than ``support`` items.
+      MetarecError: a number is out of bounds, or no user has more than ``support`` items.
 
     Source: Izenman, "Reduced-rank regression for the multivariate linear model", 1975.
     """
     rows = train.items.num_rows
     if support < 1 or not reg > 0 or not 1 <= size < rows:
-        raise MetarecError(f"support_map: support {support}, reg {reg}, size {size}; give 1.., above 0, 1..{rows - 1}")
+        raise MetarecError(
+            f"support_map: support must be 1 or more, reg above 0 and size between 1 and {rows - 1}, got {support}, "
+            f"{reg} and {size}; correct it"
+        )
     ones = np.ones(len(train.user), np.float32)
     x = csr_matrix((ones, (train.user, train.item)), shape=(train.users.num_rows, rows), dtype=np.float32)
     x.data[:] = 1.0  # an item that a user had twice counts once
     m = np.asarray(x.sum(1), np.float64).ravel()
     if not (m > support).any():
-        raise MetarecError(f"no user has more than {support} items (the most is {m.max():.0f}); give a smaller support")
+        raise MetarecError(
+            f"support_map: no user has more than {support} items, the most is {m.max():.0f}; give a smaller support"
+        )
     x, m = x[m > support], m[m > support]
     p, users = support / m, len(m)
 
@@ -364,20 +373,20 @@ def support_map(
 
 
 def neighbours(train: Feedback, values: np.ndarray, shrinkage: float, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``top`` most similar items of each: int32 rows and their `similarities`, ``[rows, top]``, padded with 0."""
+    """The ``top`` most similar items per item: int32 rows and their `similarities`, ``[rows, top]``, padded with 0."""
     ids = np.zeros((train.items.num_rows, top), np.int32)
     similar = np.zeros((train.items.num_rows, top), np.float32)
     for first, block in _similar_blocks(train, values, shrinkage):
         for k in np.flatnonzero(np.diff(block.indptr)):
-            of = slice(block.indptr[k], block.indptr[k + 1])
-            best = np.argsort(-block.data[of], kind="stable")[:top]
-            ids[first + k, : len(best)] = block.indices[of][best]
-            similar[first + k, : len(best)] = block.data[of][best]
+            entries = slice(block.indptr[k], block.indptr[k + 1])
+            best = np.argsort(-block.data[entries], kind="stable")[:top]
+            ids[first + k, : len(best)] = block.indices[entries][best]
+            similar[first + k, : len(best)] = block.data[entries][best]
     return ids, similar
 
 
 def _similar_blocks(train: Feedback, values: np.ndarray, shrinkage: float) -> Iterator[tuple[int, csr_matrix]]:
-    """Rows ``first ..`` of the similarity matrix, a few at a time, without entries that are 0 or less."""
+    """Rows ``first ..`` of the similarity matrix, a few at a time, with positive entries only."""
     rows = train.items.num_rows
     by_user = csr_matrix((values, (train.user, train.item)), shape=(train.users.num_rows, rows), dtype=np.float32)
     by_item = by_user.T.tocsr()

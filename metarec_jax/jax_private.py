@@ -1,6 +1,6 @@
-"""The one door to names that JAX does not promise to keep. Each says what it is for.
+"""The only module that uses private names of JAX, one function for each use.
 
-Releases from `OLDEST` to `NEWEST` have them and are tested; pyproject.toml holds pip to those.
+Releases from `OLDEST` to `NEWEST` have them and are tested; pyproject.toml limits pip to those.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OLDEST, NEWEST = (0, 10), (0, 12)
 
 
 def is_tested(package: str = "jaxlib") -> bool:
-    """Whether this release of JAX is one whose private names and XLA flags are known."""
+    """Whether this release of JAX is one whose private names and XLA flags are tested."""
     try:
         major, minor = (int(part) for part in version(package).split(".")[:2])
     except (PackageNotFoundError, ValueError):
@@ -24,7 +24,7 @@ def is_tested(package: str = "jaxlib") -> bool:
 
 
 def backends_are_initialized() -> bool:
-    """Whether JAX has begun to compute, after which it reads no flag."""
+    """Whether JAX has begun to compute, after which it does not read flags."""
     return bool(_private("jax._src.xla_bridge", "backends_are_initialized")())
 
 
@@ -34,17 +34,17 @@ def key_value_client() -> Any:
 
 
 def coordinator_address() -> str:
-    """HOST:PORT of process 0, as JAX's own detection found it; "" where there is one process."""
+    """HOST:PORT of process 0, as detected by JAX; "" for a single process."""
     return _private("jax._src.distributed", "global_state").coordinator_address or ""
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand of a jaxpr's equation is a constant, written in place."""
+    """Whether an operand of a jaxpr's equation is an inline constant."""
     return isinstance(atom, _private("jax.extend.core", "Literal"))
 
 
 def evaluated(eqn: Any, arguments: list[Any]) -> list[Any]:
-    """The outputs of an equation of a jaxpr, on these arguments."""
+    """The outputs of an equation of a jaxpr for these arguments."""
     result = eqn.primitive.bind(*arguments, **eqn.primitive.get_bind_params(eqn.params))
     return list(result) if eqn.primitive.multiple_results else [result]
 

@@ -1,8 +1,8 @@
 """Masked losses. The last axis is the list, leading axes are batch, the mask is ``where``; smaller is better.
 
-``where`` may hold fractional weights, and every loss may be differentiated with respect to those above 0. What stands
-where the weight is 0 changes nothing, be it nan: so the derivative with respect to a weight of 0 cannot tell what the
-example would add, and means nothing. A list without weight has loss 0 and gradient 0 in the scores, at any order.
+``where`` may hold fractional weights, and every loss may be differentiated with respect to those above 0. An entry of
+weight 0 changes nothing, even if it is nan: the derivative with respect to a weight of 0 is therefore not meaningful.
+A list without weight has loss 0 and gradient 0 in the scores, at any order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mse(scores: Array, target: Array, where: Array | None = None) -> Array:
 
     Args:
       scores, target: ``[..., n]``.
-      where: ``[..., n]`` weights; None: all 1.
+      where: ``[..., n]`` weights; None for weights of 1.
 
     Returns:
       ``[...]``.
@@ -37,11 +37,11 @@ def mse(scores: Array, target: Array, where: Array | None = None) -> Array:
 
 
 def mae(scores: Array, target: Array, where: Array | None = None) -> Array:
-    """Absolute error: sum_i w_i |s_i - t_i| / sum_i w_i. For the query of closed-form learners; its curvature is 0.
+    """Absolute error: sum_i w_i |s_i - t_i| / sum_i w_i. For the query of closed-form learners: its curvature is 0.
 
     Args:
       scores, target: ``[..., n]``.
-      where: ``[..., n]`` weights; None: all 1.
+      where: ``[..., n]`` weights; None for weights of 1.
 
     Returns:
       ``[...]``.
@@ -59,7 +59,7 @@ def bce(scores: Array, target: Array, where: Array | None = None) -> Array:
     Args:
       scores: ``[..., n]`` logits.
       target: ``[..., n]`` in [0, 1].
-      where: ``[..., n]`` weights; None: all 1.
+      where: ``[..., n]`` weights; None for weights of 1.
 
     Returns:
       ``[...]``.
@@ -76,7 +76,7 @@ def bpr(scores: Array, target: Array, where: Array | None = None) -> Array:
 
     Args:
       scores, target: ``[..., n]``.
-      where: ``[..., n]`` weights; None: all 1.
+      where: ``[..., n]`` weights; None for weights of 1.
 
     Returns:
       ``[...]``; 0 where no pair differs.
@@ -98,7 +98,7 @@ def sampled_softmax(scores: Array, target: Array, where: Array | None = None) ->
 
     Args:
       scores, target: ``[..., n]``.
-      where: ``[..., n]`` weights; None: all 1.
+      where: ``[..., n]`` weights; None for weights of 1.
 
     Returns:
       ``[...]``; 0 where there is no positive, or no negative.
@@ -122,17 +122,17 @@ def sampled_softmax(scores: Array, target: Array, where: Array | None = None) ->
 LOSSES: Mapping[str, Loss] = MappingProxyType(
     {"mse": mse, "mae": mae, "bce": bce, "bpr": bpr, "sampled_softmax": sampled_softmax}
 )
-"""The losses by name: mse and mae for ratings; bce, bpr and sampled_softmax for clicks."""
+"""Losses by name: mse and mae for ratings; bce, bpr and sampled_softmax for clicks."""
 
 
 def _clean(scores: Array, target: Array, where: Array | None) -> tuple[Array, Array, Array]:
-    """The arrays with 0 wherever the weight is 0, so that no garbage enters a derivative."""
+    """The arrays with 0 wherever the weight is 0, so that no nan enters a derivative."""
     where = jnp.ones_like(scores) if where is None else jnp.broadcast_to(where, scores.shape).astype(scores.dtype)
     live = where > 0
     return jnp.where(live, scores, 0.0), jnp.where(live, target, 0.0).astype(scores.dtype), where
 
 
 def _mean(values: Array, weights: Array, axis: tuple[int, ...]) -> Array:
-    """Weighted mean over ``axis``, 0 where no weight is; double where, so that 0 / 0 is in no derivative."""
+    """Weighted mean over ``axis``, 0 without weight; two ``where``, so that no derivative contains 0 / 0."""
     total = weights.sum(axis)
     return jnp.where(total > 0, (values * weights).sum(axis) / jnp.where(total > 0, total, 1.0), 0.0)

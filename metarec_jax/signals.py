@@ -3,8 +3,8 @@
 Python runs a signal's handler in the main thread, between two of its own instructions: not while XLA compiles or
 computes, nor during a large product. So the signal also wakes a second thread (`signal.set_wakeup_fd`). It gives the
 main thread `PATIENCE` seconds, then prints what is kept and ends the process. It waits for two things, and prints that
-it does: a save that is being written (`saving`), and training, which stops after the steps under way and saves
-(`StopSignal`). All that this program writes is on disk whole or not at all, so that the end may come anywhere else.
+it does: a save that is being written (`saving`), and training, which finishes the steps under way and saves
+(`StopSignal`). Files of this program are written whole or not at all, so the process may end at any other point.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from types import FrameType
 from typing import Any
 
 PATIENCE = 0.6
-"""Seconds that the main thread has to end by itself, by an exception that unwinds it."""
+"""Seconds that the main thread has to end by itself, by an exception."""
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 STATUSES = tuple(128 + number for number in _NUMBERS)
-"""Exit statuses of a command that a signal ended: 130 and 143, as shells count."""
+"""Exit statuses of a command that a signal ended: 130 and 143, as in shells."""
 _POLL = 0.05
 
 _lock = threading.Lock()
 _saves: list[tuple[str, int]] = []
-"""What is being written, and by which thread."""
+"""Name of each save that is being written, and its thread."""
 _stops: list[StopSignal] = []
 _kept: str | Callable[[], str] = ""
 _pending: list[int] = []
 """A signal that came while the main thread was saving."""
 _ended: list[int] = []
-"""The signal of which the last line was printed."""
+"""The signal whose last line has been printed."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,10 +49,10 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-def keep(what: str | Callable[[], str]) -> None:
-    """Set what the last line of an interrupted command says is kept, from now on; a function is called at the end."""
+def keep(text: str | Callable[[], str]) -> None:
+    """Set the part of an interrupted command's last line that says what is kept; a function is called at the end."""
     global _kept
-    _kept = what
+    _kept = text
 
 
 def print_end(number: int) -> None:
@@ -70,10 +70,10 @@ def print_end(number: int) -> None:
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM raise `Interrupted` in the main thread; where it does not answer, the process ends.
+    """A context in which SIGINT and SIGTERM raise `Interrupted` in the main thread, or end a process that is busy.
 
     For a program: the command line, an example. A signal that the process ignores (``nohup``) stays ignored.
-    Away from the main thread, where Python takes no signals, it does nothing.
+    Outside of the main thread, where Python does not handle signals, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -81,7 +81,7 @@ def heard() -> Iterator[None]:
     raised: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if raised:  # one that comes while the first unwinds must not break what is being put in order
+        if raised:  # a second signal must not interrupt the clean-up after the first
             return
         raised.append(number)
         if any(thread == threading.get_ident() for _, thread in _saves):
@@ -100,7 +100,7 @@ def heard() -> Iterator[None]:
     try:
         yield
     finally:
-        while raised and _saves:  # of other threads; the listener is still there to print what is waited for
+        while raised and _saves:  # of other threads; the listener prints meanwhile what this waits for
             time.sleep(_POLL)
         signal.set_wakeup_fd(wakeup)
         for number, before in old.items():
@@ -109,9 +109,9 @@ def heard() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Within it, in any thread, a signal waits until ``what`` is written."""
-    entry = (what, threading.get_ident())
+def saving(name: str) -> Iterator[None]:
+    """A context, in any thread, in which a signal waits until the file or folder ``name`` is written."""
+    entry = (name, threading.get_ident())
     _saves.append(entry)
     try:
         yield
@@ -124,7 +124,7 @@ def saving(what: str) -> Iterator[None]:
 class StopSignal:
     """Turns SIGINT and SIGTERM into a flag, so that a run saves and ends. A second signal raises `Interrupted`.
 
-    Away from the main thread, where Python takes no signals, it does nothing and is never set.
+    Outside of the main thread, where Python does not handle signals, it does nothing and is never set.
 
     >>> with StopSignal() as stop:
     ...     bool(stop)
@@ -141,7 +141,7 @@ class StopSignal:
 
     @property
     def name(self) -> str | None:
-        """Which signal came, such as "SIGTERM"; None while none did."""
+        """Name of the signal that came, such as "SIGTERM"; None before that."""
         return None if self.number is None else signal.Signals(self.number).name
 
     def __enter__(self) -> StopSignal:
@@ -165,7 +165,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def nothing_to_save() -> Iterator[None]:
-    """A part of training, such as compiling, that a signal ends at once, since all that was computed is on disk."""
+    """A context for a part of training, such as compiling, that a signal ends at once: nothing would be lost."""
     stop = _stops[-1] if _stops and threading.current_thread() is threading.main_thread() else None
     if stop is None:
         yield
@@ -180,7 +180,7 @@ def nothing_to_save() -> Iterator[None]:
 
 
 def _handled_by(handle: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Install a handler for each of the signals that the process does not ignore; the handlers before."""
+    """Install a handler for each of the signals that the process does not ignore; returns the previous handlers."""
     numbers = [number for number in _NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handle) for number in numbers}
 
@@ -210,16 +210,16 @@ def _listen(pipe: socket.socket) -> None:
 
 
 def _waits_for(*, again: bool) -> str:
-    """Why the process does not end yet; "" where nothing would be lost, or the user asked twice."""
+    """Why the process does not end yet; "" where nothing would be lost, or a second signal came."""
     if _saves:
         return f"{_saves[-1][0]} is being written; the program ends when that is done"
     if _stops and _stops[-1].saves and not again:
-        return "training stops after the steps under way and is saved; once more ends it at once"
+        return "training stops after the steps under way and saves; a second signal ends it at once"
     return ""
 
 
 def _flushed(write: Callable[[], None]) -> None:
-    """Write, and flush what was printed; in a thread, since another may hold the stream for ever."""
+    """Call ``write`` and flush stdout; in a thread, since another one may hold the stream for ever."""
 
     def work() -> None:
         with contextlib.suppress(OSError, ValueError):

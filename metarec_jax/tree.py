@@ -19,7 +19,7 @@ def partition(tree: Any, prefixes: Sequence[str] | None) -> tuple[dict[str, Arra
     """Leaves by path name: those under any of ``prefixes`` (None: all), and the others.
 
     Raises:
-      MetarecError: a prefix that names nothing.
+      MetarecError: no leaf is under a prefix.
 
     >>> moving, fixed = partition({"net": {"w": 1, "b": 2}, "tables": {"item_id": 3}}, ["net"])
     >>> sorted(moving), sorted(fixed)
@@ -31,13 +31,13 @@ def partition(tree: Any, prefixes: Sequence[str] | None) -> tuple[dict[str, Arra
     under = lambda name, prefix: name == prefix or name.startswith(prefix + "/")  # noqa: E731
     for prefix in prefixes:
         if not any(under(name, prefix) for name in leaves):
-            raise MetarecError(f"no parameter is called {prefix!r}; there are {', '.join(sorted(leaves))}")
+            raise MetarecError(f"no parameter is under {prefix!r}; choose from {', '.join(sorted(leaves))}")
     moving = {name: leaf for name, leaf in leaves.items() if any(under(name, p) for p in prefixes)}
     return moving, {name: leaf for name, leaf in leaves.items() if name not in moving}
 
 
 def merge(like: Any, *parts: dict[str, Array]) -> Any:
-    """The tree ``like`` with its leaves taken from ``parts`` by path name, where they have one.
+    """The tree ``like``, with the leaves that are in ``parts`` by path name replaced.
 
     >>> merge({"net": {"w": 1, "b": 2}}, {"net/w": 10})
     {'net': {'b': 2, 'w': 10}}

@@ -397,7 +397,7 @@ def test_bad_input_is_refused_in_one_message():
         random(RATED, catalogue(CLICKED))
     with pytest.raises(MetarecError, match=r"81 x 81 item rows, and dense_limit is 80; use item_knn"):
         ease(RATED, KNOWN, dense_limit=80)
-    with pytest.raises(MetarecError, match="reg is 0; give a ridge above 0"):
+    with pytest.raises(MetarecError, match="reg must be above 0, got 0"):
         ease(RATED, KNOWN, reg=0)
     with pytest.raises(MetarecError, match="use implicit_als_factors"):
         als_factors(replace(RATED, rating=None))

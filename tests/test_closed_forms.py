@@ -193,5 +193,5 @@ def test_a_misspelt_parameter_is_refused():
     from metarec_jax.core import MetarecError
 
     learner = learners.maml(seed_model(), only=("net/params/outt",))
-    with pytest.raises(MetarecError, match="no parameter is called 'net/params/outt'"):
+    with pytest.raises(MetarecError, match="no parameter is under 'net/params/outt'"):
         learner.init(KEY)

@@ -139,7 +139,7 @@ def test_the_start_is_no_worse_than_training_by_its_own_loss():
 def test_bad_numbers_are_refused():
     with pytest.raises(MetarecError, match="no user has more than 9 items"):
         support_map(DATA, support=9, reg=1.0, size=2)
-    with pytest.raises(MetarecError, match=r"size 8; give 1.., above 0, 1..7"):
+    with pytest.raises(MetarecError, match=r"size between 1 and 7, got 2, 1\.0 and 8"):
         support_map(DATA, support=2, reg=1.0, size=8)
     with pytest.raises(MetarecError, match="8 x 8 item rows, and dense_limit is 7"):
         started(dense_limit=7)

@@ -206,8 +206,8 @@ def test_an_id_past_the_table_is_named():
     tables = {"t": Table(10, 2, ("a", "b"))}
     rows.check_ids(tables, {"a": jnp.array([0, 9])}, {"b": jnp.array([[3], [9]]), "c": jnp.array([99])})
     for bad in (10, -1):
-        with pytest.raises(MetarecError, match=f"table 't' has rows 0..9, and the test asks it for id {bad}"):
-            rows.check_ids(tables, {"a": jnp.array([0])}, {"b": jnp.array([[3], [bad]])}, where="the test")
+        with pytest.raises(MetarecError, match=f"table 't' has rows 0..9, and the test has the id {bad}"):
+            rows.check_ids(tables, {"a": jnp.array([0])}, {"b": jnp.array([[3], [bad]])}, source="the test")
 
 
 @pytest.mark.parametrize("n", [3, 300])

@@ -1,4 +1,4 @@
-"""Models: scoring functions whose tables the engine owns. The only room that imports flax."""
+"""Models: scoring functions whose tables the engine owns. The only package that imports flax."""
 
 from metarec_jax.models.content import content_model, flax_model, meta_recommender, nnx_model
 from metarec_jax.models.ctr import deepfm, factorization_machine, two_tower

@@ -1,8 +1,8 @@
 """Flax networks as `Model`s: the engine owns the tables, the network sees rows.
 
 A network is called with ``rows`` (one ``[n, size]`` array for each id, categorical or multi-valued column; the values
-of a multi-valued column are averaged) and ``inputs`` (the columns themselves). Leading axis 1 stands for "shared by all
-examples". Any Linen module of that signature plugs in through `flax_model`, any NNX module through `nnx_model`.
+of a multi-valued column are averaged) and ``inputs`` (the columns themselves). Leading axis 1 means "shared by all
+examples". Any Linen module with that signature becomes a model by `flax_model`, any NNX module by `nnx_model`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ def content_model(
     hidden: tuple[int, ...] = (64, 64),
     table_scale: float = 0.1,
 ) -> Model:
-    """Ids and content of both sides; works for items never rated, whose row is the unknown one.
+    """Ids and content of both sides; also for items without ratings, which have the unknown row.
 
     With ``head="dot"``: ``score = mean + b_user + b_item + <u, v>``, where a side's vector and bias are the sum of its
     id row, its content rows and a linear map of its numeric features. With ``"mlp"``: all rows concatenated, dense
     layers of ``hidden`` units with ReLU, one output.
 
     Args:
-      columns: of the data, `Interactions.columns`.
-      size: D, length of the vectors.
+      columns: columns of the data, `Interactions.columns`.
+      size: length D of the vectors.
       head: "dot" or "mlp".
-      hidden: units of the layers of "mlp".
+      hidden: units of each layer of "mlp".
       table_scale: standard deviation of the initial rows.
 
     Raises:
-      MetarecError: an unknown ``head``, a column that is of neither side, or a dot product without one of the sides.
+      MetarecError: an unknown ``head``, a column of neither side, or a dot product without columns of one side.
 
     >>> model = content_model({"user_id": Column("id", 4), "item_id": Column("id", 6)}, size=2)
     >>> params = model.init(jax.random.key(0))
@@ -55,12 +55,15 @@ def content_model(
     kinds = {name: column.kind for name, column in columns.items()}
     strange = [name for name in columns if not name.startswith(("user_", "item_"))]
     if strange:
-        raise MetarecError(f"columns {strange} are of neither side; start their names with 'user_' or 'item_'")
+        raise MetarecError(
+            f"names of columns must start with 'user_' or 'item_', got {', '.join(strange)}; rename them"
+        )
     if head == "dot":
         for side in ("user_", "item_"):
             if not any(name.startswith(side) for name in columns):
                 raise MetarecError(
-                    f"the columns {sorted(columns)} have no {side}... one; a dot product wants both sides"
+                    f"a dot product requires columns of both sides, and none of {', '.join(sorted(columns))} starts "
+                    f"with {side!r}; add one"
                 )
         sides = flax_model(
             TwoSides(kinds, size + 1), columns, size=size + 1, features="item_vectors", table_scale=table_scale
@@ -72,12 +75,14 @@ def content_model(
 
 
 def meta_recommender(num_users: int, num_items: int, *, size: int = 32, table_scale: float = 0.1) -> Model:
-    """The seed's model: user embedding and item embedding, concatenated, one linear layer.
+    """The original model: user embedding and item embedding, concatenated, and one linear layer.
 
     ``score = w . [user row, item row] + b``
 
     Args:
       num_users, num_items: rows of the tables, the unknown row included (`Vocabulary.num_rows`).
+      size: length of an embedding.
+      table_scale: standard deviation of the initial rows.
 
     >>> model = meta_recommender(4, 6, size=2)
     >>> params = model.init(jax.random.key(0))
@@ -100,8 +105,8 @@ def flax_model(
     """A Linen module as a `Model`: one table of row length ``size`` for each column that is not numeric.
 
     Args:
-      module: called as ``module(rows, inputs) -> scores [n]``.
-      columns: of the data, `Interactions.columns`.
+      module: the network, called as ``module(rows, inputs) -> scores [n]``.
+      columns: columns of the data, `Interactions.columns`.
       size: length of a row.
       features: name of a method ``(rows, inputs) -> [n, D]``, for closed-form learners.
       table_scale: standard deviation of the initial rows; row 0 starts at 0.
@@ -170,7 +175,10 @@ def _model(
     def lookup(params: Params, inputs: Inputs) -> Rows:
         missing = [name for name in columns if name not in inputs]
         if missing:
-            raise MetarecError(f"the inputs lack the model's columns {missing}; they have {sorted(inputs)}")
+            raise MetarecError(
+                f"the inputs lack columns of the model: {', '.join(missing)}; they have {', '.join(sorted(inputs))}; "
+                "build the model from the columns of this data (Interactions.columns)"
+            )
         return {name: _pooled(params["tables"][name], inputs[name]) for name in tables}
 
     def apply(params: Params, inputs: Inputs) -> Array:
@@ -191,26 +199,26 @@ _BLOCK = 1 << 16
 
 
 def normal_rows(key: Array, num_rows: int, size: int) -> Array:
-    """Standard normal rows, as many as `rows.rounded` says.
+    """Standard normal rows, `rows.rounded` of them.
 
-    Many are drawn some at a time: the random bits of a whole table would take its memory twice. Rows drawn together lie
-    apart, so that the partitioner can give each device its part of every draw, and its part of the table alone.
+    A large table is drawn in blocks: the random bits of the whole table would double its memory. The rows of a block
+    are spaced evenly, so that the partitioner can give each device its part of every block, and of the table.
     """
-    there = rounded(num_rows)
-    if there <= _BLOCK:
-        return jnp.pad(jax.random.normal(key, (num_rows, size)), ((0, there - num_rows), (0, 0)))
-    count = min(_BLOCK, there & -there)  # the largest power of two that divides the rows
+    allocated = rounded(num_rows)
+    if allocated <= _BLOCK:
+        return jnp.pad(jax.random.normal(key, (num_rows, size)), ((0, allocated - num_rows), (0, 0)))
+    count = min(_BLOCK, allocated & -allocated)  # the largest power of two that divides the rows
 
     def draw(k: Array, table: Array) -> Array:
         rows = jax.random.normal(jax.random.fold_in(key, k), (count, 1, size))
         return jax.lax.dynamic_update_slice(table, rows, (0, k, 0))
 
-    parts = jnp.zeros((count, there // count, size))
-    return jax.lax.fori_loop(0, there // count, draw, parts).reshape(there, size)
+    parts = jnp.zeros((count, allocated // count, size))
+    return jax.lax.fori_loop(0, allocated // count, draw, parts).reshape(allocated, size)
 
 
 def _pooled(table: Array, ids: Array) -> Array:
-    """Rows of ``ids [n]``, or the mean row of the values that are not padding of ``ids [n, f]``."""
+    """Rows of ``ids [n]``; for ``ids [n, f]`` the mean row of the values that are not padding."""
     if ids.ndim == 1:
         return table[ids]
     real = (ids > 0).astype(table.dtype)
@@ -231,7 +239,7 @@ def _example(columns: Mapping[str, Column], size: int) -> tuple[dict[str, Array]
 
 
 class Fields(nn.Module):
-    """What networks over fields share: a row for each column, numeric ones by a linear map, and the mean.
+    """Base class of networks over fields: a row per column, by a linear map for numeric columns, and the mean.
 
     Column 0 of a row is a weight, the others are a vector.
     """
@@ -246,7 +254,7 @@ class Fields(nn.Module):
         self.more()
 
     def more(self) -> None:
-        """Further layers of a network."""
+        """Set up further layers of a network."""
 
     def fields(self, rows: Rows, inputs: Inputs, side: str = "") -> list[Array]:
         names = [name for name in self.kinds if name.startswith(side)]
@@ -272,7 +280,7 @@ class TwoSides(Fields):
 class Joint(nn.Module):
     """A dense layer over several parts, as if they were concatenated.
 
-    Parts which all examples share (leading axis 1) meet their rows of the kernel apart from the others, once.
+    Parts that all examples share (leading axis 1) are multiplied with their rows of the kernel separately, and once.
     """
 
     units: int

@@ -20,20 +20,20 @@ def factorization_machine(
 ) -> Model:
     """Factorisation machine of second order: ``score = mean + sum_f w_f + sum_{f < g} <v_f, v_g>`` over the fields.
 
-    In O(fields size): ``sum_{f < g} <v_f, v_g> = 1/2 (|sum_f v_f|^2 - sum_f |v_f|^2)``. The pairs of two values of one
+    In O(fields size): ``sum_{f < g} <v_f, v_g> = 1/2 (|sum_f v_f|^2 - sum_f |v_f|^2)``. Pairs of two values of the same
     multi-valued field are left out.
 
     Args:
-      columns: of the data, `Interactions.columns`: ids and content of both sides.
+      columns: columns of the data, `Interactions.columns`: ids and content of both sides.
       size: length of a field's vector.
       table_scale: standard deviation of the initial rows.
-      pairs: False leaves the pairs out: linear regression on the fields.
+      pairs: whether to include the pairs; without them it is a linear regression on the fields.
 
     Returns:
-      A model whose ``features`` are what the score is linear in for a user: the sum of the item's vectors.
+      A model whose ``features``, in which the score is linear for a user, are the sum of the item's vectors.
 
     Raises:
-      MetarecError: a column that is of neither side, or a side without columns.
+      MetarecError: a column of neither side, or a side without columns.
 
     Source: Rendle, "Factorization Machines", 2010.
 
@@ -52,19 +52,19 @@ def factorization_machine(
 def deepfm(
     columns: Mapping[str, Column], *, size: int = 16, hidden: tuple[int, ...] = (64, 64), table_scale: float = 0.1
 ) -> Model:
-    """DeepFM: a factorisation machine plus dense layers over the same vectors, one joined to the other.
+    """DeepFM: a factorisation machine plus dense layers over the concatenation of the same vectors.
 
     ``score = FM + out . relu(... relu(A [v_1, ..., v_F] + a))``
 
     Args:
       columns, size, table_scale: as for `factorization_machine`.
-      hidden: units of the dense layers, one or more.
+      hidden: units of each dense layer; at least one layer.
 
     Returns:
       A model whose ``features`` are the units of the last layer.
 
     Raises:
-      MetarecError: as `factorization_machine`, or no hidden layer.
+      MetarecError: as in `factorization_machine`, or no hidden layer.
 
     Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", 2017.
 
@@ -75,7 +75,7 @@ def deepfm(
     ((3,), 3)
     """
     if not hidden:
-        raise MetarecError("deepfm wants hidden layers; without them it is factorization_machine")
+        raise MetarecError("deepfm requires a hidden layer, got none; give one, or use factorization_machine")
     module = _DeepFM(_kinds(columns), size + 1, tuple(hidden), True)
     return flax_model(module, columns, size=size + 1, features="last_hidden", table_scale=table_scale)
 
@@ -86,18 +86,18 @@ def two_tower(
     """Two towers: ``score = mean + w_user + w_item + <f(user's fields), g(item's fields)>``.
 
     A tower adds dense layers to the sum of its side's vectors: ``f = s + out relu(... relu(A [v_1, ...] + a))``, where
-    ``out`` starts at 0: it starts as matrix factorisation with content. An item's vector does not depend on the user:
-    a catalogue is scored by one product.
+    ``out`` starts at 0, so the initial model is matrix factorisation with content. An item's vector does not depend on
+    the user, so a catalogue is scored by one product.
 
     Args:
       columns, size, table_scale: as for `factorization_machine`.
-      hidden: units of the dense layers of each tower; (): none.
+      hidden: units of each dense layer of a tower; () for no layers.
 
     Returns:
       A model whose ``features`` are the item's vectors.
 
     Raises:
-      MetarecError: as `factorization_machine`.
+      MetarecError: as in `factorization_machine`.
 
     Source: Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", 2019.
 
@@ -118,14 +118,14 @@ def _kinds(columns: Mapping[str, Column]) -> dict[str, str]:
     missing = [side for side in ("user_", "item_") if not any(name.startswith(side) for name in columns)]
     if strange or missing:
         raise MetarecError(
-            f"the columns {sorted(columns)} want names that start with 'user_' or 'item_', and some of both sides; "
-            "give Interactions.columns"
+            "names of columns must start with 'user_' or 'item_', with some of each, got "
+            f"{', '.join(sorted(columns))}; give Interactions.columns"
         )
     return {name: column.kind for name, column in columns.items()}
 
 
 class _DeepFM(Fields):
-    """A factorisation machine, with dense layers where ``hidden`` has any."""
+    """A factorisation machine, with dense layers unless ``hidden`` is empty."""
 
     hidden: tuple[int, ...]
     pairs: bool

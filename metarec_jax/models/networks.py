@@ -1,7 +1,7 @@
-"""Networks that learners use beside the model: flax modules behind a pair of pure functions, and one attention.
+"""Networks that learners use in addition to the model: flax modules as pairs of pure functions, and an attention.
 
-A learner holds a `Net` and never sees flax. Every network of a support weighs its examples and adds them up, so that
-their order does not matter and an example of weight 0 is not there.
+A learner holds a `Net` and never sees flax. Every network of a support is a weighted sum over its examples, so that
+their order does not matter and an example of weight 0 has no effect.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Net(NamedTuple):
 def attend(logits: Array, weight: Array, values: Array, null: Array | float = 0.0) -> Array:
     """Softmax attention with a null key of value 0: ``sum_i w_i e^{a_i} v_i / (e^null + sum_i w_i e^{a_i})``.
 
-    Nothing to attend to gives 0. It may be differentiated with respect to weights above 0; at 0 that derivative is 0.
+    The result is 0 where all weights are 0. It may be differentiated with respect to weights above 0; at 0 that
+    derivative is 0.
 
     Args:
       logits: ``[q, n]``; weight: ``[n]``, 0 or more; values: ``[n, d]``, finite.
@@ -52,40 +53,40 @@ def encoder(inputs: int, width: int, outputs: int, prior: Annotated[float, POSIT
     """A set as one vector: ``f(r) - f(0)`` with ``r = sum_i w_i h(x_i) / (prior + sum_i w_i)``; 0 for an empty set.
 
     ``apply(params, x [n, inputs], weight [n]) -> [outputs]``; h and f are dense layers of ``width`` units, the prior is
-    learned. Raises MetarecError where it is not above 0.
+    learned. Raises MetarecError where ``prior`` is not above 0.
     Source: Zaheer et al., "Deep Sets", 2017.
     """
     return _net(_Encoder(width, outputs, prior), jnp.zeros((1, inputs)), jnp.ones(1))
 
 
 def decoder(inputs: int, condition: int, hidden: tuple[int, ...], outputs: int, *, film: int = 0) -> Net:
-    """Dense layers with ReLU on x joined with a condition z; the last layer starts at 0.
+    """Dense layers with ReLU on the concatenation of x and a condition z; the last layer starts at 0.
 
-    ``apply(params, x [n, inputs], z [condition], task [film]) -> [n, outputs]``. With ``film``, the length of a vector
-    that tells the task, it scales and shifts the units of each layer: ``h = relu((1 + A task) * (W x + b) + B task)``.
+    ``apply(params, x [n, inputs], z [condition], task [film]) -> [n, outputs]``. With ``film``, the length of a task
+    vector, that vector scales and shifts the units of each layer: ``h = relu((1 + A task) * (W x + b) + B task)``.
     Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", 2018.
     """
     return _net(_Decoder(hidden, outputs), jnp.zeros((1, inputs)), jnp.zeros(condition), jnp.zeros(film))
 
 
 def relation(inputs: int, hidden: int) -> Net:
-    """How alike two vectors are: ``g(x, y) = c . relu(A x + B y + b)``.
+    """Similarity of two vectors: ``g(x, y) = c . relu(A x + B y + b)``.
 
-    ``apply(params, x [q, inputs], y [n, inputs]) -> [q, n]``. The layer is one sum over units, never an array of
-    ``q n hidden`` numbers where XLA fuses it.
+    ``apply(params, x [q, inputs], y [n, inputs]) -> [q, n]``. The layer is one sum over units; XLA fuses it, so that no
+    array of ``q n hidden`` numbers is allocated.
     """
     return _net(_Relation(hidden), jnp.zeros((1, inputs)), jnp.zeros((1, inputs)))
 
 
 def transformer(inputs: int, width: int, layers: int, heads: int) -> Net:
-    """Tokens of a support that see each other, and tokens of queries that see the support alone.
+    """Tokens of a support that attend to each other, and tokens of queries that attend only to the support.
 
     - ``apply(params, x [n, inputs], residual [n], weight [n], method="read") -> (keys, values)``, each
       ``[layers, n, heads, width / heads]``;
     - ``apply(params, x [q, inputs], keys, values, weight, method="answer") -> [q]``, which starts at 0.
 
-    A token is a linear map of its vector plus an embedding of its residual; in a query, plus a learned vector in the
-    place of that. Blocks are pre-norm, the same for both kinds of token.
+    A token is a linear map of its vector plus an embedding of its residual; in a query a learned vector replaces that
+    embedding. Blocks are pre-norm, the same for both kinds of token.
     """
     one = jnp.zeros((1, inputs))
     return _net(_Transformer(width, layers, heads), one, jnp.zeros(1), jnp.ones(1), one)
@@ -142,7 +143,7 @@ class _Relation(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and dense layers. The keys and values that a token is seen by are made of its normed state."""
+    """Pre-norm attention and dense layers. Keys and values of a token are computed from its normalised state."""
 
     width: int
     heads: int
@@ -154,7 +155,7 @@ class _Block(nn.Module):
         )
         self.up, self.down = nn.Dense(2 * self.width), nn.Dense(self.width)
 
-    def seen(self, state: Array) -> tuple[Array, Array]:
+    def keys_and_values(self, state: Array) -> tuple[Array, Array]:
         normed = self.before(state)
         return self.split(self.to_key(normed)), self.split(self.to_value(normed))
 
@@ -162,10 +163,10 @@ class _Block(nn.Module):
         return a.reshape(a.shape[0], self.heads, -1)
 
     def __call__(self, state: Array, keys: Array, values: Array, weight: Array) -> Array:
-        asked = self.split(self.to_query(self.before(state)))
-        logits = jnp.einsum("qhd,nhd->hqn", asked, keys) / asked.shape[-1] ** 0.5
-        found = jax.vmap(attend, (0, None, 1), out_axes=1)(logits, weight, values)
-        state = state + self.from_heads(found.reshape(state.shape))
+        queries = self.split(self.to_query(self.before(state)))
+        logits = jnp.einsum("qhd,nhd->hqn", queries, keys) / queries.shape[-1] ** 0.5
+        attended = jax.vmap(attend, (0, None, 1), out_axes=1)(logits, weight, values)
+        state = state + self.from_heads(attended.reshape(state.shape))
         return state + self.down(nn.gelu(self.up(self.between(state))))
 
 
@@ -187,7 +188,7 @@ class _Transformer(nn.Module):
         state = self.of_vector(x) + second(jnp.tanh(first(residual[:, None])))
         memory = []
         for block in self.blocks:
-            memory.append(block.seen(state))
+            memory.append(block.keys_and_values(state))
             state = block(state, *memory[-1], weight)
         keys, values = zip(*memory, strict=True)
         return jnp.stack(keys), jnp.stack(values)

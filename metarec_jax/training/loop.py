@@ -351,7 +351,7 @@ def _source(learner: Learner, train: Interactions | TaskSource) -> TaskSource:
     if isinstance(train.data, TaskData):
         known = train.data.known
         columns = {"user_id": known.user_row, "item_id": known.item_row, **known.user, **known.item}
-        check_ids(learner.tables, columns, where="the training data")
+        check_ids(learner.tables, columns, source="the training data")
     return train
 
 
