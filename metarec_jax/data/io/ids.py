@@ -70,13 +70,13 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
         texts = []
     as_integers = not texts or (spelled and len(texts) == present and all(map(is_integer, texts)))
     if as_integers and all(n is None or -(2**63) <= int(n) < 2**63 for n in names):
-        values: list[Any] = [None if n is None else int(n) for n in names]
+        typed: list[Any] = [None if n is None else int(n) for n in names]
     else:
-        values = [None if n is None else str(n) for n in names]
+        typed = [None if n is None else str(n) for n in names]
         spelled_numbers = sum(map(is_integer, texts)) if spelled else present - len(texts)
         if 0 < spelled_numbers < present:
             notes = (f"column {shown(name)} mixes numbers ({spelled_numbers} ids) and text: all ids are kept as text",)
-    kept = [n for n in values if n is not None]
+    kept = [n for n in typed if n is not None]
     dtype = np.int64 if kept and isinstance(kept[0], int) else object
     ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
     lookup = np.full(len(values) + 1, -1, np.int32)  # the last entry is that of code -1
