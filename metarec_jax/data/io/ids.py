@@ -79,8 +79,8 @@ def code_ids(column: pd.Series, *, spelled: bool = False, name: str = "id") -> C
     kept = [n for n in typed if n is not None]
     dtype = np.int64 if kept and isinstance(kept[0], int) else object
     ids, inverse = np.unique(np.array(kept, dtype=dtype), return_inverse=True)
-    lookup = np.full(len(values) + 1, -1, np.int32)  # the last entry is that of code -1
-    lookup[[k for k, n in enumerate(values) if n is not None]] = inverse
+    lookup = np.full(len(typed) + 1, -1, np.int32)  # the last entry is that of code -1
+    lookup[[k for k, n in enumerate(typed) if n is not None]] = inverse
     return Coded(lookup[codes], ids, notes)
 
 
