@@ -206,7 +206,7 @@ def _memory(inner_steps: int, remat: bool) -> dict[str, Any]:
         return {}
     return {
         "working_mib": round(found.working / 2**20, 3),
-        "held_mib": round(found.held / 2**20, 2),
+        "held_mib": round(found.arguments / 2**20, 2),
         "compile_s": seconds,
     }
 

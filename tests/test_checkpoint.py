@@ -79,7 +79,7 @@ def test_metadata_that_is_no_metadata_is_passed_over(run):
     assert found[0] == 2
     with (
         Checkpoints(run, identity=IDENTITY) as checkpoints,
-        pytest.raises(MetarecError, match="is not what this library"),
+        pytest.raises(MetarecError, match="was not written by this library"),
     ):
         checkpoints.restore(state(0))
 
@@ -171,7 +171,7 @@ def test_a_sound_best_is_taken_where_every_latest_is_damaged(run):
         assert equal(restored, state(2))
         assert (kept(run, "latest"), kept(run, "best")) == ([2], [2])
         assert equal(checkpoints.restore(state(0), which="best")[1], state(2))
-    assert "passed over the damaged checkpoint of step 3" in said[0]
+    assert "skipped the damaged checkpoint of step 3" in said[0]
     assert "the best one, of step 2; it is taken" in said[2]
 
 
@@ -193,7 +193,9 @@ def test_what_this_machine_cannot_read_is_neither_damaged_nor_deleted(run, monke
 
     with monkeypatch.context() as patch, Checkpoints(run, identity=IDENTITY) as checkpoints:
         patch.setattr(folders, "_sums", exhausted)
-        with pytest.raises(MetarecError, match=r"cannot be read: .*Too many open files; it is left as it is"):
+        with pytest.raises(
+            MetarecError, match=r"cannot be read and is not changed: .*Too many open files; make it readable"
+        ):
             checkpoints.restore(state(0))
     assert (kept(run, "latest"), kept(run, "best")) == ([2, 3], [2])
 
@@ -231,7 +233,7 @@ def test_a_directory_in_use_is_refused(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"slots": jnp.zeros(6, jnp.int32)}, r"\['slots'\] is int32\[5\] there and int32\[6\] here"),
+        ({"slots": jnp.zeros(6, jnp.int32)}, r"\['slots'\] is int32\[5\] in the checkpoint and int32\[6\] here"),
         ({"slots": jnp.zeros(5)}, r"float32\[5\] here"),
         ({"new": jnp.zeros(1)}, r"\['new'\] is absent there"),
         ({"key": jax.random.key(0, impl="rbg")}, r"key<fry>"),
@@ -263,7 +265,9 @@ def test_params_keep_the_precision_they_were_saved_with(run):
 def test_params_of_float64_are_not_cut_to_float32(tmp_path):
     with jax.enable_x64(True), Checkpoints(tmp_path, identity={}) as checkpoints:
         checkpoints.save(1, {"params": jnp.full(3, 0.1)})
-    with pytest.raises(MetarecError, match=r"float64\[3\] there and float32\[3\] here \(.*JAX_ENABLE_X64=1"):
+    with pytest.raises(
+        MetarecError, match=r"float64\[3\] in the checkpoint and float32\[3\] here \(.*JAX_ENABLE_X64=1"
+    ):
         load_params(tmp_path, like=jnp.zeros(3))
     with jax.enable_x64(True):
         assert load_params(tmp_path, like=jnp.zeros(3)).tolist() == [0.1] * 3
@@ -273,7 +277,7 @@ def test_a_training_that_changes_its_precision_is_refused_by_the_setting(run):
     with (
         Checkpoints(run, identity=IDENTITY) as checkpoints,
         jax.enable_x64(True),
-        pytest.raises(MetarecError, match=r"float32.* there and float64.* here \(JAX_ENABLE_X64 is on"),
+        pytest.raises(MetarecError, match=r"float32.* in the checkpoint and float64.* here \(JAX_ENABLE_X64 is on"),
     ):
         checkpoints.restore(state(0))
 

@@ -216,7 +216,7 @@ def test_debug_names_the_step_that_drew_a_wrong_id():
 def test_parameters_of_another_learner_are_refused():
     other = learners.ridge(models.content_model(DATA.columns, size=4)).init(jax.random.key(0))
     with pytest.raises(
-        MetarecError, match=r"'net/.*' of shape|'ridge/log_precision' of shape \[5\], and the learner wants \[4\]"
+        MetarecError, match=r"'net/.*' of shape|'ridge/log_precision' of shape \[5\], and the learner expects \[4\]"
     ):
         fit(learner(), DATA, steps=1, params=other)
     plain = models.content_model(DATA.columns, size=3).init(jax.random.key(0))
@@ -227,10 +227,10 @@ def test_parameters_of_another_learner_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk": 0}, "chunk is 0; give 1 or more"),
-        ({"validate_every": 0}, "validate_every is 0"),
-        ({"train": [1, 2]}, "fit\\(\\) was given a list to train on"),
-        ({"validate": lambda p: {"mae": 1.0}}, "returned no 'loss'; it returned \\['mae'\\]"),
+        ({"chunk": 0}, "chunk must be 1 or more, got 0"),
+        ({"validate_every": 0}, "validate_every must be 1 or more, got 0"),
+        ({"train": [1, 2]}, "fit\\(\\) expected .* got list"),
+        ({"validate": lambda p: {"mae": 1.0}}, "did not return 'loss'.* set monitor= to one of mae"),
         (
             {"learner": learners.ridge(models.content_model(dict(DATA.columns, item_x=Column("numeric", 2))))},
             "lack columns of the model: item_x;",

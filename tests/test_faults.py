@@ -78,7 +78,7 @@ def test_a_fault_in_any_file_of_a_step_is_found_and_the_step_before_is_used(whol
         step, said = restored(run)
         assert step == 2, name
         assert len(said) == 1, said
-        assert "passed over the damaged checkpoint of step 3" in said[0]
+        assert "skipped the damaged checkpoint of step 3" in said[0]
         assert name in said[0] or name == folders.MARK
         assert "\n" not in said[0]
         assert kept(run, "latest") == [2]
@@ -88,7 +88,7 @@ def test_a_fault_is_found_by_what_serves_too(run):
     """The parameters of the best; the latest is not taken in its place, since it is another state."""
     flip(max((run / "checkpoints" / "best" / "2" / "state").rglob("d/*"), key=lambda p: p.stat().st_size))
     said: list[str] = []
-    with pytest.raises(MetarecError, match=r"no checkpoint in .* is sound"):
+    with pytest.raises(MetarecError, match=r"all checkpoints in .* are damaged"):
         load_params(run, say=said.append)
     assert len(said) == 1
     assert equal(load_params(run, which="latest", like=state(0)["params"]), state(3)["params"])
@@ -122,7 +122,7 @@ def killed_at(stop: int, count, function):
 @pytest.mark.parametrize(
     ("function", "when", "step", "lines"),
     [
-        ("mark", "before", 2, 2),  # Orbax is done, the digests are not: 4 and 3 are passed over
+        ("mark", "before", 2, 2),  # Orbax is done, the digests are not: 4 and 3 are skipped
         ("mark", "after", 4, 1),  # the best is there, the latest not: it is taken, and reported
         ("copy", "before", 4, 1),
         ("copy", "after", 4, 0),
@@ -179,7 +179,7 @@ def test_a_whole_step_that_cannot_be_read_is_no_reason_to_delete_it(run, monkeyp
 
     with monkeypatch.context() as patch, Checkpoints(run, identity=IDENTITY) as checkpoints:
         patch.setattr(arrays, "read", no_memory)
-        with pytest.raises(MetarecError, match=r"step 3 in .* is whole and cannot be read: out of memory"):
+        with pytest.raises(MetarecError, match=r"step 3 in .* is whole, but cannot be read: out of memory"):
             checkpoints.restore(state(0))
     assert restored(run) == (3, [])
 

@@ -360,7 +360,7 @@ def test_the_checkpoint_of_other_shapes_is_noticed(run, tmp_path):
     """A checkpoint of tables of 5 x 2 in a run of 5 x 3."""
     for name in ("config.json", "identity.json"):
         (run / name).write_text((run / name).read_text().replace('"size": 2', '"size": 3', 1))
-    with pytest.raises(MetarecError, match="does not fit this program"):
+    with pytest.raises(MetarecError, match="does not match this program"):
         open_run(run)
 
 

@@ -87,7 +87,7 @@ def test_the_compiler_knows_arguments_and_temporaries():
     """x [256, 256] float32 is 256 KiB, and so are sin(x @ x), held whole before it is multiplied again, and the result."""
     x = jnp.ones((256, 256))
     found = memory.estimate(jax.jit(lambda x: jnp.sin(x @ x) @ x).lower(x).compile())
-    assert found.held == 256 * 1024
+    assert found.arguments == 256 * 1024
     assert 2 * 256 * 1024 <= found.working <= 4 * 256 * 1024
 
 
@@ -132,7 +132,7 @@ def test_fit_says_what_it_takes(monkeypatch):
     lines = []
     found = fit(learner(), task_source(DATA, tasks=4, support=(2, 6), query=3), steps=2, say=lines.append)
     assert len(lines) == 1
-    assert lines[0].startswith(f"compiled in {found.compile_seconds:.1f} s; a step works in ")
+    assert lines[0].startswith(f"compiled in {found.compile_seconds:.1f} s; a step takes ")
     assert "free" not in lines[0]
 
 

@@ -90,7 +90,7 @@ def test_processes_are_one(ratings, tmp_path, count):
         assert [p.wait(300) for p in start(ratings, out, n, 30)] == [0] * n, said(out, 0)
     for a, b in zip(params_of(tmp_path / "one"), params_of(tmp_path / "many"), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
-    assert f"rows of item_id cut in {count}" in said(tmp_path / "many", 0)
+    assert f"rows of item_id partitioned over {count} devices" in said(tmp_path / "many", 0)
     assert "step" not in said(tmp_path / "many", 1)  # but for a line of Gloo's own
 
 
@@ -106,7 +106,7 @@ def test_the_others_end_when_one_dies_and_the_run_goes_on(ratings, tmp_path, vic
     assert running[1 - victim].wait(60) == 75, said(out, 1 - victim)
     running[victim].wait(60)
     last = [line for line in said(out, 1 - victim).splitlines() if line][-1]
-    assert last == f"error: process {victim} of 2 has gone; start all of them again with the same command to resume"
+    assert last == f"error: process {victim} of 2 has ended; start all of them again with the same command to resume"
     resumed = start(ratings, out, 2, 1_000_000)
     wait_until(lambda: "resuming at step" in said(out, 0), resumed)
     for process in resumed:
@@ -121,7 +121,7 @@ def test_an_error_of_one_alone_ends_all(ratings, tmp_path):
     (out / "metrics.jsonl").mkdir(parents=True)
     assert [process.wait(120) for process in start(ratings, out, 2, 1_000_000)] == [2, 75], said(out, 0) + said(out, 1)
     assert "metrics.jsonl" in said(out, 0).splitlines()[-1]
-    assert "error: process 0 of 2 has gone; start all of them again" in said(out, 1)
+    assert "error: process 0 of 2 has ended; start all of them again" in said(out, 1)
 
 
 @pytest.mark.slow
@@ -144,9 +144,9 @@ def test_how_processes_are_named(monkeypatch):
     assert launch.launched() == 4
     with pytest.raises(MetarecError, match=r"give all three"):
         launch.join("127.0.0.1:1", None, 0)
-    with pytest.raises(MetarecError, match=r"process 3 of 2; give each one of 0..1"):
+    with pytest.raises(MetarecError, match=r"between 0 and 1, got 3"):
         launch.join("127.0.0.1:1", 2, 3)
-    with pytest.raises(MetarecError, match=r"give HOST:PORT"):
+    with pytest.raises(MetarecError, match=r"must be HOST:PORT, got .somewhere."):
         launch.join("somewhere", 2, 0)
 
 

@@ -177,7 +177,7 @@ def test_one_process_restores_what_two_saved(together, shape):
 def test_two_processes_resume_what_one_saved_and_pass_over_its_damaged_step(together):
     first, second = (lines["resume_one"] for lines in together.says)
     assert first[1:] == second == ["resumed at 7"]
-    assert first[0].startswith("said: passed over the damaged checkpoint of step 8")
+    assert first[0].startswith("said: skipped the damaged checkpoint of step 8")
     assert kept(together.run / "one", "latest") == [7, 8]  # 8 is written again
 
 
@@ -192,8 +192,8 @@ def test_what_one_process_refuses_all_refuse_in_the_same_words(together):
 
 REFUSALS = (
     "holds another run: version was 1, now 2.",
-    "['params']['table'] is float32[96, 4] there and float32[192, 4] here",
-    "process 1 does not find in",
+    "['params']['table'] is float32[96, 4] in the checkpoint and float32[192, 4] here",
+    "process 1 does not see in",
 )
 
 

@@ -261,7 +261,7 @@ def test_a_table_too_large_for_one_device_trains_on_eight():
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():
-    with pytest.raises(MetarecError, match=r"wants 16 devices, and there are 8"):
+    with pytest.raises(MetarecError, match=r"requires 16 devices, and there are 8"):
         sharding.make_mesh(2, 8)
     with pytest.raises(MetarecError, match=r"a batch has 12 tasks, and 8 devices .*draw 16 tasks"):
         fit(LEARNERS["ridge"], task_source(DATA, tasks=12), steps=2, mesh=sharding.make_mesh())

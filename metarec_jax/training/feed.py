@@ -1,4 +1,4 @@
-"""What a chunk of outer steps reads: the data on the device, or host batches stacked for as many steps."""
+"""The input of a chunk of outer steps: the data on the device, or host batches stacked for its steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Place = Callable[[Any], Any]
 class Feed:
     """The second argument of a chunk: ``source.data``, or with a stream ``(source.data, stacked batches)``.
 
-    Of a stream the next chunk is made ready while the device works on this one: call `ready` after the dispatch.
+    The next chunk of a stream is prepared while the device works on this one: call `ready` after the dispatch.
 
     Args:
-      step: the outer step that comes first.
-      capacity: steps of a chunk at the most; shorter ones are padded, so that one program serves all.
+      source: the source of tasks.
+      step: the first outer step.
+      capacity: largest number of steps of a chunk; shorter ones are padded, so that one program runs all.
       place: puts stacked batches on the device.
     """
 
@@ -32,7 +33,7 @@ class Feed:
         self._next: tuple[int, Any] | None = None
 
     def take(self, length: int) -> Any:
-        """What the next ``length`` steps read."""
+        """The input of the next ``length`` steps."""
         if self._batches is None:
             return self._source.data
         self.ready(length)
@@ -41,10 +42,10 @@ class Feed:
         return self._source.data, stacked
 
     def ready(self, length: int) -> None:
-        """Read and place the next ``length`` batches now, for the `take` to come.
+        """Read and place the next ``length`` batches now, for the next `take`.
 
         Raises:
-          MetarecError: the stream has ended, or its batches change their shapes.
+          MetarecError: the stream has ended, or the shapes of its batches change.
         """
         if self._batches is None or length < 1 or self._next is not None:
             return
@@ -54,13 +55,13 @@ class Feed:
                 batches.append(next(self._batches))
             except StopIteration:
                 raise MetarecError(
-                    "the stream of tasks has ended before the last step; let it go round, or take fewer steps"
+                    "the stream of tasks has ended before the last step; let it repeat, or train for fewer steps"
                 ) from None
         self._next = (length, self._place(_stacked(batches, self._capacity)))
 
     @staticmethod
     def one(data: Any, k: Any, streamed: bool) -> Any:
-        """What step ``k`` of a chunk reads of the chunk's data, inside the compiled program."""
+        """The part of a chunk's data that step ``k`` reads, inside the compiled program."""
         return (data[0], jax.tree.map(lambda a: a[k], data[1])) if streamed else data
 
 
@@ -77,8 +78,8 @@ def _stacked(batches: list[Any], capacity: int) -> Any:
         for k, leaf in enumerate(leaves):
             if np.shape(leaf) != first.shape:
                 raise MetarecError(
-                    f"the stream gave a batch of shape {list(first.shape)} and then one of {list(np.shape(leaf))}; "
-                    "pad its batches to one shape"
+                    f"the batches of the stream must have one shape, got {list(first.shape)} and then "
+                    f"{list(np.shape(leaf))}; pad them"
                 )
             out[k] = leaf
         return out

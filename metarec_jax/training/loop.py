@@ -26,12 +26,12 @@ from metarec_jax.training.row_optimizers import RowOptimizer, lazy_adam
 from metarec_jax.training.step import BAD_TASK, HIGHEST, LOWEST, Optimizers, TrainState, init_state, make_step
 
 _POLL_SECONDS = 0.5
-"""Within a chunk that takes longer, one process asks after so many seconds whether to stop."""
+"""Seconds between two polls of ``stop`` within a chunk, where a single process trains."""
 Validate = Callable[[Params], Mapping[str, float]]
 
 
 class Diverged(MetarecError):
-    """The loss of an outer step is not finite. The same training again ends there again."""
+    """The loss of an outer step is not finite. Training again with the same settings fails at the same step."""
 
 
 class FitResult(NamedTuple):
@@ -39,11 +39,11 @@ class FitResult(NamedTuple):
 
     Attributes:
       params: the best meta-parameters by validation; the last ones without validation.
-      history: one dict a chunk: step, loss, tasks_per_s, and the validation metrics where they were taken.
-      step: outer steps done.
+      history: one dict per chunk: step, loss, tasks_per_s, and validation metrics where there was a validation.
+      step: number of outer steps done.
       stopped: "finished", "early stop" or "interrupted".
       method: the learner with these parameters, for `evaluate` and `Recommender`.
-      compile_seconds: of the one program of the outer steps; 0 where there was no step to do.
+      compile_seconds: seconds of compiling the program of the outer steps; 0 where no step was left to do.
     """
 
     params: Params
@@ -55,14 +55,14 @@ class FitResult(NamedTuple):
 
 
 class Saver(Protocol):
-    """Where states go: `training.checkpoints.checkpoint.Checkpoints`."""
+    """A store of states, such as `training.checkpoints.checkpoint.Checkpoints`."""
 
     def save(self, step: int, state: Any, *, metrics: Any = None, best: bool = False, wait: bool = False) -> None: ...
     def restore(self, like: Any, *, which: str = "latest") -> tuple[int, Any] | None: ...
 
 
 class LoopState(NamedTuple):
-    """A checkpoint: the training state and what early stopping remembers. ``best`` is inf before any validation."""
+    """A checkpoint: the training state and the state of early stopping. ``best`` is inf before any validation."""
 
     train: TrainState
     best: np.float32
@@ -96,45 +96,48 @@ def fit(
 ) -> FitResult:
     """Meta-train a learner.
 
-    The result is a function of the arguments alone: neither ``chunk`` nor an interruption that is resumed from
-    ``checkpoints`` changes a bit of it.
+    The result depends only on the arguments: neither ``chunk`` nor an interruption that is resumed from ``checkpoints``
+    changes a bit of it.
 
     Args:
-      train: interactions (then tasks are drawn by `task_source` with its defaults, and with
-        ``learner.user_rows``), or a source of tasks.
-      steps: outer steps.
+      learner: the learner.
+      train: interactions (then tasks are drawn by `task_source` with its defaults and ``learner.user_rows``), or a source
+        of tasks.
+      steps: number of outer steps.
       lr: rate of both default optimisers, decayed to a tenth by a cosine.
-      optimizer: of the dense parameters; default Adam.
-      rows: of the table rows; default `lazy_adam`. An optax transformation here updates whole tables.
-      seed: of the initial parameters, the tasks drawn and the learner's own randomness.
-      params: where to start; default ``learner.init``. They are copied, not changed.
-      chunk: outer steps a call of the compiled program, at the most; the host is idle inside. One program serves all
-        lengths.
+      optimizer: optimiser of the dense parameters; Adam by default.
+      rows: optimiser of the table rows; `lazy_adam` by default. An optax transformation here updates whole tables.
+      seed: seed of the initial parameters, the tasks drawn and the learner's own randomness.
+      params: initial parameters, which are copied; ``learner.init`` by default.
+      chunk: largest number of outer steps per call of the compiled program, during which the host is idle. One program
+        runs all lengths.
       validate: ``validate(params) -> {metric: value}``, called every ``validate_every`` steps and at the end.
-      monitor: the validation metric that selects; smaller is better. By default "error", which `validator` returns, or
-        "loss" where ``validate`` returns no "error".
-      patience: validations without a better value before stopping early; None never stops.
-      checkpoints: saves every ``save_every`` steps, at each validation that is the best so far, and at the end (an
-        early stop and an interruption included); resumes from the newest. A validation that is not saved is repeated
-        after a kill, to the same value.
+      validate_every: number of steps between two validations.
+      monitor: validation metric by which parameters are selected; smaller is better. By default "error", which
+        `validator` returns, or "loss" if ``validate`` returns no "error".
+      patience: number of validations without a better value before an early stop; None never stops early.
+      checkpoints: store of states: written every ``save_every`` steps, at each validation that is the best so far, and
+        at the end (also of an early stop or an interruption); training resumes from the newest. A validation that was
+        not saved before a kill is repeated, with the same value.
+      save_every: number of steps between two saves.
       progress: called after every chunk with the step and its metrics.
-      say: called once, before the first step, with a line on how long compiling took and how much memory the run takes.
+      say: called once, before the first step, with a line on the time of compiling and the memory of the run.
       stop: polled after every chunk, and every half second within one where a single process trains; True saves and
         returns.
-      debug: check after every chunk that each id drawn lies within its table (JAX would take the nearest row, without
-        a word). What `task_source` knows of users and items is checked once, before the first step, in any case.
-      mesh: devices to share the work, of one process or of several (`sharding.make_mesh`): each takes its part of the
-        tasks, and rows of large tables are cut over its axis ``model``. The same result to rounding. Every process of
-        a run makes this same call.
-      micro_batches: the tasks of a device adapt in so many equal groups, one after the other, and their gradients are
-        summed: less memory, the same result to rounding. By default one; on a CPU as many as its caches like.
-      dtype: what the learner computes in, such as ``jnp.bfloat16``; parameters and optimisers keep their own.
+      debug: check after every chunk that each id drawn is in its table (JAX would silently take the nearest row). The
+        users and items of `task_source` are always checked once, before the first step.
+      mesh: devices that share the work, of one process or of several (`sharding.make_mesh`): each adapts its part of
+        the tasks, and rows of large tables are partitioned over the axis ``model``. The result is the same up to
+        rounding. Every process of a run makes this same call.
+      micro_batches: number of equal groups in which a device's tasks adapt, one after the other, with their gradients
+        summed: less memory, the same result up to rounding. One by default; on a CPU as many as suits its caches.
+      dtype: precision in which the learner computes, such as ``jnp.bfloat16``; parameters and optimisers keep theirs.
 
     Raises:
-      Diverged: a loss that is not finite (the step, the task and the last good checkpoint are named).
-      MetarecError: a monitored metric that ``validate`` does not return; ``params`` of another learner; ids that a
-        table lacks; a count below 1; a mesh that cannot share the tasks; tables, or a batch, for which there is not
-        the memory (before they are made; how much each takes is told).
+      Diverged: a loss is not finite; the message names the step, the task and the last good checkpoint.
+      MetarecError: ``validate`` does not return the monitored metric; ``params`` are of another learner; a table lacks
+        an id; a count is below 1; the mesh cannot share the tasks equally; the tables, or a batch, do not fit into
+        memory (found before they are allocated; the message says how much each takes).
 
     >>> from metarec_jax.data.synthetic import synthetic
     >>> from metarec_jax.learners.ridge import ridge
@@ -146,7 +149,7 @@ def fit(
     """
     for name, count in (("chunk", chunk), ("validate_every", validate_every), ("save_every", save_every)):
         if count < 1:
-            raise MetarecError(f"{name} is {count}; give 1 or more")
+            raise MetarecError(f"fit: {name} must be 1 or more, got {count}; correct it")
     source = _source(learner, train)
     schedule = optax.cosine_decay_schedule(lr, max(steps, 1), 0.1)
     optimizers = Optimizers(optimizer or optax.adam(schedule), rows or lazy_adam(schedule))
@@ -161,7 +164,7 @@ def fit(
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         last_saved, state = found[0], LoopState(*found[1])
         best = checkpoints.restore(state, which="best") if math.isfinite(float(state.best)) else None
-        # A copy again: where the best is the latest, its buffers would be donated too.
+        # Another copy: where the best is the latest, its buffers would be donated, too.
         best_params = jax.tree.map(jnp.copy, best[1][0].params if best is not None else state.train.params)
     huge_pages(state.train)
     done, history, stopped = int(state.train.step), [], "finished"
@@ -189,10 +192,10 @@ def fit(
                 lowered = _chunk_runner(step, chunk, source.stream is not None).lower(state.train, data, length, 0)
                 run = lowered.compile()
             compile_seconds = time.perf_counter() - began
-            told = _fits(run, state.train, keeps_best=validate is not None)
+            needs = _check_memory(run, state.train, keeps_best=validate is not None)
             if say is not None:
-                over = "" if mesh is None else f"{sharding.told(mesh, start.params['tables'])}; "
-                say(f"{over}compiled in {compile_seconds:.1f} s{told}")
+                over = "" if mesh is None else f"{sharding.describe(mesh, start.params['tables'])}; "
+                say(f"{over}compiled in {compile_seconds:.1f} s{needs}")
         began = polled = time.perf_counter()
         after, parts, first, halted = state.train, [], 0, False
         while first < length and not halted:
@@ -217,10 +220,11 @@ def fit(
             metric = monitor or ("error" if "error" in values else "loss")
             if metric not in values:
                 raise MetarecError(
-                    f"validate() returned no {metric!r}; it returned {sorted(values)}; set monitor= to one of them"
+                    f"validate() did not return {metric!r}, the metric to monitor; set monitor= to one of "
+                    f"{', '.join(sorted(values))}"
                 )
             row |= {f"validation_{name}": value for name, value in values.items()}
-            value = np.float32(row[f"validation_{metric}"])  # as it is kept, so that like is compared with like
+            value = np.float32(row[f"validation_{metric}"])  # in the precision in which the best one is kept
             better = bool(value < state.best)
             state = (
                 state._replace(best=value, stale=np.int32(0))
@@ -246,16 +250,16 @@ def fit(
 
 
 def run_keys(seed: int) -> tuple[Array, Array]:
-    """The keys of a run: of the parameters before training, and of all that training draws; no part uses the other's.
+    """The keys of a run: one for the initial parameters, one for all that training draws.
 
-    Parameters that `fit` is given should be of the first: ``learner.init(run_keys(seed)[0])``.
+    Parameters passed to `fit` should be drawn with the first: ``learner.init(run_keys(seed)[0])``.
     """
     k_init, k_train = jax.random.split(jax.random.key(seed))
     return k_init, k_train
 
 
 def _validated(validate: Validate, params: Params) -> dict[str, float]:
-    """The validation metrics. Parameters of which every device has the whole need one device, and one process."""
+    """The validation metrics, computed on one device and by one process where that device has all parameters."""
 
     def values(params: Params) -> dict[str, float]:
         return {name: float(value) for name, value in validate(params).items()}
@@ -277,7 +281,7 @@ def _start(
 ) -> TrainState:
     """The state before the first step, in buffers of its own: the step donates them, and the caller keeps theirs.
 
-    On a mesh it is born where it lies: no device, and no host, holds a table that is cut.
+    On a mesh each device allocates only its part: no device, and no host, holds the whole of a partitioned table.
     """
 
     def begin() -> TrainState:
@@ -286,15 +290,16 @@ def _start(
     shapes = jax.eval_shape(begin)
     shardings = None if mesh is None else sharding.state_shardings(mesh, shapes)
 
-    def size(part: Any, where: Any) -> int:
-        """Bytes of it on a device; of all CPU devices of this process, which share the machine's memory."""
-        return memory.size_of(part) if mesh is None else sharding.size_on_device(part, where) * _sharing(mesh)
+    def size(part: Any, placed: Any) -> int:
+        """Bytes of it on a device; on all CPU devices of this process, which share the machine's memory."""
+        return memory.size_of(part) if mesh is None else sharding.size_on_device(part, placed) * _sharing(mesh)
 
-    held, of_params = size(shapes, shardings), size(shapes.params, None if shardings is None else shardings.params)
-    memory.refuse_what_does_not_fit(
-        held + of_params * keeps_best,
+    state_size = size(shapes, shardings)
+    params_size = size(shapes.params, None if shardings is None else shardings.params)
+    memory.check_fits(
+        state_size + params_size * keeps_best,
         memory.free(jax.local_devices()[0]),
-        f"the parameters ({memory.spoken(of_params)}) and their optimisers' state"
+        f"the parameters ({memory.spoken(params_size)}) and their optimisers' state"
         + ", and a copy of the best parameters," * keeps_best,
         "give the tables fewer rows or a smaller size, or take another optimizer for rows",
     )
@@ -303,14 +308,14 @@ def _start(
             return jax.jit(begin, out_shardings=shardings)()
         placed = jax.tree.map(sharding.put, params, shardings.params)
 
-        def fresh(given: Params) -> TrainState:
-            return jax.tree.map(jnp.copy, init_state(learner, optimizers, given, k_train))
+        def fresh(params: Params) -> TrainState:
+            return jax.tree.map(jnp.copy, init_state(learner, optimizers, params, k_train))
 
         return jax.jit(fresh, out_shardings=shardings)(placed)
     taken = {id(leaf) for leaf in jax.tree.leaves(params)}
 
     def own(leaf: Any) -> Any:
-        """The leaf itself, or a copy where it is the caller's or stands in the state a second time."""
+        """The leaf itself, or a copy where it is the caller's or is in the state a second time."""
         if id(leaf) in taken or not isinstance(leaf, jax.Array):
             return jnp.copy(leaf)
         taken.add(id(leaf))
@@ -320,52 +325,53 @@ def _start(
     return jax.tree.map(own, init_state(learner, optimizers, params, k_train))
 
 
-def _fits(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bool) -> str:
-    """What the compiled run takes, in words; raises where that is not to be had."""
+def _check_memory(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bool) -> str:
+    """The memory that the compiled run takes, as text; raises MetarecError where it is not free."""
     estimate = memory.estimate(run)
     if estimate is None:
         return ""
-    here = [shard.device for shard in state.step.addressable_shards]
-    there, sharing = memory.free(here[0]), len(here) if here[0].platform == "cpu" else 1
-    made, held = memory.spoken(estimate.working * sharing), memory.spoken(estimate.held * sharing)
+    devices = [shard.device for shard in state.step.addressable_shards]
+    free, sharing = memory.free(devices[0]), len(devices) if devices[0].platform == "cpu" else 1
+    working, arguments = memory.spoken(estimate.working * sharing), memory.spoken(estimate.arguments * sharing)
     shards = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     best = sharding.size_on_device(state.params, shards) * sharing * keeps_best
-    memory.refuse_what_does_not_fit(
+    memory.check_fits(
         estimate.working * sharing + best,
-        there,
-        f"the outer step, beside {held} of parameters, optimisers' state and data,",
-        "draw fewer tasks a step, take fewer inner steps, give more micro_batches, or set remat=True in maml()",
+        free,
+        f"the outer step, in addition to {arguments} of parameters, optimisers' state and data,",
+        "draw fewer tasks per step, take fewer inner steps, give more micro_batches, or set remat=True in maml()",
     )
-    free = "" if there is None else f", of {memory.spoken(there)} that are free"
-    return f"; a step works in {made} beside {held} of parameters and data{free}"
+    of_free = "" if free is None else f", of {memory.spoken(free)} that are free"
+    return f"; a step takes {working} in addition to {arguments} of parameters and data{of_free}"
 
 
 def _source(learner: Learner, train: Interactions | TaskSource) -> TaskSource:
-    """The source of tasks, its catalogue within the learner's tables."""
+    """The source of tasks, with its catalogue checked against the learner's tables."""
     if isinstance(train, Interactions):
         train = task_source(train, user_rows=learner.user_rows)
     if not isinstance(train, TaskSource):
         raise MetarecError(
-            f"fit() was given a {type(train).__name__} to train on; give Interactions or a task_source()"
+            f"fit() expected Interactions or a task source to train on, got {type(train).__name__}; "
+            "give the result of task_source()"
         )
     if isinstance(train.data, TaskData):
-        known = train.data.known
-        columns = {"user_id": known.user_row, "item_id": known.item_row, **known.user, **known.item}
+        catalogue = train.data.known
+        columns = {"user_id": catalogue.user_row, "item_id": catalogue.item_row, **catalogue.user, **catalogue.item}
         check_ids(learner.tables, columns, source="the training data")
     return train
 
 
 def _check_params(learner: Learner, params: Params) -> None:
-    """Raise where ``params`` have not the names and shapes of the learner's own."""
-    want = tree.partition(jax.eval_shape(learner.init, jax.random.key(0)), None)[0]
-    have = tree.partition(params, None)[0]
-    if strange := sorted(want.keys() ^ have.keys()):
-        there = "params lack" if strange[0] in want else "params have, and the learner has not,"
-        raise MetarecError(f"{there} {strange[0]!r}; start from learner.init of the same learner")
-    for name, leaf in want.items():
-        if jnp.shape(have[name]) != leaf.shape:
+    """Raise MetarecError where ``params`` do not have the names and shapes of the learner's own."""
+    expected = tree.partition(jax.eval_shape(learner.init, jax.random.key(0)), None)[0]
+    got = tree.partition(params, None)[0]
+    if different := sorted(expected.keys() ^ got.keys()):
+        fault = "params lack" if different[0] in expected else "params have, and the learner does not have,"
+        raise MetarecError(f"{fault} {different[0]!r}; start from learner.init of the same learner")
+    for name, leaf in expected.items():
+        if jnp.shape(got[name]) != leaf.shape:
             raise MetarecError(
-                f"params have {name!r} of shape {list(jnp.shape(have[name]))}, and the learner wants "
+                f"params have {name!r} of shape {list(jnp.shape(got[name]))}, and the learner expects "
                 f"{list(leaf.shape)}; start from learner.init of the same learner and data"
             )
 
@@ -373,7 +379,7 @@ def _check_params(learner: Learner, params: Params) -> None:
 def _chunk_runner(step: Callable[..., Any], capacity: int, streamed: bool = False) -> jax.stages.Wrapped:
     """``run(state, data, last, first) -> (state, metrics [capacity])``: steps first..last of a chunk, in one program.
 
-    The state's buffers are reused; metrics outside of ``first..last`` are 0.
+    The state's buffers are donated; metrics outside of ``first..last`` are 0.
     """
     step = jax.jit(step)  # traced once, for the shapes of its metrics and for the loop
 
@@ -390,7 +396,7 @@ def _chunk_runner(step: Callable[..., Any], capacity: int, streamed: bool = Fals
 
 
 def _checked(learner: Learner, metrics: Mapping[str, Any], done: int, last_saved: int) -> dict[str, float]:
-    """Means of a chunk's metrics, or a clear error at the first step with an id out of range or a loss not finite."""
+    """Means of a chunk's metrics; raises at the first step with an id out of range or a loss that is not finite."""
     for name, table in learner.tables.items():
         if HIGHEST + name in metrics:
             low, high = metrics[LOWEST + name], metrics[HIGHEST + name]
@@ -407,11 +413,11 @@ def _checked(learner: Learner, metrics: Mapping[str, Any], done: int, last_saved
             f"the loss of step {done + int(bad[0])} is {losses[bad[0]]}, first in task {task} of its batch; {kept}; "
             "lower the learning rate or the inner rate"
         )
-    untold = (LOWEST, HIGHEST, BAD_TASK)
-    return {name: float(np.mean(m)) for name, m in metrics.items() if not name.startswith(untold)}
+    unreported = (LOWEST, HIGHEST, BAD_TASK)
+    return {name: float(np.mean(m)) for name, m in metrics.items() if not name.startswith(unreported)}
 
 
 def _sharing(mesh: Mesh) -> int:
-    """How many devices of the mesh share the memory of this process: CPU devices do."""
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    return len(here) if here and here[0].platform == "cpu" else 1
+    """Number of devices of the mesh that share the memory of this process, as CPU devices do."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return len(local) if local and local[0].platform == "cpu" else 1

@@ -1,1 +1,1 @@
-"""States on disk, whole or not at all."""
+"""Training states on disk, written whole or not at all."""

@@ -1,4 +1,4 @@
-"""Arrays of a step into a folder and out of it. Orbax stands only here.
+"""Write the arrays of a step into a folder, and read them. The only module that uses Orbax.
 
 Leaves are stored in a flat list, named by their numbers; `training.checkpoints.leaves` has their paths,
 shapes and digests.
@@ -17,25 +17,23 @@ from metarec_jax.training.checkpoints import leaves
 from metarec_jax.training.checkpoints.quiet import quiet
 
 _CHUNK = 64 * 2**20
-"""Bytes of an array that are written, and read, as one: who restores a part reads little more than that."""
+"""Bytes of a chunk of an array, so that a process which restores a part reads little more than that part."""
 
 
-def read(
-    folder: Path, chosen: dict[int, dict[str, Any]], wanted: Mapping[str, Any]
-) -> tuple[dict[str, Any], str | None]:
-    """The values of these leaves by path, on the host or where the leaf ``wanted`` has its shards; or what is wrong."""
+def read(folder: Path, chosen: dict[int, dict[str, Any]], like: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The values of the chosen leaves by path, on the host or with the sharding of the leaf in ``like``; or a fault."""
     ocp = _orbax()
-    targets = {k: leaves.target(d, wanted.get(d["path"])) for k, d in chosen.items()}
-    like = {_name(k): into for k, into in targets.items() if into.size}
+    targets = {k: leaves.target(d, like.get(d["path"])) for k, d in chosen.items()}
+    arrays = {_name(k): target for k, target in targets.items() if target.size}
     options = {
         "pytree_options": ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)),
-        # Each process reads for itself: nobody waits for one that cannot, or that has left.
+        # Each process reads independently: none waits for one that fails, or that has ended.
         "multiprocessing_options": ocp.options.MultiprocessingOptions(
             primary_host=None, active_processes={ocp.multihost.process_index()}
         ),
     }
     with quiet(), ocp.Context(**options):
-        loaded = ocp.load(folder, like, checkpointable_name="state") if like else {}
+        loaded = ocp.load(folder, arrays, checkpointable_name="state") if arrays else {}
     values = {}
     for k, d in chosen.items():
         value = loaded[_name(k)] if _name(k) in loaded else leaves.empty(targets[k])
@@ -46,7 +44,7 @@ def read(
 
 
 def start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]], metrics: dict[str, float]) -> Any:
-    """Start to write leaves into a folder that is not there yet; ``result()`` of what is returned waits for the end."""
+    """Start writing leaves into a new folder; ``result()`` of the returned object waits for the end."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         writing = _start(folder, flat, described, metrics)
@@ -60,7 +58,7 @@ class _Writing:
         self._writing, self._until_the_end = writing, until_the_end
 
     def result(self) -> None:
-        """Wait for the end of the save; raises what it failed with."""
+        """Wait for the end of the save; raises the error of one that failed."""
         with self._until_the_end:
             self._writing.result()
 
@@ -71,7 +69,7 @@ def _start(folder: Path, flat: list[leaves.Leaf], described: list[dict[str, Any]
     saving = ocp.options.ArrayOptions.Saving
     options = {
         "file_options": ocp.options.FileOptions(skip_sync_file_validations=True),
-        # In the background a folder that cannot be made is waited for, for five minutes.
+        # In the background Orbax would wait five minutes for a folder that cannot be made.
         "async_options": ocp.options.AsyncOptions(create_directories_asynchronously=False),
         "array_options": ocp.options.ArrayOptions(
             saving=saving(storage_options=saving.StorageOptions(chunk_byte_size=_CHUNK))

@@ -1,14 +1,14 @@
 """Checkpoints of a run: the latest and the best state, checked by digest, resumed bit for bit.
 
 A run directory holds ``checkpoints/latest/STEP``, ``checkpoints/best/STEP``, ``identity.json`` (what the run is) and
-``.lock``. Leaves are stored in a flat list with their paths, shapes, dtypes and sha256 beside them: Orbax alone loads
-a flipped bit without a word. The sha256 of the files of a step come last, as the mark that the step is whole
+``.lock``. Leaves are stored in a flat list with their paths, shapes, dtypes and sha256: Orbax itself loads a flipped
+bit without an error. The sha256 of the files of a step are written last, as the mark that the step is whole
 (`training.checkpoints.folders`); they are compared before Orbax opens it, since a failed load floods stderr. Nothing
 is pickled.
 
 Where several processes train together (`jax.distributed`), all of them make the same calls at the same steps. Each
-writes and reads its own shards; the first holds the lock, compares identities, marks, deletes and chooses; a refusal or
-a failure of one is raised in all. Processes, devices and shardings may change between save and restore.
+writes and reads its own shards; the first holds the lock, compares identities, marks, deletes and chooses; an error in
+one is raised in all. Processes, devices and shardings may change between save and restore.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, which it holds locked. A context manager.
+    """The checkpoints of one run directory, which stays locked meanwhile. A context manager.
 
     Args:
-      directory: of the run; made if missing. Several processes need one that all of them see.
-      identity: what the run is (configuration, data, version), JSON-able; compared with what the directory holds.
-      keep: how many of the latest, and of the best, stay on disk; 2 or more, so that a damaged one can be passed over.
-      fresh: forget the checkpoints that are there.
-      say: gets one line for each thing worth knowing, such as a damaged checkpoint; default: this module's logger.
+      directory: directory of the run; created if missing. Several processes need one that all of them see.
+      identity: configuration, data and version of the run, JSON-able; compared with the identity in the directory.
+      keep: number of latest, and of best, checkpoints on disk; 2 or more, so that a damaged one can be skipped.
+      fresh: delete the checkpoints in the directory.
+      say: called with one line per event, such as a damaged checkpoint; this module's logger by default.
 
     Raises:
-      MetarecError: the directory holds a run of another identity, or another process trains in it.
+      MetarecError: the directory holds a run with another identity, or another process trains in it.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Checkpoints:
         self._say = say or _log.warning
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._outcome: str | None = None  # under what name the processes are told how the pending save ended
+        self._outcome: str | None = None  # name of the message on how the pending save ended
         self._lock: int | None = None
         try:
             token = processes.decide(lambda: self._claim(identity, fresh))
@@ -104,9 +104,11 @@ class Checkpoints:
         """Copy ``state`` to the host now and write it in the background: as the latest and, if ``best``, as the best.
 
         Args:
-          state: a pytree of arrays, PRNG keys and numbers; may be donated as soon as this returns. Of several processes
-            each gives the same numbers, and its own part of the arrays.
-          metrics: stored beside the state.
+          step: number of the step.
+          state: a pytree of arrays, PRNG keys and numbers; may be donated as soon as this returns. Each of several
+            processes passes the same numbers, and its own part of the arrays.
+          metrics: numbers stored with the state.
+          best: write it as the best, too.
           wait: return only when it is on disk.
 
         Raises:
@@ -115,7 +117,7 @@ class Checkpoints:
         self.wait()
         step, flat = int(step), leaves.flatten(state)
         extra = {name: float(value) for name, value in (metrics or {}).items()}
-        # The best goes first: a run killed in between goes on from it, as from a latest one.
+        # The best is written first: a run killed in between resumes from it, as from a latest one.
         kinds: list[Which] = ["best", "latest"] if best else ["latest"]
         if processes.count() == 1:
             self._pending = self._worker.submit(self._write, step, flat, extra, kinds)
@@ -128,9 +130,9 @@ class Checkpoints:
         """Return when the save in the background is on disk. Raises MetarecError where it could not be written."""
         pending, self._pending = self._pending, None
         outcome, self._outcome = self._outcome, None
-        if outcome is not None and (failure := processes.hear(outcome)):
+        if outcome is not None and (failure := processes.receive(outcome)):
             self._clear_away()
-            # The failure may be another's, and the writing here may still wait for it.
+            # Another process may have failed, and the thread here may still wait for it.
             self._worker.shutdown(wait=False)
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             raise MetarecError(failure)
@@ -140,27 +142,27 @@ class Checkpoints:
     def restore(self, like: Any, *, which: Which = "latest") -> tuple[int, Any] | None:
         """The step and the state of the newest sound checkpoint, or None where there is none.
 
-        A damaged checkpoint is passed over (one line says so) for the one before. The best checkpoints hold whole
-        states, so ``which="latest"`` takes the newest sound one of both kinds, and says so where that is a best one.
-        What is newer than the step that is restored, all of it damaged, is deleted.
+        A damaged checkpoint is skipped (with one line) for the one before. The best checkpoints hold whole states, so
+        ``which="latest"`` takes the newest sound one of both kinds, with one line where that is a best one. Newer
+        checkpoints than the restored one are damaged, and deleted.
 
         Args:
-          which: "latest", to resume, or "best", which reads the best checkpoints alone and deletes nothing.
           like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`; its shardings are kept.
+          which: "latest", to resume, or "best", which reads only the best checkpoints and deletes nothing.
 
         Raises:
-          MetarecError: the checkpoint's leaves have other names, shapes or dtypes than ``like``; this machine cannot
-            read it (permissions, open files, memory), which is no reason to take an older one.
+          MetarecError: the checkpoint's leaves have other names, shapes or dtypes than ``like``; or this machine cannot
+            read it (permissions, open files, memory), in which case no older one is taken.
         """
         self.wait()
         kinds: tuple[Which, ...] = _KINDS if which == "latest" else ("best",)
-        found = _newest(self.directory, kinds, like, self._say, together=True)
+        newest = _newest(self.directory, kinds, like, self._say, together=True)
         if which == "latest":
-            processes.decide(lambda: self._forget_after(-1 if found is None else found[0]))
-        return found
+            processes.decide(lambda: self._forget_after(-1 if newest is None else newest[0]))
+        return newest
 
     def close(self) -> None:
-        """Wait for the last save and let go of the directory."""
+        """Wait for the last save and unlock the directory."""
         try:
             self.wait()
         finally:
@@ -185,7 +187,7 @@ class Checkpoints:
         return self.directory / "checkpoints" / kind
 
     def _clear_away(self) -> None:
-        """Delete what a save that did not end has left: a disk may be full of it."""
+        """Delete the files of incomplete saves: they may fill a disk."""
         if processes.is_first():
             for kind in _KINDS:
                 folders.sweep(self._root(kind))
@@ -197,7 +199,7 @@ class Checkpoints:
                     folders.delete(self._root(kind) / str(later))
 
     def _write(self, step: int, flat: list[leaves.Leaf], metrics: dict[str, float], kinds: list[Which]) -> None:
-        """Write a state of this process alone."""
+        """Write the state of a single process."""
         described = [leaves.describe(leaf) for leaf in flat]
         try:
             with signals.saving(f"the checkpoint of step {step}"):
@@ -206,40 +208,40 @@ class Checkpoints:
                     folders.make_way(folder)
                     arrays.start(folder, flat, described, metrics).result()
                 self._settle(step, kinds, described)
-        except Exception as error:  # Orbax and TensorStore raise anything where a disk is full
+        except Exception as error:  # Orbax and TensorStore raise many types where a disk is full
             raise self._failed(step, error) from error
 
     def _write_together(
         self, step: int, flat: list[leaves.Leaf], metrics: dict[str, float], kinds: list[Which]
     ) -> None:
-        """Start to write what each of the processes has of a state; its arrays are copied when this returns."""
+        """Start writing each process's part of a state; its arrays are copied when this returns."""
         folder = self._root(kinds[0]) / str(step)
-        outcome = processes.turn()
+        outcome = processes.next_name()
         try:
             processes.decide(lambda: folders.make_way(folder))
             writing = arrays.start(folder, flat, [leaves.describe(leaf) for leaf in flat], metrics)
-        except jax.errors.JaxRuntimeError:  # another process has gone
+        except jax.errors.JaxRuntimeError:  # another process has ended
             raise
         except Exception as error:
             failure = self._failed(step, error)
-            processes.tell(outcome, str(failure))
+            processes.send(outcome, str(failure))
             raise failure from error
         self._outcome = outcome
         self._pending = self._worker.submit(self._finish, writing, step, kinds, outcome)
 
     def _finish(self, writing: Any, step: int, kinds: list[Which], outcome: str) -> None:
-        """Wait until all processes have written; the first marks the step, and all are told."""
+        """Wait until all processes have written; the first marks the step and informs the others."""
         try:
             with signals.saving(f"the checkpoint of step {step}"):
                 writing.result()
                 if processes.is_first():
                     self._settle(step, kinds)
-                    processes.tell(outcome, "")
+                    processes.send(outcome, "")
         except Exception as error:
-            processes.tell(outcome, str(self._failed(step, error)))
+            processes.send(outcome, str(self._failed(step, error)))
 
     def _settle(self, step: int, kinds: list[Which], described: Any = None) -> None:
-        """Mark the step that is written, make the copies of it, delete the old ones."""
+        """Mark the step that is written, copy it, and delete old ones."""
         written = self._root(kinds[0]) / str(step)
         if not folders.is_whole(written):
             folders.mark(written)
@@ -251,7 +253,7 @@ class Checkpoints:
             folders.prune(self._root(kind), self._keep)
 
     def _failed(self, step: int, error: Exception) -> MetarecError:
-        """The error of a save, in words."""
+        """The error to raise where a save failed."""
         self._clear_away()
         good = folders.steps(self._root("latest"))
         kept = f"the checkpoint of step {good[-1]} is good" if good else "there is no earlier one"
@@ -269,30 +271,32 @@ def load_params(
     under: str = "params",
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The parameters of a run, for serving: only they are read, not the optimiser's moments.
+    """The parameters of a run, for serving; the optimiser's moments are not read.
 
     Args:
+      directory: directory of the run.
       which: "best" takes the latest where the run kept no best one.
       like: their pytree, of arrays or `jax.ShapeDtypeStruct`; None gives nested dicts by the names in the checkpoint.
         The precision is the checkpoint's: float32 stays float32 under JAX_ENABLE_X64.
       under: the entry of the state that holds them; of several, the nearest to the root.
+      say: as in `Checkpoints`.
 
     Raises:
-      MetarecError: no checkpoint, none that is sound, or one of other shapes than ``like``.
+      MetarecError: there is no checkpoint, none is sound, or its shapes differ from those of ``like``.
     """
     run = Path(directory).absolute()
     if which == "best" and not folders.steps(run / "checkpoints" / "best"):
         which = "latest"
     if not folders.steps(run / "checkpoints" / which):
         raise MetarecError(f"{run} holds no checkpoint; train one first (metarec fit), or name another run directory")
-    found = _newest(run, (which,), like, say or _log.warning, under)
-    if found is None:
-        raise MetarecError(f"no checkpoint in {run} is sound; train again with --fresh")
-    return found[1]
+    newest = _newest(run, (which,), like, say or _log.warning, under)
+    if newest is None:
+        raise MetarecError(f"all checkpoints in {run} are damaged; train again with --fresh")
+    return newest[1]
 
 
 def saved_metrics(directory: str | os.PathLike[str], *, which: Which = "best") -> tuple[int, dict[str, float]] | None:
-    """The step of the newest checkpoint whose metadata can be read, and the metrics there; None where there is none."""
+    """The step and the metrics of the newest checkpoint whose metadata can be read; None where there is none."""
     root = Path(directory).absolute() / "checkpoints" / which
     for step in folders.steps(root)[::-1]:
         with contextlib.suppress(MetarecError):
@@ -309,9 +313,9 @@ def _newest(
     *,
     together: bool = False,
 ) -> tuple[int, Any] | None:
-    """The newest step that is sound, and what it holds; with ``together`` all processes come to the same one.
+    """The newest sound step, and its state; with ``together`` all processes agree on the same one.
 
-    Of one step that is there in several kinds the first of ``kinds`` is taken.
+    Of a step that is saved in several kinds the first of ``kinds`` is taken.
     """
     roots = {kind: run / "checkpoints" / kind for kind in kinds}
     decide = processes.decide if together else lambda choose: choose()
@@ -321,59 +325,59 @@ def _newest(
 
     for step, kind in decide(newest_first):
         folder = roots[kind] / str(step)
-        wrong, refused, found = decide(functools.partial(_damage, folder)), None, None
-        if wrong is None:
-            wrong, refused, found = _load(folder, like, under)
+        damage, refusal, state = decide(functools.partial(_damage, folder)), None, None
+        if damage is None:
+            damage, refusal, state = _load(folder, like, under)
             if together:
-                answers = [json.loads(word) for word in processes.gather(json.dumps([wrong, refused]))]
-                wrong, refused = (next((a[k] for a in answers if a[k]), None) for k in (0, 1))
-        if refused is not None:
-            raise MetarecError(_fit_to_print(f"the checkpoint of step {step} in {run} {refused}"))
-        speaks = not together or processes.is_first()
-        if wrong is None:
-            if kind != kinds[0] and speaks:
+                answers = [json.loads(message) for message in processes.gather(json.dumps([damage, refusal]))]
+                damage, refusal = (next((a[k] for a in answers if a[k]), None) for k in (0, 1))
+        if refusal is not None:
+            raise MetarecError(_printable(f"the checkpoint of step {step} in {run} {refusal}"))
+        reports = not together or processes.is_first()
+        if damage is None:
+            if kind != kinds[0] and reports:
                 say(f"the newest sound checkpoint in {run} is the best one, of step {step}; it is taken")
-            return step, found
-        if speaks:
-            say(_fit_to_print(f"passed over the damaged checkpoint of step {step} in {run} ({wrong})"))
+            return step, state
+        if reports:
+            say(_printable(f"skipped the damaged checkpoint of step {step} in {run} ({damage})"))
     return None
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a step; raises where it is this machine that cannot read them."""
+    """The damage of the files of a step, as text; raises MetarecError where this machine cannot read them."""
     try:
         return folders.damage(folder)
     except OSError as error:
         raise MetarecError(
-            f"the checkpoint {folder} cannot be read: {first_line(error)}; it is left as it is. Mend that, and run the "
-            "same command again"
+            f"the checkpoint {folder} cannot be read and is not changed: {first_line(error)}; make it readable and run "
+            "the same command again"
         ) from error
 
 
-def _fit_to_print(message: str) -> str:
-    """What a damaged file says of itself may be long, and move a terminal."""
+def _printable(message: str) -> str:
+    """A message, shortened and without control characters: parts of it come from a damaged file."""
     return printable(message if len(message) <= 1000 else f"{message[:700]} ... {message[-250:]}")
 
 
 def _load(folder: Path, like: Any, under: str | None) -> tuple[str | None, str | None, Any]:
-    """What is damaged in a step whose files are as they were marked, why it is refused, or what it holds."""
+    """The damage of a step with files that match its mark, the reason to refuse it, and its state; two are None."""
     try:
         described = leaves.metadata(folder)["leaves"]
         chosen = dict(enumerate(described)) if under is None else leaves.below(described, under)
         if like is not None and (differs := leaves.mismatch(chosen.values(), like, precision=under is None)):
-            return None, f"does not fit this program: {differs}. {_ADVICE}", None
-        wanted = {} if like is None else leaves.by_path(like)
-        values, wrong = arrays.read(folder, chosen, wanted)
-        if wrong is not None:
-            return wrong, None, None
-        found = leaves.nested(values) if like is None else leaves.unflatten([values[path] for path in wanted], like)
-        return None, None, found
-    except Exception as error:  # of the memory, of Orbax: no reason to take an older step, and to delete this one
-        return None, f"is whole and cannot be read: {first_line(error)}", None
+            return None, f"does not match this program: {differs}. {_ADVICE}", None
+        expected = {} if like is None else leaves.by_path(like)
+        values, damage = arrays.read(folder, chosen, expected)
+        if damage is not None:
+            return damage, None, None
+        state = leaves.nested(values) if like is None else leaves.unflatten([values[path] for path in expected], like)
+        return None, None, state
+    except Exception as error:  # from memory or from Orbax: no reason to take an older step, and to delete this one
+        return None, f"is whole, but cannot be read: {first_line(error)}", None
 
 
 def _holds(folder: Path, described: list[dict[str, Any]]) -> bool:
-    """Whether a step is there whole, with these leaves to the bit."""
+    """Whether a step is on disk and whole, with bitwise the same leaves."""
     try:
         return folders.is_whole(folder) and leaves.metadata(folder)["leaves"] == described
     except (OSError, ValueError, KeyError, TypeError):

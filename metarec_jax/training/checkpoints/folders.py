@@ -1,8 +1,7 @@
 """The folders of checkpoints: marked when whole, checked by digest, deleted mark first.
 
-A step is a folder named by its number. It counts from the moment its mark stands in it: the sha256 of its files,
-written after all of them and after they have reached the disk. What has no mark is what a kill left of a save or of a
-deletion.
+A step is a folder named by its number. It is valid once it holds its mark: the sha256 of its files, written after all
+of them have reached the disk. A folder without a mark is an incomplete save or deletion.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from metarec_jax import files
 
 MARK = "sha256.json"
 _OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
-"""Errors of reading that say nothing of a file's contents."""
+"""Errors of reading that come from the machine, not from a file's contents."""
 
 
 def steps(root: Path) -> list[int]:
@@ -43,16 +42,16 @@ def mark(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a step, in words; None where they are those that were marked.
+    """The damage of the files of a step, as text; None where they match the mark.
 
     Raises:
-      OSError: the machine cannot read them at present, so that nothing is known of them.
+      OSError: the machine cannot read them at present, so that their contents are unknown.
     """
     if not is_whole(folder):
-        return "its save, or its deletion, was cut short"
+        return "its save, or its deletion, was interrupted"
     try:
         marked = json.loads((folder / MARK).read_text())
-        found = _sums(folder)
+        sums = _sums(folder)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             raise
@@ -60,29 +59,29 @@ def damage(folder: Path) -> str | None:
     if not isinstance(marked, dict):
         return f"{MARK} holds no digests"
     for name, digest in marked.items():
-        if name not in found:
+        if name not in sums:
             return f"{name} is missing"
-        if found[name] != digest:
+        if sums[name] != digest:
             return f"the digest of {name} does not match"
     return None
 
 
 def delete(folder: Path) -> None:
-    """Delete a step, its mark first: half of it is never taken for a step."""
+    """Delete a step, its mark first, so that a partly deleted one is not valid."""
     if folder.is_dir():
         (folder / MARK).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def make_way(folder: Path) -> None:
-    """Delete a step where there is one, and make sure that its folder can be made."""
+    """Delete a step where there is one, and check that its folder can be created."""
     delete(folder)
     folder.mkdir(parents=True)
     folder.rmdir()
 
 
 def copy(source: Path, target: Path) -> None:
-    """A copy of a whole step, there at once or not at all."""
+    """Copy a whole step atomically."""
     delete(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.copy")
@@ -95,23 +94,23 @@ def copy(source: Path, target: Path) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Leave the ``keep`` newest whole steps, and nothing that is not whole."""
+    """Delete all steps except the ``keep`` newest whole ones."""
     whole = steps(root)
     for step in numbered(root):
         if step not in whole[-keep:]:
-            with contextlib.suppress(OSError):  # its mark is off, the rest goes the next time
+            with contextlib.suppress(OSError):  # its mark is deleted, the rest is deleted the next time
                 delete(root / str(step))
 
 
 def sweep(root: Path) -> None:
-    """Delete what saves that did not end have left beside the steps."""
+    """Delete the temporary files and folders of incomplete saves."""
     for path in root.iterdir() if root.is_dir() else ():
         if not path.name.isdigit():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sums(folder: Path, *, flush: bool = False) -> dict[str, str]:
-    """sha256 of every file of a step but its mark."""
+    """sha256 of every file of a step except its mark."""
     sums = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK):
         sums[path.relative_to(folder).as_posix()] = files.sha256(path)
@@ -121,7 +120,7 @@ def _sums(folder: Path, *, flush: bool = False) -> dict[str, str]:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder to the disk. A full or a failing disk may say so only here."""
+    """Flush a file or a folder to the disk. A full or a failing disk may raise only here."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -130,4 +129,4 @@ def _flush(path: Path) -> None:
             os.close(handle)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise  # any other: a system that does not flush what was opened for reading
+            raise  # other errors come from systems that do not flush files opened for reading

@@ -1,7 +1,7 @@
 """A state as a flat list of arrays, each with its path, shape, dtype and digest; and back, bit for bit.
 
-The arrays are on the host, but for those that are spread over the devices of several processes: of these each process
-has only its own part, and hands that on where it lies.
+The arrays are on the host, except those that are sharded over the devices of several processes: of these each process
+has only its own part, and passes that on as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metarec_jax.core import MetarecError
 
 
 class Leaf(NamedTuple):
-    """A leaf to be stored. ``dtype`` is the leaf's own: "key<fry>" where ``value`` is the data of a PRNG key."""
+    """A leaf to be stored. ``dtype`` is that of the leaf: "key<fry>" where ``value`` is the data of a PRNG key."""
 
     path: str
     value: np.ndarray | jax.Array
@@ -29,9 +29,9 @@ class Leaf(NamedTuple):
 
 
 def flatten(state: Any) -> list[Leaf]:
-    """The leaves of a pytree of arrays, PRNG keys and numbers: copies on the host, which a donated state leaves alone.
+    """The leaves of a pytree of arrays, PRNG keys and numbers, copied to the host, so that the state may be donated.
 
-    Not copied are arrays that are spread over the devices of several processes.
+    Arrays that are sharded over the devices of several processes are not copied.
     """
 
     def leaf(path: Any, x: Any) -> Leaf:
@@ -43,13 +43,13 @@ def flatten(state: Any) -> list[Leaf]:
 
 
 def unflatten(values: list[Any], like: Any) -> Any:
-    """The pytree ``like`` with these values in its leaves, each of the kind and in the place of the one it replaces."""
+    """The pytree ``like`` with these values as its leaves, each of the type and sharding of the one it replaces."""
     placed = [_place(v, leaf) for v, leaf in zip(values, jax.tree.leaves(like), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
 def describe(leaf: Leaf) -> dict[str, Any]:
-    """Path, shape, dtype and, of what is on the host, sha256 of a leaf; JSON-able."""
+    """Path, shape, dtype and, for an array on the host, sha256 of a leaf; JSON-able."""
     described = {"path": leaf.path, "shape": list(leaf.value.shape), "dtype": leaf.dtype}
     return described | {"sha256": digest(leaf.value)} if isinstance(leaf.value, np.ndarray) else described
 
@@ -60,19 +60,19 @@ def digest(value: np.ndarray) -> str:
 
 
 def target(described: dict[str, Any], like: Any) -> np.ndarray | jax.ShapeDtypeStruct:
-    """Into what a stored leaf is read: the devices of ``like`` where they are of several processes, else the host."""
+    """The target of reading a stored leaf: sharded as ``like`` where that spans several processes, else on the host."""
     shape, dtype = tuple(described["shape"]), host_dtype(described["dtype"])
-    if is_spread(like):  # a key's data has axes beyond the key's own: a partition by name leaves these whole
+    if is_spread(like):  # a key's data has more axes than the key, which a partition by name does not divide
         return jax.ShapeDtypeStruct(shape, dtype, sharding=like.sharding)
     return np.empty(shape, dtype)
 
 
-def empty(into: np.ndarray | jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
-    """The array without elements that a `target` without elements stands for."""
-    if isinstance(into, np.ndarray):
-        return into
-    assert into.sharding is not None
-    return jax.make_array_from_callback(into.shape, into.sharding, np.zeros(into.shape, into.dtype).__getitem__)
+def empty(target: np.ndarray | jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+    """The array of a `target` without elements."""
+    if isinstance(target, np.ndarray):
+        return target
+    assert target.sharding is not None
+    return jax.make_array_from_callback(target.shape, target.sharding, np.zeros(target.shape, target.dtype).__getitem__)
 
 
 def host_dtype(name: str) -> np.dtype:
@@ -80,20 +80,22 @@ def host_dtype(name: str) -> np.dtype:
     return np.dtype(np.uint32) if name.startswith("key<") else jnp.dtype(name)
 
 
-def mismatch(found: Iterable[dict[str, Any]], like: Any, *, precision: bool = True) -> str | None:
-    """The first leaf in which descriptions and the pytree ``like`` differ, in words; None where they agree.
+def mismatch(descriptions: Iterable[dict[str, Any]], like: Any, *, precision: bool = True) -> str | None:
+    """The first leaf in which descriptions and the pytree ``like`` differ, as text; None where they agree.
 
     Args:
-      precision: whether float32 and float64, or int32 and int64, are different. Where they are not, a leaf is refused
-        only if JAX cannot hold it as it was saved.
+      descriptions: of `describe`.
+      like: the expected pytree, of arrays or shapes.
+      precision: whether float32 and float64, or int32 and int64, are different. If not, a leaf is refused only where
+        JAX cannot hold it as it was saved.
 
     >>> mismatch([describe(leaf) for leaf in flatten({"w": jnp.zeros(3)})], {"w": jnp.zeros(4)})
-    "['w'] is float32[3] there and float32[4] here"
+    "['w'] is float32[3] in the checkpoint and float32[4] here"
     """
-    wanted = {path: _expected(leaf) for path, leaf in by_path(like).items()}
-    stored = {d["path"]: (d["shape"], d["dtype"]) for d in found}
-    for path in [*wanted, *stored]:
-        old, new = stored.get(path), wanted.get(path)
+    expected = {path: _expected(leaf) for path, leaf in by_path(like).items()}
+    stored = {d["path"]: (d["shape"], d["dtype"]) for d in descriptions}
+    for path in [*expected, *stored]:
+        old, new = stored.get(path), expected.get(path)
         x64 = None if old is None or new is None else _x64(old[1], new[1])
         if (
             old is None
@@ -104,15 +106,15 @@ def mismatch(found: Iterable[dict[str, Any]], like: Any, *, precision: bool = Tr
             there, here = ("absent" if leaf is None else f"{leaf[1]}{leaf[0] or ''}" for leaf in (old, new))
             hint = {
                 None: "",
-                True: " (JAX_ENABLE_X64 is on here, and was off there; unset it)",
-                False: " (JAX_ENABLE_X64 was on there, and is off here; set JAX_ENABLE_X64=1)",
+                True: " (JAX_ENABLE_X64 is on here, and was off in training; unset it)",
+                False: " (JAX_ENABLE_X64 was on in training, and is off here; set JAX_ENABLE_X64=1)",
             }[x64]
-            return f"{path} is {there} there and {here} here{hint}"
+            return f"{path} is {there} in the checkpoint and {here} here{hint}"
     return None
 
 
 def _x64(there: str, here: str) -> bool | None:
-    """Whether two dtypes differ as JAX_ENABLE_X64 makes them differ: True where it is on here; else None.
+    """Whether JAX_ENABLE_X64 explains the difference of two dtypes: True if it is on here, False if there, else None.
 
     >>> _x64("float32", "float64"), _x64("int64", "int32"), _x64("float32", "bfloat16")
     (True, False, None)
@@ -131,16 +133,16 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def below(found: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
-    """Of the entry ``name`` nearest to the root: its leaves by position, with their paths from there on.
+def below(descriptions: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+    """The leaves of the entry ``name`` nearest to the root, by position, with paths relative to that entry.
 
     >>> below([{"path": ".train.params['w']"}, {"path": ".train.step"}], "params")
     {0: {'path': "['w']"}}
     """
     entry = re.compile(rf"^.*?(?:\['{re.escape(name)}'\]|\.{re.escape(name)}(?![^\.\[]))")
-    roots = {m.group() for d in found if (m := entry.match(d["path"]))}
+    roots = {m.group() for d in descriptions if (m := entry.match(d["path"]))}
     root = min(roots, key=len, default=None)
-    chosen = {k: d for k, d in enumerate(found) if root is not None and d["path"].startswith(root)}
+    chosen = {k: d for k, d in enumerate(descriptions) if root is not None and d["path"].startswith(root)}
     return {k: d | {"path": d["path"].removeprefix(root or "")} for k, d in chosen.items()}
 
 
@@ -184,16 +186,16 @@ def _place(value: Any, like: Any) -> Any:
 
 
 def _on_devices(value: Any, like: Any) -> jax.Array:
-    if isinstance(value, jax.Array):  # spread: it was read to where it belongs
+    if isinstance(value, jax.Array):  # sharded: it was read with the sharding of ``like``
         return value
     sharding = getattr(like, "sharding", None)
     if sharding is not None and getattr(like, "committed", True):
         return jax.device_put(value, sharding)
-    return jnp.array(value, copy=True)  # a copy: the next step may be given the buffer to overwrite
+    return jnp.array(value, copy=True)  # a copy: the buffer may be donated to the next step
 
 
 def _expected(like: Any) -> tuple[list[int] | None, str]:
-    if is_key(like):  # the shape of a key's data is its implementation's business
+    if is_key(like):  # the shape of a key's data depends on its implementation
         return None, str(like.dtype)
     if isinstance(like, bool | int | float):
         return [], str(np.asarray(like).dtype)
@@ -201,20 +203,20 @@ def _expected(like: Any) -> tuple[list[int] | None, str]:
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """What was stored beside the arrays: their descriptions, and metrics.
+    """The metadata of a checkpoint: the descriptions of its leaves, and metrics.
 
     Raises:
-      MetarecError: it is no such thing.
+      MetarecError: this library did not write the file.
     """
     path = folder / "_CHECKPOINT_METADATA"
     try:
-        found = json.loads(path.read_bytes())["custom_metadata"]
-        metrics, described = found["metrics"], found["leaves"]
+        stored = json.loads(path.read_bytes())["custom_metadata"]
+        metrics, described = stored["metrics"], stored["leaves"]
         if all(map(_is_number, metrics.values())) and all(isinstance(d["path"], str) for d in described):
-            return found
+            return stored
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise MetarecError(f"{path} is not what this library writes; delete the checkpoint, and the one before is used")
+    raise MetarecError(f"{path} was not written by this library; delete the checkpoint, and the one before is used")
 
 
 def _is_number(value: Any) -> bool:

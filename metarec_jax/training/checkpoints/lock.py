@@ -1,4 +1,4 @@
-"""A run directory: one process holds it, it belongs to one run, and all processes of the run see the same one."""
+"""A run directory: one process locks it, it belongs to one run, and all processes of the run see the same one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PATIENCE = 20.0
 
 
 def lock(directory: Path) -> tuple[int, str]:
-    """Hold the directory, made if missing, until the handle is closed or this process ends, however it ends.
+    """Lock the directory, created if missing, until the handle is closed or this process ends, however it ends.
 
     Returns:
-      The handle, and a token that whoever sees the directory finds in it.
+      The handle, and a token that is written into the directory.
 
     Raises:
-      MetarecError: another process holds it, or takes part in a run that held it; its file system knows no locks.
+      MetarecError: another process locks it, or takes part in a run that locked it; its file system has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
@@ -49,24 +49,24 @@ def join(directory: Path, token: str) -> int | None:
     """Take part in the run that the first process has locked; called by all, raises in all or in none.
 
     Returns:
-      Of the other processes the handle by which each holds the directory, too, until it is closed.
+      In the other processes, the handle by which each locks the directory, too, until it is closed; else None.
 
     Raises:
-      MetarecError: one of them has another directory under this name, or cannot hold it.
+      MetarecError: a process has another directory under this name, or cannot lock it.
     """
-    handle, wrong = None, ""
+    handle, failure = None, ""
     try:
         if (directory / _FIRST).read_text().split()[1:] != [token]:
             raise FileNotFoundError
         handle = None if processes.is_first() else _locked(directory, _OTHERS, shared=True)
     except FileNotFoundError:
-        wrong = (
-            f"process {jax.process_index()} does not find in {directory} the run directory that process 0 has opened; "
+        failure = (
+            f"process {jax.process_index()} does not see in {directory} the run directory that process 0 has opened; "
             "give one on a file system that all processes share"
         )
     except (OSError, MetarecError) as error:
-        wrong = str(error)
-    failures = [word for word in processes.gather(wrong) if word]
+        failure = str(error)
+    failures = [message for message in processes.gather(failure) if message]
     if failures:
         if handle is not None:
             os.close(handle)
@@ -78,7 +78,7 @@ class AnotherRun(MetarecError):
     """The directory holds another run.
 
     Attributes:
-      other_data: whether the entry "data" of the two identities differs, which whoever knows the data can explain.
+      other_data: whether the entry "data" of the two identities differs, which a caller with the data can explain.
     """
 
     def __init__(self, message: str, *, other_data: bool) -> None:
@@ -87,39 +87,40 @@ class AnotherRun(MetarecError):
 
 
 def identify(directory: Path, identity: Mapping[str, Any], *, resumes: bool) -> None:
-    """Record what run the directory belongs to.
+    """Record the run that the directory belongs to.
 
     Args:
+      directory: the run directory.
       identity: JSON-able.
-      resumes: whether the run that is recorded there goes on, and so must be the same.
+      resumes: whether the recorded run is resumed, and must have the same identity.
 
     Raises:
-      AnotherRun: the run that is recorded there is another one; the differences are named.
+      AnotherRun: the recorded run has another identity; the message names the differences.
     """
     path, identity = directory / "identity.json", json.loads(json.dumps(identity))
     if resumes:
         try:
-            found = json.loads(path.read_text())
+            recorded = json.loads(path.read_text())
         except (OSError, ValueError):
-            found = {}
-        if differ := different(found, identity):
+            recorded = {}
+        if differ := different(recorded, identity):
             raise AnotherRun(
                 f"{directory} holds another run: {'; '.join(differ)}. "
                 "Give the old settings to resume it, another run directory, or start over (--fresh)",
-                other_data=found.get("data", identity.get("data")) != identity.get("data"),
+                other_data=recorded.get("data", identity.get("data")) != identity.get("data"),
             )
     files.write_atomically(path, json.dumps(identity, indent=1))
 
 
-def different(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def different(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One phrase for each entry in which two nested mappings differ.
 
     >>> different({"seed": 0, "model": {"size": 8}}, {"seed": 0, "model": {"size": 16}})
     ['model.size was 8, now 16']
     """
     lines = []
-    for name in [*found, *(n for n in wanted if n not in found)]:
-        old, new = found.get(name, "absent"), wanted.get(name, "absent")
+    for name in [*before, *(n for n in now if n not in before)]:
+        old, new = before.get(name, "absent"), now.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += different(old, new, f"{prefix}{name}.")
         elif old != new and _is_digest(old) and _is_digest(new):
@@ -134,9 +135,9 @@ def _is_digest(value: Any) -> bool:
 
 
 def _wait_for_others(directory: Path) -> None:
-    """Return when no process lives that took part in an earlier run: it could still write, into the saves of this one.
+    """Return once all processes of an earlier run have ended: they could still write into the saves of this one.
 
-    JAX ends a process whose first one has gone, but some seconds later.
+    JAX ends the processes of a run whose first one has ended, but some seconds later.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -170,6 +171,6 @@ def _locked(directory: Path, name: str, *, shared: bool) -> int:
 def _flock(handle: int, shared: bool) -> None:
     try:
         import fcntl
-    except ImportError:  # Windows has none: two runs in one directory are then the user's care
+    except ImportError:  # Windows has none: there the user must avoid two runs in one directory
         return
     fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

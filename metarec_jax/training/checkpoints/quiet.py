@@ -1,6 +1,6 @@
-"""Orbax and TensorStore log, trace and warn beside what they raise; here they are held to what is raised.
+"""Orbax and TensorStore log, trace and warn in addition to what they raise; here they only raise.
 
-Only while they work for this library: the process's own logging and hooks are afterwards what they were.
+Only while they work for this library: afterwards the process's own logging and hooks are restored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _before: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it Orbax and TensorStore print nothing on stderr; what fails is raised, and reported by who catches it.
+    """A context in which Orbax and TensorStore print nothing on stderr; errors are raised, for the caller to report.
 
-    It may be entered by several threads at once. After a failure it holds for some seconds longer, since what was begun
-    with the save that failed ends later.
+    Several threads may enter it at once. After a failure it lasts some seconds longer, since other writes of the failed
+    save end later.
     """
     _enter()
     try:
@@ -56,7 +56,7 @@ def _leave() -> None:
         if _users == 0:
             logging.getLogger("absl").removeFilter(_not_of_orbax)
             logging.getLogger("orbax").setLevel(_before["level"])
-            if sys.unraisablehook is _before["ours"]:  # else somebody has set another meanwhile
+            if sys.unraisablehook is _before["ours"]:  # else another one has been set meanwhile
                 sys.unraisablehook = _before["hook"]
             _before.clear()
 
@@ -66,7 +66,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 class _Hook:
-    """Of a save that has failed, TensorStore's other writes end later and find that nobody waits: no news."""
+    """Ignores the errors of TensorStore's other writes after a failed save, when no task waits for them any more."""
 
     def __init__(self, before: Any) -> None:
         self._before = before

@@ -1,1 +1,1 @@
-"""Many devices, several processes: who holds what, who waits for whom, what fits."""
+"""Several devices and processes: placement of arrays, communication, limits of memory."""

@@ -1,6 +1,6 @@
-"""How much memory a run takes, told by the compiler before it runs, and how much there is.
+"""How much memory a run takes, as estimated by the compiler, and how much is free.
 
-What is not known (no such file, a device that does not say) is None, and refuses nothing.
+An unknown amount (no such file, a device without statistics) is None, and nothing is refused because of it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from metarec_jax.core import MetarecError
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-class Estimate(NamedTuple):
-    """Bytes of a compiled program.
+class ProgramMemory(NamedTuple):
+    """Bytes that a compiled program takes on a device.
 
     Attributes:
-      held: of its arguments: the parameters, their optimisers' state, the data. They are there already.
-      working: of what it makes: temporaries, and the outputs that reuse no argument.
+      arguments: its arguments, which are allocated already: the parameters, their optimisers' state, the data.
+      working: what it allocates: temporaries, and outputs that do not reuse an argument.
     """
 
-    held: int
+    arguments: int
     working: int
 
 
 def size_of(values: Any) -> int:
-    """Bytes of the arrays of a pytree; of their shapes alone, as `jax.eval_shape` gives them, too.
+    """Bytes of the arrays of a pytree, which may be shapes from `jax.eval_shape`.
 
     >>> size_of({"a": jax.ShapeDtypeStruct((3, 2), np.float32), "b": np.zeros(2, np.int32)})
     32
@@ -43,33 +43,33 @@ def size_of(values: Any) -> int:
     return total
 
 
-def estimate(compiled: jax.stages.Compiled) -> Estimate | None:
-    """What the compiler says that a program takes on a device; None where it does not say."""
+def estimate(compiled: jax.stages.Compiled) -> ProgramMemory | None:
+    """The compiler's estimate of the memory of a program on a device; None where it has none."""
     try:
-        said = compiled.memory_analysis()
+        analysis = compiled.memory_analysis()
     except NotImplementedError:
         return None
-    if said is None:
+    if analysis is None:
         return None
-    made = said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
-    return Estimate(said.argument_size_in_bytes, made)
+    working = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return ProgramMemory(analysis.argument_size_in_bytes, working)
 
 
 def free(device: jax.Device) -> int | None:
-    """Bytes that can still be had on a device; None where that is unknown.
+    """Bytes that are free on a device; None where that is unknown.
 
-    Of an accelerator: its limit less what is in use. Of a CPU under Linux: what the machine has available, swap
-    included, or what the process's control groups leave, whichever is less.
+    For an accelerator: its limit less the bytes in use. For a CPU under Linux: the available memory of the machine,
+    swap included, or what the process's control groups leave, whichever is less.
     """
     if device.platform != "cpu":
         stats: Mapping[str, int] = device.memory_stats() or {}
-        known = "bytes_limit" in stats and "bytes_in_use" in stats
-        return stats["bytes_limit"] - stats["bytes_in_use"] if known else None
+        complete = "bytes_limit" in stats and "bytes_in_use" in stats
+        return stats["bytes_limit"] - stats["bytes_in_use"] if complete else None
     return host_free()
 
 
 def host_free(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
-    """Bytes that this process can still have, by Linux's files; None where they do not say."""
+    """Bytes that this process can still allocate, by Linux's files; None where these are missing."""
     machine = _machine(proc / "meminfo")
     if machine is None:
         return None
@@ -78,26 +78,27 @@ def host_free(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
     return min([available + swap, *(room for room in rooms if room is not None)])
 
 
-def refuse_what_does_not_fit(needed: int, there: int | None, what: str, remedy: str) -> None:
-    """Raise where ``needed`` bytes are more than are ``there``.
+def check_fits(needed: int, free: int | None, name: str, remedy: str) -> None:
+    """Raise where more bytes are ``needed`` than ``free``; nothing is checked where ``free`` is None.
 
     Raises:
-      MetarecError: what takes how much, how much there is, and the remedy.
+      MetarecError: the message has ``name``, both amounts and the remedy.
 
-    >>> refuse_what_does_not_fit(2**30, 2**31, "a batch", "draw fewer tasks")
-    >>> refuse_what_does_not_fit(2**30, None, "a batch", "draw fewer tasks")
-    >>> refuse_what_does_not_fit(2**31, 2**30, "a batch", "draw fewer tasks")
+    >>> check_fits(2**30, 2**31, "a batch", "draw fewer tasks")
+    >>> check_fits(2**30, None, "a batch", "draw fewer tasks")
+    >>> check_fits(2**31, 2**30, "a batch", "draw fewer tasks")
     Traceback (most recent call last):
     metarec_jax.core.MetarecError: a batch would take another 2.0 GiB of memory, and 1.0 GiB are free; draw fewer tasks
     """
-    if there is not None and needed > there:
+    if free is not None and needed > free:
         raise MetarecError(
-            f"{what} would take another {spoken(needed)} of memory, and {spoken(max(there, 0))} are free; {remedy}"
+            f"{name} would take another {spoken(needed)} of memory, and {spoken(max(free, 0))} are free; {remedy}"
         )
 
 
 def spoken(size: int) -> str:
-    """
+    """A number of bytes as text, with a binary unit.
+
     >>> spoken(3 * 2**30), spoken(5_000_000), spoken(700)
     ('3.0 GiB', '4.8 MiB', '0.7 KiB')
     """
@@ -108,7 +109,7 @@ def spoken(size: int) -> str:
 
 
 def _machine(meminfo: Path) -> tuple[int, int] | None:
-    """Bytes available without swapping, and bytes of swap that are free."""
+    """Bytes available without swapping, and free bytes of swap."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         available, swap = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
@@ -128,12 +129,12 @@ _V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 
 
 def _groups(membership: Path, root: Path) -> list[tuple[Path, _Names]]:
-    """The memory control groups of this process, the inmost first, up to the root of what it can see."""
+    """The memory control groups of this process, the innermost first, up to the root that it can see."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    groups = []
     for number, controllers, path in (line for line in lines if len(line) == 3):
         if number == "0":
             base, names = root, _V2
@@ -141,13 +142,14 @@ def _groups(membership: Path, root: Path) -> list[tuple[Path, _Names]]:
             base, names = root / "memory", _V1
         else:
             continue
-        inmost = base / path.strip("/")
-        found += [(group, names) for group in (inmost, *inmost.parents) if group == base or base in group.parents]
-    return found
+        innermost = base / path.strip("/")
+        ancestors = (innermost, *innermost.parents)
+        groups += [(group, names) for group in ancestors if group == base or base in group.parents]
+    return groups
 
 
 def _room(group: tuple[Path, _Names], swap: int) -> int | None:
-    """Bytes below a control group's limit: cached files can be dropped, and free swap might take the rest."""
+    """Bytes that a control group's limit leaves, counting cached files, which can be dropped, and free swap."""
     folder, names = group
     try:
         limit, used = (int((folder / name).read_text()) for name in names[:2])

@@ -1,11 +1,11 @@
-"""Rows of tables that are cut over devices, fetched and stepped by asking their owners for what a device needs.
+"""Rows of tables that are partitioned over devices: each device requests the rows it needs from their owners.
 
-Each device sorts the ids of its tasks, counts every id once, and sends each owner the ids that it wants of it; the rows
-come back, and later their gradients go the same way, summed over a device's repeats. That is two all-to-alls of rows a
-step, whatever the number of devices, where gathering everything on every device grows with it.
+Each device sorts the ids of its tasks, removes repeats, and sends each owner the ids that it needs from it; the rows
+come back, and later their gradients go the same way, summed over a device's repeats. That is two all-to-alls of rows
+per step for any number of devices, whereas gathering everything on every device grows with that number.
 
-All shapes are fixed: an owner can be asked for `capacity` ids by each device. Where one is asked for more (its rows are
-the popular ones), all devices gather everything, in that step and for that table: slower, and the same result.
+All shapes are fixed: each device can request `capacity` ids from an owner. Where it needs more (of an owner with the
+popular rows), all devices gather everything, in that step and for that table: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from metarec_jax.core import Array
 from metarec_jax.training.devices.sharding import DATA, MODEL, gather_updates, take_rows
 
 SLACK = 2.0
-"""An owner's capacity over its fair share of the ids that a device asks for."""
+"""An owner's capacity, as a multiple of its equal share of the ids that a device requests."""
 PAYS_FROM = 8
-"""Devices that share a table from which on asking owners moves fewer bytes than gathering, at this slack."""
+"""Number of devices sharing a table from which on requests move fewer bytes than gathering, with this slack."""
 
 
 class Route(NamedTuple):
-    """Where the rows of a device's ids travel; within `each_device`.
+    """How the rows of a device's ids are exchanged; within `each_device`.
 
     Attributes:
-      place: int32 ``[m]``, for each id its place in what is sent and comes back, ``owners * capacity`` places in all.
-      asked: int32 ``[owners * capacity]``, the rows of this device that the others ask for; behind its last row: none.
-      full: bool ``[1]``, whether some device anywhere asked an owner for more than its capacity.
+      place: int32 ``[m]``, for each id its place in what is sent and received, ``owners * capacity`` places in all.
+      requested: int32 ``[owners * capacity]``, the rows of this device that the others request; an index beyond its
+        last row is no request.
+      full: bool ``[1]``, whether any device requested more ids from an owner than its capacity.
     """
 
     place: Array
-    asked: Array
+    requested: Array
     full: Array
 
 
 def capacity(ids: int, owners: int) -> int:
-    """How many of ``ids`` a device can ask of one owner.
+    """How many of ``ids`` a device can request from one owner.
 
     >>> capacity(1000, 8), capacity(20, 8)
     (256, 16)
@@ -49,24 +50,25 @@ def capacity(ids: int, owners: int) -> int:
 
 
 def route(ids: Array, num_rows: int, owners: int) -> Route:
-    """Ask the owners; within `each_device`.
+    """Send requests to the owners; within `each_device`.
 
     Args:
       ids: int32 ``[m]``, rows of the whole table.
       num_rows: rows of each owner; owner k has ``k * num_rows .. (k + 1) * num_rows - 1``.
+      owners: number of devices that share the table.
     """
-    wanted, place = _places(ids, num_rows, owners)
+    local, place = _places(ids, num_rows, owners)
     size = capacity(ids.shape[0], owners)
     full = (place >= size).any()
     slot = jnp.where(place < size, ids // num_rows * size + place, owners * size)
     requests = jnp.full((owners * size,), num_rows, jnp.int32)
-    requests = requests.at[slot].set(wanted, mode="drop")
-    asked = jax.lax.all_to_all(requests, MODEL, 0, 0, tiled=True)
-    return Route(slot, asked, jax.lax.pmax(full, (DATA, MODEL))[None])
+    requests = requests.at[slot].set(local, mode="drop")
+    requested = jax.lax.all_to_all(requests, MODEL, 0, 0, tiled=True)
+    return Route(slot, requested, jax.lax.pmax(full, (DATA, MODEL))[None])
 
 
 def _places(ids: Array, num_rows: int, owners: int) -> tuple[Array, Array]:
-    """The row of its owner that each id is, and its place among the distinct ids that are asked of that owner.
+    """For each id, its row at its owner, and its place among the distinct ids that are requested from that owner.
 
     >>> [a.tolist() for a in _places(jnp.array([5, 1, 5, 0, 7, 1]), 4, 2)]  # owner 0: 0 1, owner 1: 5 7
     [[1, 1, 1, 0, 3, 1], [0, 1, 0, 0, 1, 1]]
@@ -82,25 +84,25 @@ def _places(ids: Array, num_rows: int, owners: int) -> tuple[Array, Array]:
 
 
 def fetch(table: Array, ids: Array, owners: int) -> tuple[Array, Route | None]:
-    """Rows of a table that is cut over ``owners`` devices, for this device's own ids; within `each_device`.
+    """Rows of a table that is partitioned over ``owners`` devices, for this device's ids; within `each_device`.
 
     Args:
       table: ``[num_rows, size]``, this device's rows.
-      ids: int32 ``[t, n]``, rows of the whole table; as many on every device.
+      ids: int32 ``[t, n]``, rows of the whole table; the same number on every device.
 
     Returns:
-      ``[t, n, size]``, exactly the rows; and the way that their gradients go, None for all to all devices.
+      ``[t, n, size]``, exactly the rows; and the route for their gradients, None where all devices gather all.
     """
     if owners < PAYS_FROM:
         return take_rows(table, ids), None
     way = route(ids.reshape(-1), table.shape[0], owners)
 
-    def ask(table: Array) -> Array:
-        answers = table.at[way.asked].get(mode="fill", fill_value=0)
+    def request(table: Array) -> Array:
+        answers = table.at[way.requested].get(mode="fill", fill_value=0)
         rows = jax.lax.all_to_all(answers, MODEL, 0, 0, tiled=True)
         return rows[way.place].reshape(*ids.shape, -1)
 
-    return jax.lax.cond(way.full[0], lambda table: take_rows(table, ids), ask, table), way
+    return jax.lax.cond(way.full[0], lambda table: take_rows(table, ids), request, table), way
 
 
 def step_rows(
@@ -111,11 +113,11 @@ def step_rows(
     grads: Array,
     way: Route | None,
 ) -> Any:
-    """``update(table, state, ids, grads)`` of this device's rows by the gradients of all; within `each_device`.
+    """``update(table, state, ids, grads)`` of this device's rows, with the gradients of all; within `each_device`.
 
     Args:
-      ids, grads: int32 ``[m]`` rows of the whole table, and their gradients ``[m, size]``, of this device's own tasks.
-      way: of the `fetch` that brought these rows.
+      ids, grads: int32 ``[m]`` rows of the whole table, and their gradients ``[m, size]``, of this device's tasks.
+      way: the route from the `fetch` of these rows.
     """
 
     def by_all(table: Array, state: Any) -> Any:
@@ -125,12 +127,12 @@ def step_rows(
         return by_all(table, state)
 
     def by_owner(table: Array, state: Any) -> Any:
-        own = jnp.zeros((way.asked.shape[0], grads.shape[1]), grads.dtype).at[way.place].add(grads, mode="drop")
+        own = jnp.zeros((way.requested.shape[0], grads.shape[1]), grads.dtype).at[way.place].add(grads, mode="drop")
         sent = jax.lax.all_to_all(own, MODEL, 0, 0, tiled=True)
-        asked, sent = (jax.lax.all_gather(a, DATA, tiled=True) for a in (way.asked, sent))
-        return update(table, state, asked, sent)
+        requested, sent = (jax.lax.all_gather(a, DATA, tiled=True) for a in (way.requested, sent))
+        return update(table, state, requested, sent)
 
-    # Loops of one round or none, where `cond` would copy the table.
+    # Loops of one round or none: `cond` would copy the table.
     full = way.full[0].astype(jnp.int32)
     table, state = jax.lax.fori_loop(0, full, lambda _, carry: by_all(*carry), (table, state))
     return jax.lax.fori_loop(0, 1 - full, lambda _, carry: by_owner(*carry), (table, state))

@@ -1,6 +1,6 @@
-"""Several processes as one run: they find each other before JAX computes, and none waits for one that has gone.
+"""Several processes as one run: they connect before JAX computes, and none waits for one that has ended.
 
-The runtime is JAX's own (`jax.distributed`): this is the little that a command needs around it.
+The runtime is that of JAX (`jax.distributed`); this module adds what a command needs around it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LAUNCHERS = {
 
 
 def launched() -> int:
-    """How many processes Slurm's ``srun`` or Open MPI's ``mpirun`` started beside this one, itself included; else 1."""
+    """Number of processes that Slurm's ``srun`` or Open MPI's ``mpirun`` started, this one included; else 1."""
     for count, others in _LAUNCHERS.items():
         if all(name in os.environ for name in (count, *others)) and os.environ[count].isdecimal():
             return int(os.environ[count])
@@ -35,33 +35,38 @@ def launched() -> int:
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> bool:
-    """Join the other processes of the run; call it before JAX computes anything. Says whether there are any.
+    """Join the other processes of the run, before JAX computes anything. Returns whether there are any.
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached; "auto" leaves all three to JAX (TPU pods, Kubernetes,
-        Slurm, Open MPI); None, and nothing else: to JAX where `launched` finds several processes, else alone.
-      num_processes, process_id: how many there are, and which this one is, from 0.
+        Slurm, Open MPI). With all three None, they are left to JAX where `launched` finds several processes; else this
+        process runs alone.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
 
     Raises:
-      MetarecError: some of the three are given and others not, or the processes did not find each other.
+      MetarecError: only some of the three are given, or the processes could not connect.
 
     >>> join()
     False
     """
-    given = (coordinator, num_processes, process_id)
-    if coordinator == "auto" or (given == (None, None, None) and launched() > 1):
+    alone = (coordinator, num_processes, process_id) == (None, None, None)
+    if coordinator == "auto" or (alone and launched() > 1):
         coordinator = num_processes = process_id = None
-    elif given == (None, None, None):
+    elif alone:
         return False
     elif coordinator is None or num_processes is None or process_id is None:
         raise MetarecError(
-            f"the coordinator is {coordinator}, the number of processes {num_processes} and this process {process_id}; "
-            "give all three (the same coordinator HOST:PORT everywhere, processes from 0), or none"
+            f"got coordinator {coordinator}, number of processes {num_processes} and process id {process_id}; "
+            "give all three (the same coordinator HOST:PORT everywhere, process ids from 0), or none"
         )
     elif not 0 <= process_id < num_processes:
-        raise MetarecError(f"this is process {process_id} of {num_processes}; give each one of 0..{num_processes - 1}")
+        raise MetarecError(
+            f"the process id of {num_processes} processes must be between 0 and {num_processes - 1}, got {process_id}; "
+            "give each process another one"
+        )
     elif ":" not in coordinator:
-        raise MetarecError(f"the coordinator is {coordinator!r}; give HOST:PORT, such as node0:12355")
+        raise MetarecError(f"the coordinator must be HOST:PORT, got {coordinator!r}; give one such as node0:12355")
     try:
         jax.distributed.initialize(
             coordinator,
@@ -73,7 +78,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MetarecError(
-            f"the processes of this run did not find each other ({first}); check that process 0 runs, and that its "
+            f"the processes of this run could not connect ({first}); check that process 0 runs, and that its "
             "HOST:PORT can be reached from here"
         ) from error
     return jax.process_count() > 1
@@ -81,10 +86,10 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
 
 @contextlib.contextmanager
 def together(advice: str) -> Iterator[None]:
-    """Within it, the loss of another process ends this one in one line, with the status `watch.LOST`.
+    """A context in which the loss of another process ends this one, with one line and the status `watch.LOST`.
 
     Args:
-      advice: what to do, for the line.
+      advice: end of that line: what to do.
     """
     host = coordinator_host()
     with watch.watched(host, advice):
@@ -93,7 +98,7 @@ def together(advice: str) -> Iterator[None]:
         except Exception as error:
             if processes.count() == 1:
                 raise
-            # A collective, or a save that others share in, may fail before the watch has heard who has gone.
+            # A collective, or a shared save, may fail before the watch has heard which process has ended.
             watch.wait_for_news()
             if not isinstance(error, (jax.errors.JaxRuntimeError, processes.Lost)):
                 raise
@@ -101,35 +106,35 @@ def together(advice: str) -> Iterator[None]:
 
 
 def coordinator_host() -> str:
-    """Where process 0 can be reached."""
+    """Host at which process 0 can be reached."""
     return jax_private.coordinator_address().rpartition(":")[0]
 
 
 def leave() -> None:
-    """Part from the other processes: what comes after, each does alone."""
+    """Disconnect from the other processes; from here on each runs alone."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def cpu_devices(count: int) -> None:
-    """Where this process has nothing but CPUs, let it have so many devices; call it before JAX computes anything.
+    """Set the number of CPU devices, for processes without accelerators; call it before JAX computes anything.
 
-    A number of CPU devices that is set already, in ``XLA_FLAGS``, stands. XLA's pool of threads is made large enough
-    that each device can wait for the others in one and compute in another: with two devices and two threads a program
-    with collectives was seen to wait for ever (jax 0.10.2); a smaller ``NPROC`` is raised.
+    A number that is set already in ``XLA_FLAGS`` is kept. XLA's pool gets enough threads that each device can wait for
+    the others in one and compute in another: with two devices and two threads a program with collectives was seen to
+    deadlock (jax 0.10.2). A smaller ``NPROC`` is raised.
     """
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if forced:
         count = int(forced.group(1))
     elif count > 1:
-        with contextlib.suppress(RuntimeError):  # it computes already
+        with contextlib.suppress(RuntimeError):  # JAX computes already
             jax.config.update("jax_num_cpu_devices", count)
     if count > 1:
         os.environ["NPROC"] = str(max(threads(), 2 * count + 2))
 
 
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
-    """``stop`` of any process, in all of them at the same call: a signal reaches each at another moment."""
+    """Whether ``stop`` is true in any process, the same in all at the same call: signals arrive at different times."""
 
     def anyone() -> bool:
         from jax.experimental import multihost_utils

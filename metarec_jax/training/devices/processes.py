@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other: one decides, all learn of it, and none waits for what cannot come.
+"""Messages between the processes of one run: one decides, all receive it, and none waits for one that has ended.
 
-Words go through the coordination service of `jax.distributed`, not through the devices: they may be sent from any
-thread while the devices compute. All processes make these calls in the same order; a single process talks to itself.
+Messages go through the coordination service of `jax.distributed`, not through the devices: they may be sent from any
+thread while the devices compute. All processes make these calls in the same order; a single process sends nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Lost(MetarecError):
     """Another process of the run has ended."""
 
 
-_turns = itertools.count()
+_numbers = itertools.count()
 _POLL_MS = 5_000
 
 
 def count() -> int:
-    """How many processes run together. Starts no backend where `jax.distributed` was not initialised."""
+    """Number of processes of the run. Starts no backend where `jax.distributed` was not initialised."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -38,66 +38,66 @@ def is_first() -> bool:
 
 
 def decide(choose: Callable[[], Any]) -> Any:
-    """``choose()`` of the first process, in all of them; what it raises is raised in all.
+    """The result of ``choose()`` in the first process, in all of them; an error there is raised in all.
 
     Args:
-      choose: gives something JSON-able.
+      choose: returns a JSON-able value.
 
     Raises:
-      MetarecError: the first process could not choose; the others raise the same words.
+      MetarecError: ``choose()`` failed in the first process; the others raise the same message.
 
     >>> decide(lambda: [1, 2])
     [1, 2]
     """
     if count() == 1:
         return choose()
-    name = turn()
+    name = next_name()
     if not is_first():
-        told = json.loads(hear(name))
-        if "error" in told:
-            raise MetarecError(told["error"])
-        return told["chosen"]
+        message = json.loads(receive(name))
+        if "error" in message:
+            raise MetarecError(message["error"])
+        return message["chosen"]
     try:
         chosen = choose()
     except BaseException as error:
-        tell(name, json.dumps({"error": str(error) or type(error).__name__}))
+        send(name, json.dumps({"error": str(error) or type(error).__name__}))
         raise
-    tell(name, json.dumps({"chosen": chosen}))
+    send(name, json.dumps({"chosen": chosen}))
     return chosen
 
 
-def gather(word: str) -> list[str]:
-    """The word of each process, in the order of the processes, in all of them.
+def gather(message: str) -> list[str]:
+    """The message of each process, in the order of the processes, in all of them.
 
     >>> gather("here")
     ['here']
     """
     if count() == 1:
-        return [word]
-    name = turn()
-    tell(f"{name}/{jax.process_index()}", word)
-    return [hear(f"{name}/{k}") for k in range(count())]
+        return [message]
+    name = next_name()
+    send(f"{name}/{jax.process_index()}", message)
+    return [receive(f"{name}/{k}") for k in range(count())]
 
 
-def turn() -> str:
-    """A name for the next thing said, the same in all processes."""
-    return f"metarec/{next(_turns)}"
+def next_name() -> str:
+    """A name for the next message, the same in all processes."""
+    return f"metarec/{next(_numbers)}"
 
 
-def tell(name: str, word: str) -> None:
-    """Say ``word`` under a name; of several the first stands."""
+def send(name: str, message: str) -> None:
+    """Publish a message under a name; of several the first is kept."""
     try:
-        _client().key_value_set(name, word)
+        _client().key_value_set(name, message)
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
 
 
-def hear(name: str) -> str:
-    """The word under a name, once it is said.
+def receive(name: str) -> str:
+    """The message under a name; waits until it is published.
 
     Raises:
-      jax.errors.JaxRuntimeError: process 0 has gone. JAX itself ends a process some seconds after another was lost.
+      jax.errors.JaxRuntimeError: process 0 has ended. JAX itself ends a process some seconds after another was lost.
     """
     while True:
         try:
@@ -108,9 +108,9 @@ def hear(name: str) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code, and, where there are several, at once.
+    """End this process with an exit code; one of several processes ends at once.
 
-    The usual end of one of several waits for all of them, for five minutes where one waits for a save that cannot end.
+    The ordinary exit of one of several waits for all: for five minutes where one waits for a save that cannot end.
     """
     if count() == 1:
         sys.exit(code)

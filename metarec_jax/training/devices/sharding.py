@@ -1,12 +1,12 @@
-"""Devices in a mesh: where each array of a run lies, and what of a step each device does.
+"""Devices in a mesh: the placement of each array of a run, and each device's part of a step.
 
-A mesh has two axes. The tasks of a batch are cut over all devices. The rows of a large table are cut over the axis
-``model``, and each of the ``data`` groups of devices holds the whole of it; everything else is on every device. What
-crosses between devices in a step is ids, rows and gradients of the batch, never a table.
+A mesh has two axes. The tasks of a batch are partitioned over all devices. The rows of a large table are partitioned
+over the axis ``model``, and each of the ``data`` groups of devices holds a whole table; everything else is on every
+device. Only ids, rows and gradients of the batch move between devices in a step, never a table.
 
-The adaptation of a device's own tasks stands inside `jax.shard_map`, so that the learner's code is not partitioned, and
-computes what it computes on one device. Source: the hybrid of data and model parallelism of Naumov et al., "Deep
-Learning Recommendation Model for Personalization and Recommendation Systems", 2019, in TorchRec's two-dimensional form.
+The adaptation of a device's own tasks is inside `jax.shard_map`, so that the learner's code is not partitioned, and
+computes the same as on one device. Source: the hybrid of data and model parallelism of Naumov et al., "Deep Learning
+Recommendation Model for Personalization and Recommendation Systems", 2019, in TorchRec's two-dimensional form.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TASKS = P((DATA, MODEL))
 
 
 def make_mesh(data: int | None = None, model: int | None = None) -> Mesh:
-    """A mesh of ``data x model`` devices, all there are by default.
+    """A mesh of ``data x model`` devices; by default of all devices.
 
     Args:
-      data: groups of devices, each of which holds every table.
-      model: devices that share the rows of a table; by default as many as there are (the largest power of two).
+      data: number of groups of devices, each of which holds every table.
+      model: number of devices that share the rows of a table; by default the largest power of two that divides them.
 
     Raises:
       MetarecError: a number below 1, or more devices than there are.
@@ -48,10 +48,10 @@ def make_mesh(data: int | None = None, model: int | None = None) -> Mesh:
         model = model & -model if data is None else max(model, 1)
     data = max(len(devices) // model, 1) if data is None else data
     if data < 1 or model < 1:
-        raise MetarecError(f"the mesh is data={data}, model={model}; give 1 or more of each")
+        raise MetarecError(f"the sizes of a mesh must be 1 or more, got data={data}, model={model}; correct them")
     if data * model > len(devices):
         raise MetarecError(
-            f"a mesh of data={data}, model={model} wants {data * model} devices, and there are {len(devices)}; "
+            f"a mesh of data={data}, model={model} requires {data * model} devices, and there are {len(devices)}; "
             "give smaller numbers, or start more processes"
         )
     grid = np.array(devices[: data * model]).reshape(data, model)
@@ -59,22 +59,22 @@ def make_mesh(data: int | None = None, model: int | None = None) -> Mesh:
 
 
 def check_tasks(mesh: Mesh, tasks: int) -> None:
-    """Raise where the devices of the mesh cannot share ``tasks`` equally."""
+    """Raise MetarecError where the devices of the mesh cannot share ``tasks`` equally."""
     if tasks % mesh.size:
         raise MetarecError(
             f"a batch has {tasks} tasks, and {mesh.size} devices cannot share them equally; "
-            f"draw {-(-tasks // mesh.size) * mesh.size} tasks a step, or give another mesh"
+            f"draw {-(-tasks // mesh.size) * mesh.size} tasks per step, or give another mesh"
         )
 
 
 def is_cut(mesh: Mesh, num_rows: int) -> bool:
-    """Whether a table of so many rows is cut over the devices: it is large, and they can share it equally."""
+    """Whether a table of ``num_rows`` is partitioned over the devices: it is large, and they can share it equally."""
     return mesh.shape[MODEL] > 1 and num_rows >= LARGE and num_rows % mesh.shape[MODEL] == 0
 
 
 def state_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """Where each leaf of a `TrainState` lies, given the shapes of all: a table and what its optimiser keeps of its rows
-    are cut, the rest is on every device."""
+    """The sharding of each leaf of a `TrainState` with these shapes: large tables and their optimisers' rows are
+    partitioned, the rest is on every device."""
     whole = NamedSharding(mesh, P())
     tables: Mapping[str, Any] = shapes.params["tables"]
 
@@ -90,7 +90,7 @@ def state_shardings(mesh: Mesh, shapes: Any) -> Any:
 
 
 def put(value: Any, sharding: NamedSharding) -> Array:
-    """An array that every process holds alike, laid out as ``sharding`` says."""
+    """An array that is the same in every process, with the given sharding."""
     if jax.process_count() == 1:
         return jax.device_put(value, sharding)
     if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.prng_key):
@@ -108,59 +108,58 @@ def replicate(mesh: Mesh, values: Any) -> Any:
 
 
 def spread(mesh: Mesh, values: Any, axis: int = 0) -> Any:
-    """Host arrays whose ``axis`` counts the tasks, cut over all devices."""
+    """Host arrays, partitioned over all devices along ``axis``, that of the tasks."""
     spec = P(*[None] * axis, (DATA, MODEL))
     return jax.tree.map(lambda value: put(value, NamedSharding(mesh, spec)), values)
 
 
 def spread_inside(mesh: Mesh, batch: Any) -> Any:
-    """The same within a compiled program, for arrays that are made there."""
+    """`spread` within a compiled program, for arrays that are computed there."""
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, TASKS)), batch)
 
 
 def each_device(mesh: Mesh, work: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
-    """``work`` on each device's own part of its arguments; ``arguments``, ``results``: a spec, or a pytree of them.
+    """``work`` on each device's own part of its arguments; ``arguments``, ``results``: a spec, or a pytree of specs.
 
     Replication is not tracked inside (``check_vma=False``): else a learner's own gradient with respect to weights that
-    all devices share would be summed over them, silently, and a scan that starts from zeros would not be typed.
+    all devices share would silently be summed over them, and a scan that starts from zeros would have a type error.
     """
     return jax.shard_map(work, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
 
 
 def mean_over_devices(values: Any) -> Any:
-    """The mean of what the devices hold, sent as one vector; within `each_device`."""
+    """The mean of the values over the devices, sent as one vector; within `each_device`."""
     flat, unflatten = ravel_pytree(values)
     return unflatten(jax.lax.pmean(flat, (DATA, MODEL)))
 
 
 def from_all(own: Array) -> Array:
-    """What all devices have, joined along the leading axis in the order of the tasks; within `each_device`."""
+    """The arrays of all devices, joined along the leading axis in the order of the tasks; within `each_device`."""
     return jax.lax.all_gather(own, (DATA, MODEL), tiled=True)
 
 
 def take_rows(table: Array, ids: Array) -> Array:
-    """Rows of a table that is cut over ``model``, for this device's own ids; within `each_device`.
+    """Rows of a table that is partitioned over ``model``, for this device's own ids; within `each_device`.
 
-    Each device of a group looks up the rows that it has, of the ids of all; a sum sends each its own. The other terms
-    of that sum are zeros: the rows come over exactly.
+    Each device of a group looks up the rows that it has for the ids of all; a sum gives each device its rows. The other
+    terms of that sum are zeros: the rows are exact.
 
     Args:
       table: ``[num_rows / model, size]``, this device's rows.
-      ids: int32 ``[t, n]``, rows of the whole table; as many on every device.
+      ids: int32 ``[t, n]``, rows of the whole table; the same number on every device.
 
     Returns:
       ``[t, n, size]``.
     """
-    wanted = jax.lax.all_gather(ids, MODEL, tiled=True)
-    local, own = _local(table, wanted)
-    found = jnp.where(own[..., None], table[local], 0)
-    return jax.lax.psum_scatter(found, MODEL, tiled=True)
+    local, own = _local(table, jax.lax.all_gather(ids, MODEL, tiled=True))
+    rows = jnp.where(own[..., None], table[local], 0)
+    return jax.lax.psum_scatter(rows, MODEL, tiled=True)
 
 
 def gather_updates(table: Array, ids: Array, grads: Array, cut: bool) -> tuple[Array, Array]:
     """The ids and gradients of all devices, for this device's rows of a table; within `each_device`.
 
-    Ids become local; those of other devices' rows point behind the last row, where nothing is written, with a gradient
+    Ids become local; those of other devices' rows point beyond the last row, where nothing is written, with a gradient
     of 0. The order is that of the tasks of the batch.
     """
     ids, grads = from_all(ids), from_all(grads)
@@ -171,27 +170,27 @@ def gather_updates(table: Array, ids: Array, grads: Array, cut: bool) -> tuple[A
 
 
 def _local(table: Array, ids: Array) -> tuple[Array, Array]:
-    """Positions in this device's rows (rubbish in range where they are another's), and which are its own."""
+    """Positions in this device's rows (0 for rows of another device), and whether each row is its own."""
     at = ids - jax.lax.axis_index(MODEL) * table.shape[0]
     own = (at >= 0) & (at < table.shape[0])
     return jnp.where(own, at, 0), own
 
 
-def told(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
-    """One line on a mesh and the tables of a run: ``shapes`` are the tables, or their shapes."""
+def describe(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
+    """One line on a mesh and the tables of a run; ``shapes`` are the tables, or their shapes."""
     cut = [name for name, table in shapes.items() if is_cut(mesh, table.shape[0])]
     large = [name for name, table in shapes.items() if table.shape[0] >= LARGE and name not in cut]
     devices = f"{mesh.size} devices (data={mesh.shape[DATA]}, model={mesh.shape[MODEL]})"
     parts = [f"tasks over {devices}"]
     if cut:
-        parts.append(f"rows of {', '.join(cut)} cut in {mesh.shape[MODEL]}")
+        parts.append(f"rows of {', '.join(cut)} partitioned over {mesh.shape[MODEL]} devices")
     if large and mesh.shape[MODEL] > 1:
-        parts.append(f"{', '.join(large)} on every device, since {mesh.shape[MODEL]} does not divide the rows")
+        parts.append(f"{', '.join(large)} on every device, since {mesh.shape[MODEL]} does not divide its rows")
     return "; ".join(parts)
 
 
 def size_on_device(shapes: Any, shardings: Any) -> int:
-    """Bytes that one device holds of arrays of these shapes."""
+    """Bytes of arrays with these shapes that one device holds."""
     total = 0
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
