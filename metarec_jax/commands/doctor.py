@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from metarec_jax.experiment.compiled import compile_cache
+from metarec_jax.learners import registry
 
 _PARTS = (
     "metarec_jax",
@@ -54,6 +55,9 @@ def doctor(data_dir: Path | None = None) -> int:
             "", f"{name}: {'present' if there else f'not present; metarec data {name} downloads it'} ({dataset.title})"
         )
     line("runs", f"{Path('runs').absolute()}, {_free(Path.cwd())}")
+    for number, family in enumerate(registry.FAMILIES):
+        members = [name for name, row in registry.ROWS.items() if row.family == family]
+        line("" if number else "learners", f"{family}: {', '.join(members)}")
     for name, what in _EXTRAS.items():
         line(name, _version(name) or f"not installed; required for {what}")
     return 0

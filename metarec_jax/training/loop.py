@@ -101,8 +101,8 @@ def fit(
 
     Args:
       learner: the learner.
-      train: interactions (then tasks are drawn by `task_source` with its defaults and ``learner.user_rows``), or a source
-        of tasks.
+      train: interactions (then tasks are drawn by `task_source` with its defaults and ``learner.user_rows``), or a
+        source of tasks.
       steps: number of outer steps.
       lr: rate of both default optimisers, decayed to a tenth by a cosine.
       optimizer: optimiser of the dense parameters; Adam by default.
