@@ -1,20 +1,20 @@
-"""Speed beside PyTorch, in one run on one machine.
+"""Speed compared with PyTorch, in one run on one machine.
 
-    python -m benchmarks                     everything: takes about an hour on two cores
-    python -m benchmarks --quick             the same in five minutes: fewer cells, short blocks
-    python -m benchmarks s1 s2 --json        some questions; the results as JSON on stdout
-    python -m benchmarks --list              the questions
-    python -m benchmarks --check             every rival's outer gradient beside ours, at float64
+    python -m benchmarks                     all questions: about an hour on two cores
+    python -m benchmarks --quick             the same in five minutes: fewer cells, shorter blocks
+    python -m benchmarks s1 s2 --json        selected questions; the results as JSON on stdout
+    python -m benchmarks --list              list the questions
+    python -m benchmarks --check             compare every rival's outer gradient with ours, at float64
 
-The sides of a pair take turns in one run, pinned to the same core (on an accelerator: the same device). PyTorch is no
-dependency of this package: it lives in an environment of its own, and its rows are left out where there is none.
+The sides of a pair alternate in one run, pinned to the same core (on an accelerator: the same device). PyTorch is not a
+dependency of this package: it has a separate environment, and its rows are omitted without one.
 
     python -m venv .torch && .torch/bin/pip install torch==2.13.0 numpy
     python -m benchmarks --torch-python .torch/bin/python
 
 (`higher`, `torchopt` and `learn2learn`, installed there too, add their rows; see benchmarks/README.md.) A full run writes
-MACHINE.json, MACHINE.md and MACHINE.png into benchmarks/results/, where the newest of each machine stays. A quick run, or
-a run of some questions, writes into benchmarks/results/partial/, which git ignores, unless --out says where.
+MACHINE.json, MACHINE.md and MACHINE.png into benchmarks/results/, where the newest of each machine is kept. A quick or
+partial run writes into benchmarks/results/partial/, which git ignores, unless --out names another folder.
 """
 
 from __future__ import annotations
@@ -136,19 +136,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "questions", nargs="*", metavar="QUESTION", help="some of the questions; all where none is named"
-    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="questions to run; default: all")
     parser.add_argument("--list", action="store_true", help="print the questions")
-    parser.add_argument("--quick", action="store_true", help="end within five minutes on two cores; not for quoting")
+    parser.add_argument("--quick", action="store_true", help="finish within five minutes on two cores; not for quoting")
     parser.add_argument("--check", action="store_true", help="compare every rival's outer gradient with ours and stop")
     parser.add_argument("--json", action="store_true", help="print the results as one line of JSON, progress on stderr")
     parser.add_argument(
-        "--torch-python", metavar="PATH", help="interpreter that has torch (default: this one, if it has)"
+        "--torch-python", metavar="PATH", help="interpreter with torch (default: this one, if it has torch)"
     )
     parser.add_argument("--core", type=int, help="CPU core for both sides (default: the last one allowed)")
-    parser.add_argument("--rounds", type=int, help="how often the sides take turns (default: 5, quick 3)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--rounds", type=int, help="number of rounds in which the sides alternate (default: 5, quick 3)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     return parser
 
 

@@ -1,16 +1,16 @@
-"""SIGKILL at random moments of a training run, again and again: every restart resumes, and the end is the same to the bit.
+"""Repeated SIGKILL at random moments of a training run: every restart must resume, and the result must be bitwise equal.
 
     python -m benchmarks.chaos --kills 200 [--processes 2] [--seed 0] [--json]
 
-A small meta-training (second-order MAML on synthetic ratings, tasks drawn on the device from a host stream that gives each
-step its own salt, a save every 10 steps and the best by validation) runs through `metarec_jax.training.loop.fit` in a child
-process. The child is killed at a random moment of its start-up or of its training and started again, until it is done; then
-comes the next run, until there were so many kills. With ``--processes 2`` two processes share a mesh, one of them is killed
-at random, and then, as a launcher would do it, the other.
+A small meta-training (second-order MAML on synthetic ratings, tasks drawn on the device from a host stream with a salt per
+step, a save every 10 steps and the best by validation) runs through `metarec_jax.training.loop.fit` in a child process. The
+child is killed at a random moment of its start-up or training and restarted until it finishes; further runs follow until
+the number of kills is reached. With ``--processes 2`` two processes share a mesh: one of them, chosen at random, is killed,
+and then the other, as a launcher would do.
 
-What is compared with an uninterrupted run, bit for bit: the state that every restart loads (a state that differs is a torn
-load), the loss of every chunk, those that were done again after a kill included (so the data came in the same order), and
-the parameters at the end. A restart must load the newest step that was marked when its predecessor died.
+Compared with an uninterrupted run, bit for bit: the state that every restart loads (a state that differs is a torn load),
+the loss of every chunk, including those repeated after a kill (so the order of the data is the same), and the final
+parameters. A restart must load the newest step that was marked when its predecessor died.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is killed")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the process to kill")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a run")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object on stdout")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)

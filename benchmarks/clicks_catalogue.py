@@ -1,13 +1,14 @@
-"""Clicks, the whole catalogue: what to show a new user of whom 5, 10 or 20 liked items are known.
+"""Clicks: ranking the whole catalogue for a new user with 5, 10 or 20 known liked items.
 
     python benchmarks/clicks_catalogue.py [--data ml-1m] [--splits 1] [--draws 3] [--fast] [--out benchmarks/results/clicks_catalogue]
 
-A rating of 4 or more is a click, lower ratings are dropped. A tenth of the users are test, a tenth validation, drawn by
-the seed. A task is a user and a draw: 5, 10 or 20 of the user's clicks are the support, all others are to be found in
-the whole catalogue less the support. nDCG@10 (gain 1) and recall@20 (share of all that is to be found), means over tasks.
+A rating of 4 or more is a click; lower ratings are dropped. A tenth of the users are test users and a tenth validation
+users, drawn with the seed. A task is a user and a draw: 5, 10 or 20 of the user's clicks are the support, and all others are
+the targets in the whole catalogue except the support. nDCG@10 (gain 1) and recall@20 (fraction of all targets), as means
+over tasks.
 
-Everything is chosen on validation users by nDCG@10 at each support size for itself: a baseline's arguments (each point
-of its grid), a meta-learner's step of training; two_tower on the mean of the sizes. No method is told anything but ids.
+Everything is chosen on validation users by nDCG@10, separately for each support size: a baseline's arguments (each point of
+its grid), a meta-learner's step of training; two_tower on the mean of the sizes. All methods use only ids.
 """
 
 from __future__ import annotations
@@ -284,10 +285,12 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ml-1m")
-    parser.add_argument("--splits", type=int, default=1, help="splits of the users; everything is fitted on each")
+    parser.add_argument(
+        "--splits", type=int, default=1, help="number of splits of the users; everything is fitted on each"
+    )
     parser.add_argument("--first", type=int, default=0, help="seed of the first split")
-    parser.add_argument("--fast", action="store_true", help=f"leave out {', '.join(SLOW)}")
-    parser.add_argument("--draws", type=int, default=3, help="supports drawn for each test user")
+    parser.add_argument("--fast", action="store_true", help=f"skip {', '.join(SLOW)}")
+    parser.add_argument("--draws", type=int, default=3, help="supports drawn per test user")
     parser.add_argument("--steps", type=int, default=1000, help="outer steps of each training")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     given = parser.parse_args()

@@ -2,13 +2,13 @@
 
     python benchmarks/four_state.py --partition melu_split.parquet --content ml-1m/melu --seeds 5 --json
 
-Train on the warm state, all its users. A test task is a user with 13 to 100 ratings in the state: shuffled with the seed,
-the last 10 are the query, the rest the support. Predictions are clipped to [1, 5]; nDCG has gain 2^r - 1, over the ten
-query items, ties broken at random. Hyperparameters were chosen on users and items cut from the warm state (see
-docs/decisions.md); the baselines are tuned here, on such a cut, before they are fitted on the whole warm state.
+Methods train on all users of the warm state. A test task is a user with 13 to 100 ratings in the state: after a shuffle with
+the seed, the last 10 are the query, the rest the support. Predictions are clipped to [1, 5]; nDCG has gain 2^r - 1, over
+the ten query items, with ties broken at random. Hyperparameters were chosen on users and items held out from the warm state
+(see docs/decisions.md); the baselines are tuned here, on such a split, before they are fitted on the whole warm state.
 
-Users of the state with new items are known ones: a second table gives every method up to 200 of their ratings of the
-warm state, at random, beside the support. It is not what published rows were given.
+Users of the state with new items are known: a second table gives every method up to 200 of their ratings of the warm state,
+at random, besides the support. The published rows did not use these ratings.
 """
 
 from __future__ import annotations
@@ -142,10 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--partition", type=Path, required=True, help="table of user_id, movie_id, rating, melu_state")
     parser.add_argument(
-        "--content", type=Path, required=True, help="folder of movies_extrainfos.dat (users.dat there or above)"
+        "--content",
+        type=Path,
+        required=True,
+        help="folder of movies_extrainfos.dat (with users.dat there or in its parent)",
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--validation", action="store_true", help="measure on validation users, for choosing settings")
+    parser.add_argument("--validation", action="store_true", help="measure on validation users, to choose settings")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parser.parse_args()
     tune_cpu()

@@ -1,15 +1,15 @@
-"""Hostile inputs, by the ten thousand: each is read right or refused with one message, in time and in bounded memory.
+"""Hostile inputs: each is read correctly or refused with one message, in bounded time and memory.
 
-    python -m benchmarks.fuzz                            10,000 inputs a family: about a quarter of an hour on one core
+    python -m benchmarks.fuzz                            10,000 inputs per family: about 15 minutes on one core
     python -m benchmarks.fuzz --only text,run --inputs 500 --seed 3
-    python -m benchmarks.fuzz --only text --at 471       one input again, in this process, with its traceback
-    python -m benchmarks.fuzz --keep faults              the first input of each fault, to become an entry of tests/corpus
-    python -m benchmarks.fuzz --atheris 60 --only text   guided by coverage instead, where atheris is installed
+    python -m benchmarks.fuzz --only text --at 471       repeat one input in this process, with its traceback
+    python -m benchmarks.fuzz --keep faults              save the first input of each fault, as an entry of tests/corpus
+    python -m benchmarks.fuzz --atheris 60 --only text   guided by coverage instead, if atheris is installed
 
-An input is a function of family, seed and index, the same on every machine (but for checkpoints: Orbax names its files at
-random). A child process reads them: its address space may grow by `ROOM` bytes beyond what the good inputs took, an input has
-`SECONDS`, and a child that dies is a fault, too. A fault is any exception that is not a refusal, a warning, a message that is
-no message, data that does not hold together (`hostile.checks`), a loaded file that ran code, a hang, a crash.
+An input depends only on family, seed and index, and is the same on every machine (except checkpoints: Orbax names its files
+at random). A child process reads them: its address space may grow by `ROOM` bytes beyond that of valid inputs, and each
+input has `SECONDS`. A fault is any exception that is not a refusal, a warning, a message that is not readable, inconsistent
+data (`hostile.checks`), a loaded file that ran code, a hang, or a crash.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inputs", type=int, default=10_000, help="inputs a family")
-    parser.add_argument("--only", help="families, parted by commas")
+    parser.add_argument("--inputs", type=int, default=10_000, help="inputs per family")
+    parser.add_argument("--only", help="families, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at", type=int, help="one input only, by its index")
-    parser.add_argument("--keep", metavar="DIR", help="where to put inputs that failed")
-    parser.add_argument("--json", action="store_true", help="the results as one JSON object, the last line")
+    parser.add_argument("--at", type=int, help="run only the input with this index")
+    parser.add_argument("--keep", metavar="DIR", help="folder for inputs that failed")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object, on the last line")
     parser.add_argument(
-        "--atheris", type=int, metavar="SECONDS", help="let atheris choose the bytes of one family's file"
+        "--atheris", type=int, metavar="SECONDS", help="let atheris generate the bytes of one family's file"
     )
     for hidden in ("--worker", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

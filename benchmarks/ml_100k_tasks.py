@@ -2,11 +2,11 @@
 
     python benchmarks/ml_100k_tasks.py --splits 10 --json
 
-Users with 13 to 100 ratings are parted, 8 : 1 : 1, into users to train on, to choose by and to test on; nothing of the
-others is used (583 users here, 582 there: films with two ids are one item). A test task: ten random ratings are the
-query, the rest the support. Rating mode: the five highest of the ten are relevant, ties at random. Click mode: a rating
-of 4 or 5 is a 1, any other a 0, on both sides of a task, and relevant is a 1; a task without one has no answer. P@5,
-nDCG@5 (binary) and MRR@5. Baselines are tuned on the validation users of each split, and so are the weights of the
+Users with 13 to 100 ratings are split 8 : 1 : 1 into training, validation and test users; the others are not used (583
+users here, 582 there: films with two ids are one item). In a test task ten random ratings are the query, the rest the
+support. Rating mode: the five highest of the ten are relevant, with ties at random. Click mode: a rating of 4 or 5 is 1, any
+other 0, in support and query, and 1 is relevant; metrics of a task without a relevant item are undefined. P@5, nDCG@5
+(binary) and MRR@5. Baselines are tuned on the validation users of each split, and so are the weights of the
 ensemble; everything else is fixed.
 """
 

@@ -1,7 +1,7 @@
-"""What the options for memory and precision cost and bring: ``python -m benchmarks.options``.
+"""Cost and benefit of the options for memory and precision: ``python -m benchmarks.options``.
 
-One outer step of a MeLU-like learner (dense layers adapt) and of the seed's model: time, what the program works in, the
-loss after some steps. Options take turns in one run; the median of the rounds.
+One outer step of a MeLU-like learner (dense layers adapt) and of the seed's model: time, working memory, and the loss after
+some steps. The options alternate within one run; figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=128)
     parser.add_argument("--inner-steps", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=60, help="outer steps a round")
+    parser.add_argument("--steps", type=int, default=60, help="outer steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

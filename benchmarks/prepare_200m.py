@@ -1,7 +1,7 @@
 """Two hundred million interactions on one machine, in little memory: ``python -m benchmarks.prepare_200m --folder SCRATCH``.
 
-Generates them as Parquet, prepares a store, trains from it; of each the seconds and the peak memory of its process.
-The scratch folder needs 16 GB and is left as it is: delete it afterwards.
+Generates them as Parquet, prepares a store and trains from it; reports the seconds and the peak memory of each process.
+The scratch folder requires 16 GB and is not deleted.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measured(what: str, command: list[str]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch, that is not there yet")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder, which must not exist yet")
     parser.add_argument("--rows", type=int, default=200_000_000)
     parser.add_argument("--users", type=int, default=2_500_000)
     parser.add_argument("--items", type=int, default=500_000)

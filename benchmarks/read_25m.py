@@ -2,7 +2,7 @@
 
     python benchmarks/read_25m.py [--rows 25000095] [--json]
 
-The file is shaped like MovieLens 25M (162,541 users, 59,047 items, half-star ratings, seconds, sorted by user), drawn
+The file resembles MovieLens 25M (162,541 users, 59,047 items, half-star ratings, seconds, sorted by user), drawn
 from a seed into a temporary folder. Each reading runs in a process of its own: `read`, then the order of the rows by
 user and time. Prints one JSON object.
 """

@@ -2,11 +2,11 @@
 
     python benchmarks/seed_maml.py [--data ml-1m] [--steps 3000] [--json]
 
-The model is the seed's: user and item embedding, concatenated, one linear layer, MSE. Both sides see the same users and
+The model is the seed's: concatenated user and item embeddings, one linear layer, MSE. Both sides use the same users and
 take the same number of inner SGD steps, on every parameter, on a new user's support. The plain side is trained without
-inner steps, in two ways (users with a row of their own, hidden for one task in ten so that the unknown row is trained; or
-the unknown row alone). Each side's inner rate, and the plain side's way, is the best on validation users. Test users are
-scored once.
+inner steps, in two ways (with a row per user, hidden for one task in ten so that the unknown row is trained; or with only
+the unknown row). The inner rate of each side, and the way of the plain side, is the best on validation users. Test users
+are scored once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What 10^8 users and 10^9 items take of each device and each link: ``python -m benchmarks.sizing``.
+"""Memory per device and traffic per link for 10^8 users and 10^9 items: ``python -m benchmarks.sizing``.
 
-The formulas are those of `benchmarks.device_sizes`, which tests compare with compiled programs. A bandwidth is an
-assumption, and printed; what a step computes is not in it.
+The formulas are those of `benchmarks.device_sizes`, which tests compare with compiled programs. Bandwidths are
+assumptions, which are printed; the arithmetic of a step is not included.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=10**8)
     parser.add_argument("--items", type=int, default=10**9)
-    parser.add_argument("--size", type=int, default=64, help="numbers in a row")
-    parser.add_argument("--slots", type=int, default=75, help="item ids of a task: 1 + support + query")
-    parser.add_argument("--tasks", type=int, default=512, help="tasks of a device and step")
+    parser.add_argument("--size", type=int, default=64, help="numbers per row")
+    parser.add_argument("--slots", type=int, default=75, help="item ids per task: 1 + support + query")
+    parser.add_argument("--tasks", type=int, default=512, help="tasks per device and step")
     parser.add_argument("--memory-gb-per-s", type=float, default=2000.0, help="assumed bandwidth of a device's memory")
     parser.add_argument("--link-gb-per-s", type=float, default=50.0, help="assumed bandwidth into a device")
     given = parser.parse_args()

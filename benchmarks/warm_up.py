@@ -1,4 +1,4 @@
-"""P3: ML-1M items that warm up: clicks (rating >= 4) on items of which nothing, 20, 40 and 60 ratings are known.
+"""P3: warm-up of ML-1M items: clicks (rating >= 4) on items with 0, 20, 40 and 60 known ratings.
 
     python benchmarks/warm_up.py --data ml-1m --seeds 3 --json
 
@@ -6,9 +6,9 @@ The folder holds ratings.dat (or .gz) and users.dat, and MeLU's movies_extrainfo
 ratings are base: a DeepFM is trained on them for one epoch. Those with 60 to 200 are cold: in the time order of each the
 first 20, next 20 and next 20 ratings are the stages a, b and c, and the rest is the test, scored cold and after each stage.
 
-A method adapts to all that came so far (a; a and b; a, b and c), and an item's adaptation is its own: the row of its id, or
-a vector of the same kind. Settings were chosen with --validation: base items cut at random that play the cold ones; no test
-row was looked at.
+A method adapts to all stages so far (a; a and b; a, b and c), and only per item: to the row of its id, or a vector of the
+same kind. Settings were chosen with --validation, on base items that are held out at random and serve as cold ones, without
+using any test row.
 """
 
 from __future__ import annotations
@@ -307,13 +307,15 @@ def printed(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of ML-1M's files, with melu/ in it")
+    parser.add_argument("--data", type=Path, required=True, help="folder of ML-1M's files, with a subfolder melu/")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--scores", type=Path, help="keep scores in this folder, and read those that are there")
-    parser.add_argument("--methods", nargs="+", help="only these, beside base")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the items, for the intervals")
-    parser.add_argument("--validation", action="store_true", help="measure on base items that play cold ones")
+    parser.add_argument("--scores", type=Path, help="cache scores in this folder")
+    parser.add_argument("--methods", nargs="+", help="run only these methods, besides base")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="bootstrap resamples of the items, for the intervals"
+    )
+    parser.add_argument("--validation", action="store_true", help="measure on base items that serve as cold ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parser.parse_args()
     data = prepared(given.data)

@@ -1,4 +1,4 @@
-"""Your own table, with side features; an item that nobody rated is recommended by its content."""
+"""Your own table, with side features; an unrated item is recommended by its content."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A new method is a value of four functions. Here: a learned blend of the user's mean residual and the prior."""
+"""A new method is an object of four functions. Here: a learned blend of the user's mean residual and the prior."""
 
 import jax
 import jax.numpy as jnp

@@ -12,7 +12,7 @@ data = made.data
 
 
 class Multiply(nn.Module):
-    """Linen. ``rows`` holds one embedding a column, ``[n, size]`` (or ``[1, size]`` where all examples share it)."""
+    """Linen. ``rows`` holds one embedding per column, ``[n, size]`` (or ``[1, size]`` where all examples share it)."""
 
     @nn.compact
     def __call__(self, rows, inputs):

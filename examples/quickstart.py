@@ -1,7 +1,7 @@
-"""A data set, a learner; train, compare with plain baselines, recommend to a new user, keep it.
+"""The whole workflow: load a data set, train a learner, compare it with baselines, recommend to a new user.
 
 python examples/quickstart.py            # a synthetic data set, seconds
-python examples/quickstart.py ml-1m      # the real thing, about a minute
+python examples/quickstart.py ml-1m      # a real data set, about a minute
 """
 
 import sys

@@ -337,7 +337,7 @@ def test_a_failure_kept_by_an_earlier_version_is_measured_again(tmp_path):
         (["--learners", "maml:inner_steps=one"], "learner.inner_steps wants a whole number"),
         (["--seeds", "0"], "--seeds must be 1 or more"),
         (["--max-ms", "0"], "--max-ms must be above 0"),
-        (["--support-curve", "-1"], "--support-curve has -1"),
+        (["--support-curve", "-1"], "--support-curve expected support sizes of 0 or more, got -1"),
     ],
 )
 def test_bad_words_end_before_any_work(options, said, tmp_path, work, capsys):

@@ -157,7 +157,7 @@ def test_padding_and_tasks_without_support_do_not_count():
     np.testing.assert_allclose(found.query_loss, want.query_loss, rtol=1e-6)
     np.testing.assert_allclose(found.cosine, want.cosine, rtol=1e-6)
     nothing = Task(four.support._replace(mask=jnp.zeros_like(mask)), four.query)
-    with pytest.raises(MetarecError, match="no task with a support example"):
+    with pytest.raises(MetarecError, match="expected a task with a support example"):
         followed([0.5, 1.5], 0.5, trained=2, tasks=nothing)
 
 

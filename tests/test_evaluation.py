@@ -353,7 +353,7 @@ def test_clicks_have_nothing_to_rank_inside_the_query():
     clicks = tasks(({1: 1.0, 2: 0.0}, {3: 1.0, 4: 1.0}), ({1: 1.0}, {7: 1.0}))
     found = small(scenarios={"user_cold": clicks}, relevant=1, catalogue_ranking=True, catalogue_topn=(2,), curve=(1,))
     assert not any(m.startswith(("ndcg", "auc", "mrr")) for m in found.metrics)
-    assert any("only over all candidates" in note for note in found.notes)
+    assert any("over all candidates only" in note for note in found.notes)
     assert found.rows("by_item", "user_cold")["catalogue_mrr"].tolist() == [0.5, 1.0]
     assert found.curve("catalogue_mrr", "user_cold")["shown"].tolist() == [0, 1, 0, 1]
 
@@ -444,7 +444,7 @@ def with_table(rows, held=None, column="item_id"):
     ("method", "message"),
     [
         (with_table(5), r"'small'.*table 'score' has 5 rows.*'item_id'.*8"),
-        (with_table(31), r"'small'.*31 rows.*catalogue of 9"),
+        (with_table(31), r"'small'.*31 rows.*catalogue 9"),
         (with_table(ITEMS + 1, held=5), r"'small'.*'score' of 5 rows.*9"),
         (with_table(ITEMS + 1, column="item_genre"), r"'small'.*column 'item_genre'.*user_id, item_id"),
     ],

@@ -179,7 +179,7 @@ def test_bad_arguments(arguments, message):
 def test_no_timestamps_and_too_little_data():
     with pytest.raises(MetarecError, match="use --by random"):
         split(replace(interactions(20, 20, 0.5, 0), timestamp=None), by="time")
-    with pytest.raises(MetarecError, match=r"to test both_cold \(.*\); give --scenarios user_cold .*--test, now 0.1"):
+    with pytest.raises(MetarecError, match=r"to test both_cold \(.*\); use --scenarios user_cold .*--test, now 0.1"):
         split(interactions(10, 10, 0.9, 0), ("user_cold", "both_cold"), test=0.1, validation=0)
 
 

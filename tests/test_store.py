@@ -272,7 +272,7 @@ def test_a_damaged_vocabulary_is_refused(own, side):
     with pytest.raises(MetarecError, match="damaged or truncated"):
         ids(own, side)
     path.unlink()
-    with pytest.raises(MetarecError, match="holds no Parquet file"):
+    with pytest.raises(MetarecError, match="has no Parquet file"):
         ids(own, side)
 
 

@@ -1,6 +1,6 @@
-"""The best items of a whole catalogue for one user or a batch: compiled programs of arrays, nothing of names or titles.
+"""The best items of a whole catalogue for one user or a batch: compiled programs on arrays.
 
-First a screen: the highest score of each block of items. The best n items lie in the n blocks with the highest
+First a screen computes the highest score of each block of items. The best n items are in the n blocks with the highest
 maxima, so only those blocks are scored again, exactly, and sorted.
 """
 
@@ -19,17 +19,17 @@ from metarec_jax.data.tasks import Catalogue, inputs
 from metarec_jax.serving import linear
 
 _BLOCKS = (8, 256)
-"""Fewest and most items of a block."""
+"""Minimum and maximum number of items per block."""
 
 
 class Plan(NamedTuple):
-    """What a compiled program is made for.
+    """The static arguments of a compiled program.
 
     Attributes:
-      adapt, predict: of the method.
-      n: items wanted.
-      chunk: items that one step scores; a catalogue with no more is scored at once.
-      tables: those of `linear.item_tables`; none: the catalogue is scored by `predict`, chunk by chunk.
+      adapt, predict: functions of the method.
+      n: number of items to return.
+      chunk: items scored per step; a smaller catalogue is scored at once.
+      tables: tables of `linear.item_tables`; if empty, `predict` scores the catalogue chunk by chunk.
       unseen: whether some items have table row 0.
     """
 
@@ -59,7 +59,7 @@ class Best(NamedTuple):
 
 
 class _World(NamedTuple):
-    """What a user is scored with; ``features`` are the user's own, leading axis 1."""
+    """The arguments for scoring a user; ``features`` are those of the user, with leading axis 1."""
 
     params: Any
     known: Catalogue
@@ -71,7 +71,7 @@ class _World(NamedTuple):
 
 
 def block_size(num_rows: int, wanted: int) -> int:
-    """Items of a block such that the maxima of all blocks and the items of ``wanted`` blocks are few, a power of two.
+    """Items per block, a power of two, such that the maxima of all blocks and the items of ``wanted`` blocks are few.
 
     >>> block_size(1_000_001, 26), block_size(4000, 26)
     (128, 8)
@@ -107,7 +107,7 @@ def _best(plan: Plan, world: _World, user: Users, alone: bool) -> Best:
         values = plan.predict(world.params, adapted, world.columns(rows))
         return jnp.where(jnp.isnan(values), -jnp.inf, values)
 
-    wanted = plan.n + slots  # a support item may be the highest of a block and be dropped, or be moved by adaptation
+    wanted = plan.n + slots  # a support item may be the highest of a block and be excluded, or be changed by adaptation
     size = block_size(num_rows, wanted)
     blocks = jnp.arange(-(-num_rows // size), dtype=jnp.int32)
     if num_rows > plan.chunk and wanted < blocks.shape[0]:
@@ -117,13 +117,13 @@ def _best(plan: Plan, world: _World, user: Users, alone: bool) -> Best:
     inside = (rows > 0) & (rows < num_rows)
     rows = jnp.where(inside, rows, 0)
     scores = jnp.where(inside, score(rows), -jnp.inf)
-    # Where each support item stands among the candidates; one that does not is a candidate of its own, unless dropped.
-    found = user.item[:, None] // size == blocks[None, :]
-    stands = found.any(1)
-    place = jnp.where(stands, jnp.argmax(found, axis=1) * size + user.item % size, rows.shape[0])
+    # The position of each support item among the candidates; one outside is an additional candidate, unless dropped.
+    block_of = user.item[:, None] // size == blocks[None, :]
+    inside_blocks = block_of.any(1)
+    place = jnp.where(inside_blocks, jnp.argmax(block_of, axis=1) * size + user.item % size, rows.shape[0])
     dropped = (jnp.arange(slots) < user.given) | (user.item == 0)
     scores = scores.at[jnp.where(dropped, place, rows.shape[0])].set(-jnp.inf, mode="drop")
-    own = jnp.where(dropped | stands, -jnp.inf, score(user.item))
+    own = jnp.where(dropped | inside_blocks, -jnp.inf, score(user.item))
     top, at = jax.lax.top_k(jnp.concatenate([scores, own]), plan.n)
     item = jnp.concatenate([rows, user.item])[at]
     empty = plan.adapt(world.params, examples._replace(mask=jnp.zeros_like(user.mask)), world.key)
@@ -158,7 +158,7 @@ def _screen(
             values = jnp.where(cut(world.known.item_row) == 0, form.unknown, values + form.known)
         return jnp.where(jnp.isnan(values), -jnp.inf, values)
 
-    # One product over the table as it lies is read once; a chunk is a copy, which pays where many users share it.
+    # One product over the whole table reads it once; a chunk is a copy, which pays if many users share it.
     return _maxima(product, num_rows, size, num_rows if alone else plan.chunk)
 
 
@@ -194,7 +194,7 @@ def contributions(
     item: Array,
     key: Array,
 ) -> Array:
-    """How far each feedback moved the scores of ``item [B, n]``: ``[B, n, S]``, by derivatives at ``points`` points."""
+    """Contributions of the support to the scores of ``item [B, n]``, ``[B, n, S]``, from ``points`` derivatives."""
 
     def one(user: Users, item: Array, features: dict[str, Array]) -> Array:
         world = _World(params, known, _one_row(features), key)

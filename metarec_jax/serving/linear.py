@@ -1,7 +1,7 @@
-"""Whether a score is linear in the row of the item, read off the program; then a catalogue is scored by one product.
+"""Detects from the program whether a score is linear in the row of the item; a catalogue is then scored by one product.
 
-The learner is not asked. Its adaptation and prediction are run on a row view (`metarec_jax.rows`) of the support and
-of one more item whose row is a variable: the score of that item is a function of its row alone.
+The learner declares nothing. Its adaptation and prediction run on a row view (`metarec_jax.rows`) of the support and of
+one more item whose row is a variable: the score of that item is a function of its row only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LINEAR_IN: dict[str, tuple[int, ...]] = {
     "scatter": (0, 2),
     "scatter-add": (0, 2),
 }
-"""Operands in which a primitive is linear, where not in all of them."""
+"""Operands in which a primitive is linear, if not in all of them."""
 
 
 class Linear(NamedTuple):
@@ -45,9 +45,9 @@ class Linear(NamedTuple):
 
 
 def is_linear(function: Callable[[Any], Array], example: Any) -> bool:
-    """Whether ``function(x)`` is of the form ``A x + b``, whatever x: proved operation by operation, or False.
+    """Whether ``function(x)`` is of the form ``A x + b`` for all x, proved operation by operation; else False.
 
-    An operation that is not known to be linear counts as one that is not; nothing is computed.
+    An operation that is not known to be linear counts as nonlinear; nothing is computed.
 
     >>> x, u = jnp.ones(3), jnp.arange(3.0)
     >>> is_linear(lambda x: 2 * x @ u + 1, x), is_linear(lambda x: jnp.where(u > 1, x, 0).sum(), x)
@@ -60,7 +60,7 @@ def is_linear(function: Callable[[Any], Array], example: Any) -> bool:
 
 
 def _reached(jaxpr: Any, reached: Sequence[bool]) -> list[bool] | None:
-    """Which outputs depend on the inputs marked, if linearly; else None."""
+    """Which outputs depend on the marked inputs, if all of these do so linearly; else None."""
     marked = {v for v, mark in zip(jaxpr.invars, reached, strict=True) if mark}
 
     def mark(v: Any) -> bool:
@@ -98,8 +98,8 @@ def item_tables(tables: Mapping[str, Table], params: Params, num_rows: int) -> t
     """The tables that ``item_id`` indexes, if they have a row for each of ``num_rows`` items; else none."""
     mine = {name: table for name, table in tables.items() if "item_id" in table.columns}
     for name, table in mine.items():
-        there = isinstance(params, Mapping) and name in params.get("tables", {})
-        shape = params["tables"][name].shape if there else (0, 0)  # there may be more rows: see `rows.rounded`
+        present = isinstance(params, Mapping) and name in params.get("tables", {})
+        shape = params["tables"][name].shape if present else (0, 0)  # possibly with more rows: see `rows.rounded`
         if table.columns != ("item_id",) or table.num_rows != num_rows or shape[0] < num_rows or shape[1] != table.size:
             return ()
     return tuple(mine.items())
@@ -116,10 +116,10 @@ def linear(
     """The scores of items outside the support, if they are linear in the rows that ``item_id`` indexes; else None.
 
     Args:
-      tables: of `item_tables`.
+      tables: from `item_tables`.
       support: without content of items.
     """
-    beyond = jnp.array([next(iter(tables.values())).num_rows], jnp.int32)  # an id that no support has
+    beyond = jnp.array([next(iter(tables.values())).num_rows], jnp.int32)  # an id that no support contains
     seen = rows.view(tables, support.inputs, {"item_id": beyond})
     gathered = rows.gather(params["tables"], seen.ids)
     item = seen.inputs[1]["item_id"]
