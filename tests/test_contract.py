@@ -246,7 +246,7 @@ def test_groups_are_of_at_most_64_tasks_on_a_cpu():
     assert [_groups(n, "cpu") for n in (8, 64, 65, 67, 128, 500, 512)] == [1, 1, 5, 1, 2, 10, 8]  # 67 is prime
     assert _groups(512, "gpu") == 1
     optimizers, source = Optimizers(optax.adam(1e-3), lazy_adam()), TaskSource(None, lambda d, k: None, 6)
-    with pytest.raises(MetarecError, match="groups is 4, and a device has 6 tasks of a batch; give a divisor"):
+    with pytest.raises(MetarecError, match="groups must divide the 6 tasks of a batch on a device, got 4"):
         make_step(LEARNERS["ridge"], source, optimizers, groups=4)
 
 

@@ -122,7 +122,9 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
     source = task_source(DATA, tasks=512, support=(2, 6), query=3)
     monkeypatch.setattr(memory, "free", lambda device: 100 * 1024)
     seen = []
-    with pytest.raises(MetarecError, match=r"the outer step, beside .* would take another .* draw fewer tasks a step"):
+    with pytest.raises(
+        MetarecError, match=r"the outer step, in addition to .* would take another .* draw fewer tasks per step"
+    ):
         fit(learner(), source, steps=2, progress=lambda step, row: seen.append(step))
     assert not seen
 

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a bar or plain lines, a JSONL file, TensorBoard."""
+"""Output of a training run: a bar or plain lines, a JSONL file, TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Shows and records a run; `update` is called once a chunk. A context manager.
+    """Shows and records a run; `update` is called once per chunk. A context manager.
 
     Args:
-      steps: of the whole run, for the bar and the time left.
-      tasks: tasks a step, for tasks/s.
-      path: of the JSONL file, one object a line; None records nothing.
+      steps: number of steps of the whole run, for the bar and the time left.
+      tasks: tasks per step, for tasks/s.
+      path: path of the JSONL file, one object per line; None records nothing.
       tensorboard: folder of the event files; used where tensorboardX is installed.
-      stream: where the bar or the lines go; default: stderr.
-      bar: whether to draw a bar; by default where ``stream`` is a terminal. Elsewhere a plain line comes every ten
+      stream: stream of the bar or the lines; stderr by default.
+      bar: whether to draw a bar; by default where ``stream`` is a terminal. Otherwise a plain line is printed every ten
         seconds, and at each validation.
       quiet: record, and show nothing.
-      clock: seconds, monotonic.
+      clock: monotonic seconds.
 
     >>> with Progress(100, tasks=8, stream=sys.stdout, bar=False) as progress:
     ...     progress.update(50, {"loss": 0.5, "validation_mae": 0.72})
@@ -54,7 +54,7 @@ class Progress:
         self._file: TextIO | None = None
         self._events = None if tensorboard is None else _event_writer(tensorboard)
         self._last = (0, clock())  # step and time of the last update
-        self._spoken = clock()
+        self._printed = clock()
         self._rate = math.nan  # steps a second, smoothed
         self._chunks = 0
         terminal = stream is not None and stream.isatty()
@@ -68,13 +68,13 @@ class Progress:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Every recorded line so far, those of the run before a resume included."""
+        """All recorded lines, those from before a resume included."""
         return self._history
 
     def resume(self, step: int) -> None:
-        """Go on after ``step``: what the file says of later steps (and a line cut short) is dropped, and told again.
+        """Continue after ``step``: lines of later steps in the file, and an incomplete line, are dropped.
 
-        Without this call the first `update` begins a new file.
+        Without this call the first `update` starts a new file.
         """
         if self._file is not None:
             self._file.close()
@@ -89,10 +89,11 @@ class Progress:
             self._rate, self._chunks = math.nan, 0
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record the numbers of a step and show them, always so where one is named ``validation...``.
+        """Record the metrics of a step, and show them if it is time, or if there is a ``validation...`` among them.
 
         Args:
-          metrics: shown are ``loss`` and what is named ``validation...``; recorded are all, and tasks a second.
+          step: number of the step.
+          metrics: ``loss`` and ``validation...`` are shown; all are recorded, with tasks per second.
         """
         if self._path is not None and self._file is None:
             self.resume(0)
@@ -100,7 +101,7 @@ class Progress:
         done, seconds = step - self._last[0], now - self._last[1]
         if done > 0 and seconds > 0:
             rate = done / seconds
-            # The first chunk may hold more than steps; its rate counts only until there is another.
+            # The first chunk may contain more than steps; its rate counts only until there is another.
             self._rate = rate if self._chunks < 2 else 0.7 * self._rate + 0.3 * rate
             self._last, self._chunks = (step, now), self._chunks + 1
         numbers = {name: float(value) for name, value in metrics.items() if name not in ("step", "tasks_per_s")}
@@ -116,19 +117,19 @@ class Progress:
         self._show(step, numbers, now)
 
     def start(self, text: str) -> None:
-        """Say one line, and count time from now: compiling is over."""
+        """Print one line, and measure time from now on: compiling is over."""
         self._last = (self._last[0], self._clock())
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Say one line without spoiling the bar."""
+        """Print one line above the bar."""
         if self._bar is not None:
             self._bar.print(text)
         elif self._stream is not None:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Close the file and take the bar down."""
+        """Close the file and remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -149,13 +150,13 @@ class Progress:
             self._bar.update(step, text)
         elif self._stream is not None:
             validated = any(name.startswith("validation") for name in numbers)
-            if validated or step >= self._steps or now - self._spoken >= _SECONDS_BETWEEN_LINES:
-                self._spoken = now
+            if validated or step >= self._steps or now - self._printed >= _SECONDS_BETWEEN_LINES:
+                self._printed = now
                 print(f"step {step}/{self._steps}  {text}", file=self._stream, flush=True)
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a JSONL metrics file; what is no JSON (cut by a kill) is left out. [] where there is no file."""
+    """The lines of a JSONL metrics file, except those that are not JSON (incomplete by a kill). [] without a file."""
     lines = []
     try:
         text = Path(path).read_text(errors="replace")
@@ -163,16 +164,16 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     for line in text.splitlines():
         try:
-            found = json.loads(line)
+            metrics = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
+        if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
+            lines.append(metrics)
     return lines
 
 
 class _Bar:
-    """A rich progress bar with a line of numbers behind it."""
+    """A rich progress bar, followed by a line of numbers."""
 
     def __init__(self, steps: int, stream: TextIO) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Optimisers that touch only the rows of a batch: lazy Adam, row-wise Adagrad; any optax transformation goes dense."""
+"""Optimisers that touch only the rows of a batch: lazy Adam, row-wise Adagrad. Optax transformations are dense."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RowOptimizer(NamedTuple):
     Attributes:
       init: ``init(table [num_rows, size]) -> state``.
       update: ``update(grads [m, size], state of those rows, rows [m, size], step [], where=None) -> (rows, state)``;
-        ``where`` is bool ``[m]``: rows for which it is False stay as they are, and so does their state.
+        ``where`` is bool ``[m]``: rows for which it is False are not changed, nor is their state.
     """
 
     init: Callable[[Array], Any]
@@ -31,12 +31,12 @@ class RowOptimizer(NamedTuple):
 
 
 class LazyAdamState(NamedTuple):
-    """What lazy Adam keeps.
+    """State of lazy Adam.
 
     Attributes:
-      moments: ``[num_rows, 2, size]``, the first moment and the second side by side: a touched row of a large table
-        then costs one miss of the memory's caches, not two.
-      updates: int32 ``[num_rows]``, updates of the row (or, with catch_up, its last step).
+      moments: ``[num_rows, 2, size]``, the first and the second moment next to each other: a touched row of a large
+        table then costs one cache miss, not two.
+      updates: int32 ``[num_rows]``, number of updates of the row (or, with catch_up, its last step).
     """
 
     moments: Array
@@ -52,21 +52,21 @@ def lazy_adam(
     weight_decay: Annotated[float, Bounds(0.0)] = 0.0,
     catch_up: bool = False,
 ) -> RowOptimizer:
-    """Adam on the rows of the batch alone.
+    """Adam on the rows of the batch only.
 
-    This is not dense Adam: there, a row that a batch does not touch goes on moving by its momentum. Here it rests, its
-    moments frozen, and bias is corrected by the row's own count of updates. Row 0 counts as touched in every step,
-    since padding stands there.
+    This is not dense Adam, in which a row that a batch does not touch still moves by its momentum. Here such a row and
+    its moments do not change, and bias is corrected by the row's own number of updates. Row 0 counts as touched in
+    every step, since padding points at it.
 
     Args:
       lr: rate, or a function of the step.
       b1, b2: as in Adam, from 0 (no momentum; the second moment is the last square) to below 1.
       eps: as in Adam, above 0: the gradient of row 0 is often 0.
-      weight_decay: decoupled (AdamW), applied to a row when it is touched.
-      catch_up: decay the moments for the steps that a row was not touched in, as dense Adam would have.
+      weight_decay: decoupled weight decay (AdamW), applied to a row when it is touched.
+      catch_up: decay the moments for the steps in which a row was not touched, as dense Adam does.
 
     Raises:
-      MetarecError: a number out of its range.
+      MetarecError: a number is out of bounds.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015.
 
@@ -93,11 +93,11 @@ def lazy_adam(
             updates = jnp.where(on > 0, step + 1, state.updates).astype(jnp.int32)
             missed = jnp.maximum(updates - state.updates - 1, 0).astype(dtype)
             moments = moments * jnp.stack([b1**missed, b2**missed], axis=1)[:, :, None]
-        # Both moments in one formula: concatenating the halves would cost as much again.
+        # Both moments in one formula: concatenating the halves would double the cost.
         first = (jnp.arange(2) == 0)[None, :, None]
         share = jnp.where(first, 1 - b1, 1 - b2).astype(dtype) * on[:, None, None]
         moments = (1 - share) * moments + share * grads[:, None] * jnp.where(first, 1.0, grads[:, None])
-        # 1 / (1 - b**t) once a row: without the barrier the compiler raises a power for every element.
+        # 1 / (1 - b**t) once per row: without the barrier the compiler computes a power for every element.
         t = jnp.maximum(updates, 1).astype(dtype)
         unbiased = [-1.0 / jnp.expm1(t * log_b) for log_b in (log_b1, log_b2)]
         moments, mu_scale, nu_scale = jax.lax.optimization_barrier((moments, unbiased[0], unbiased[1]))
@@ -110,9 +110,9 @@ def lazy_adam(
 
 @bounded
 def row_adagrad(lr: Schedule = 1e-2, eps: Annotated[float, _EPS] = 1e-8) -> RowOptimizer:
-    """Adagrad with one accumulator a row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
+    """Adagrad with one accumulator per row: ``a += mean(g^2)``, ``row -= lr g / (sqrt(a) + eps)``.
 
-    The memory of its state is 1/size of one of Adam's moments. Raises MetarecError where ``eps`` is not above 0.
+    Its state takes 1/size of the memory of one of Adam's moments. Raises MetarecError where ``eps`` is not above 0.
     Source: the row-wise sparse Adagrad of FBGEMM, TorchRec.
 
     ``g = (3, 4)``: a = 12.5, so the row moves by ``-0.5 * g / 3.5355``.
@@ -138,7 +138,7 @@ def _rate(lr: Schedule, step: Array) -> Any:
 
 
 class TableState(NamedTuple):
-    """What a table's optimiser keeps; ``slot`` int32 ``[num_rows]`` is scratch to find duplicates, never cleared."""
+    """State of a table's optimiser; ``slot`` int32 ``[num_rows]`` is scratch to find duplicates, never cleared."""
 
     inner: Any
     slot: Array
@@ -161,12 +161,12 @@ def update_rows(
 ) -> tuple[Array, TableState]:
     """One step on the rows ``ids [m]`` given their gradients ``[m, size]``; repeated ids are summed first.
 
-    Where the ids are half as many as the rows, the whole table is gone through: streaming is cheaper than picking.
-    An id beyond the last row, with a gradient of 0, changes nothing: so a device is told of rows that it has not.
+    Where the ids are at least half as many as the rows, the whole table is updated: streaming is cheaper than
+    gathering. An id beyond the last row, with a gradient of 0, changes nothing: it is a row of another device.
 
     Duplicates are found without a sort: every copy of an id writes its position to ``slot[id]`` and reads back the one
-    that won. Rows are written in place when the buffers are donated. Where copies are many, an accelerator may sum them
-    in another order each time; on a CPU the result is the same to the bit.
+    that was kept. Rows are written in place when the buffers are donated. An accelerator may sum many copies in a
+    different order each time; on a CPU the result is bitwise reproducible.
     """
     if not isinstance(optimizer, RowOptimizer) or 2 * ids.shape[0] >= table.shape[0]:
         return update_whole(optimizer, table, state, ids, jnp.zeros_like(table).at[ids].add(grads), step)
@@ -189,7 +189,7 @@ def update_whole(
     grads: Array,
     step: Array,
 ) -> tuple[Array, TableState]:
-    """As `update_rows`, from a gradient of the whole table: the cheaper way where a batch touches most of it."""
+    """`update_rows` from a gradient of the whole table, which is cheaper where a batch touches most of it."""
     if not isinstance(optimizer, RowOptimizer):
         updates, inner = optimizer.update(grads, state.inner, table)
         return table + updates, TableState(inner, state.slot)
@@ -199,5 +199,5 @@ def update_whole(
 
 
 def shared_whole(table: Table, slots: int, tasks: int) -> bool:
-    """Whether a table is handed to the tasks whole: it has no more rows than the view would have slots."""
+    """Whether tasks get the whole table: it has at most as many rows as a view would have slots."""
     return table.num_rows <= (slots if table.adapted else slots * tasks)

@@ -1,4 +1,4 @@
-"""The outer step: draw tasks, take their rows, one gradient of the mean loss, write the touched rows back."""
+"""The outer step: draw tasks, gather their rows, compute one gradient of the mean loss, update the touched rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from metarec_jax.training.row_optimizers import (
 
 
 class TrainState(NamedTuple):
-    """All that the next step needs. ``key`` never changes: step k draws from ``fold_in(key, k)``."""
+    """The input of the next step. ``key`` never changes: step k draws from ``fold_in(key, k)``."""
 
     params: Params
     dense: optax.OptState
@@ -36,18 +36,18 @@ class TrainState(NamedTuple):
 
 
 class Optimizers(NamedTuple):
-    """One for the dense parameters, one for table rows."""
+    """One optimiser for the dense parameters, one for table rows."""
 
     dense: optax.GradientTransformation
     rows: RowOptimizer | optax.GradientTransformation
 
 
 LOWEST, HIGHEST = "lowest_id/", "highest_id/"
-"""With ``debug``, metrics of these names (and a table's after them) hold the ids that a step drew."""
+"""With ``debug``, prefixes of the metrics with the lowest and highest id of each table that a step drew."""
 TASK_LOSSES = "task_losses"
-"""The metric of `loss_and_grads` that is no scalar: the loss of each task of the batch, ``[T]``."""
+"""The metric of `loss_and_grads` that is not a scalar: the loss of each task of the batch, ``[T]``."""
 BAD_TASK = "bad_task"
-"""The metric of a step that says which task of the batch is the first whose loss is not finite."""
+"""The metric of a step with the index of the first task of the batch whose loss is not finite."""
 
 
 def init_state(learner: Learner, optimizers: Optimizers, params: Params, key: Array) -> TrainState:
@@ -71,13 +71,15 @@ def make_step(
     """``step(state, source.data) -> (state, metrics)``, pure; metrics are scalars, ``loss`` among them.
 
     Args:
-      debug: metrics also hold the lowest and highest id drawn for each table.
-      groups: a device's tasks of a batch adapt in so many equal groups, one after the other: the temporaries of one
-        group at a time, the same result to rounding. None: on a CPU groups of at most 64 tasks, which its caches hold;
-        else one.
-      mesh: of `sharding.make_mesh`; the tasks are cut over its devices. The same result to rounding.
-      dtype: the parameters as the learner sees them, such as bfloat16; they are kept, and stepped, as they are.
-      steps: outer steps of the whole training, for learners that follow its progress (`core.PROGRESS`).
+      debug: add the lowest and highest id drawn for each table to the metrics.
+      groups: number of equal groups in which a device's tasks adapt, one after the other: only the temporaries of one
+        group are in memory, and the result is the same up to rounding. None: on a CPU groups of at most 64 tasks, which
+        fit into its caches; else one group.
+      mesh: mesh of `sharding.make_mesh`; the tasks are partitioned over its devices. The result is the same up to
+        rounding.
+      dtype: dtype of the parameters in the learner, such as bfloat16; the stored parameters, which the optimisers
+        update, keep theirs.
+      steps: outer steps of the whole training, for learners that depend on its progress (`core.PROGRESS`).
 
     Raises:
       MetarecError: ``groups`` does not divide the tasks of a device, or the devices do not divide those of a batch.
@@ -87,7 +89,7 @@ def make_step(
     tasks = source.tasks // (1 if mesh is None else mesh.size)
     groups = _groups(tasks, jax.default_backend()) if groups is None else groups
     if groups < 1 or tasks % groups:
-        raise MetarecError(f"groups is {groups}, and a device has {tasks} tasks of a batch; give a divisor of them")
+        raise MetarecError(f"groups must divide the {tasks} tasks of a batch on a device, got {groups}; give a divisor")
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, dict[str, Array]]:
         k_draw, k_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -116,7 +118,7 @@ def loss_and_grads(
     Returns:
       ``(loss, metrics)``, the loss of each task among the metrics (`TASK_LOSSES`); gradients
       ``{"dense": ..., "rows": {table: [T, L, size]}, "whole": {table: [num_rows, size]}}``; ids ``{table: [T, L]}``,
-      the global row of each gradient row (of a whole table: the ids that were touched).
+      the global row of each gradient row (for a whole table: the touched ids).
     """
     return _grads(learner, params, batch, key, groups, None, None)[:3]
 
@@ -124,13 +126,13 @@ def loss_and_grads(
 def _grads(
     learner: Learner, params: Params, batch: Task, key: Array, groups: int, mesh: Mesh | None, dtype: Any
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array], dict[str, exchange.Route | None]]:
-    """`loss_and_grads`, each device of a mesh for its share of the tasks, and the ways between the devices by table."""
+    """`loss_and_grads`, where each device of a mesh computes its share of the tasks, and the routes of cut tables."""
     keys = jax.random.split(key, batch.query.mask.shape[0])
     if mesh is None:
         return _device_grads(learner, params, batch, keys, groups, (), 1, dtype)
     cut = tuple(name for name, table in params["tables"].items() if sharding.is_cut(mesh, table.shape[0]))
-    where = {name: P(sharding.MODEL) if name in cut else P() for name in params["tables"]}
-    held = {name: P() for name in params if name != "tables"} | {"tables": where}
+    specs = {name: P() for name in params if name != "tables"}
+    specs["tables"] = {name: P(sharding.MODEL) if name in cut else P() for name in params["tables"]}
 
     def work(params: Params, batch: Task, keys: Array) -> Any:
         owners = mesh.shape[sharding.MODEL]
@@ -139,7 +141,7 @@ def _grads(
         return sharding.mean_over_devices((*value, grads)), (losses, own, ids, ways)
 
     tasks = sharding.TASKS
-    spread = sharding.each_device(mesh, work, (held, tasks, tasks), (P(), tasks))
+    spread = sharding.each_device(mesh, work, (specs, tasks, tasks), (P(), tasks))
     (loss, metrics, grads), (losses, own, ids, ways) = spread(params, batch, keys)
     return (loss, {**metrics, TASK_LOSSES: losses}), {**grads, "rows": own}, ids, ways
 
@@ -154,7 +156,7 @@ def _device_grads(
     owners: int,
     dtype: Any,
 ) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any], dict[str, Array], dict[str, exchange.Route | None]]:
-    """`_grads` of the tasks of one device; the tables named in ``cut`` it shares with others, ``owners`` in all."""
+    """`_grads` for the tasks of one device, which shares the tables in ``cut`` with others, ``owners`` in all."""
     dense, tables = _split(params)
     fixed = _fixed(params)
     tasks = batch.query.mask.shape[0]
@@ -166,7 +168,7 @@ def _device_grads(
     )
     gathered = rows.gather(tables, {name: ids for name, ids in seen.ids.items() if name not in cut})
     fetched = {name: exchange.fetch(tables[name], ids, owners) for name, ids in seen.ids.items() if name in cut}
-    gathered |= {name: found for name, (found, _) in fetched.items()}
+    gathered |= {name: table_rows for name, (table_rows, _) in fetched.items()}
 
     def mean_loss(leaves: dict[str, Any], local: Task, keys: Array) -> tuple[Array, tuple[dict[str, Array], Array]]:
         if dtype is not None:
@@ -194,9 +196,9 @@ def _device_grads(
 
 
 def _in_groups(group: Callable[[Any], tuple[Any, Any]], parts: Any, groups: int) -> tuple[Any, Any]:
-    """``group`` over ``groups`` equal slices of the leading axis of ``parts``, one after the other.
+    """``group`` on ``groups`` equal slices of the leading axis of ``parts``, one after the other.
 
-    Returns the mean of the first things it returns, and the second ones joined along their leading axis.
+    Returns the mean of its first results, and its second results joined along their leading axis.
     """
     if groups == 1:
         return group(parts)
@@ -212,7 +214,7 @@ def _in_groups(group: Callable[[Any], tuple[Any, Any]], parts: Any, groups: int)
 
 
 def _groups(tasks: int, backend: str) -> int:
-    """The fewest equal groups of at most 64 tasks on a CPU; one on an accelerator, or where there are none such."""
+    """The smallest number of equal groups of at most 64 tasks on a CPU; 1 on an accelerator, or without such groups."""
     if backend != "cpu":
         return 1
     return next((n for n in range(-(-tasks // 64), tasks // 8 + 1) if tasks % n == 0), 1)
@@ -226,9 +228,9 @@ def _cast(values: Any, dtype: Any) -> Any:
 def _plan(
     tables: Mapping[str, Table], batch: Task, tasks: int, cut: tuple[str, ...]
 ) -> tuple[dict[str, Table], dict[str, Table]]:
-    """Which tables are seen through a row view, and which are so small that every task gets them whole.
+    """The tables that tasks see through a row view, and the small ones that every task gets whole.
 
-    Tables that share a column go the same way: its ids are local ones, or they are not.
+    Tables that share a column are in the same part: its ids are either local or global.
     """
     whole: set[str] = set()
     for group in rows.groups(tables):
@@ -277,20 +279,20 @@ def _on_mesh(
     whole: bool,
     way: exchange.Route | None,
 ) -> Callable[..., Any]:
-    """`update_rows` or `update_whole` (of a ``whole`` gradient) where each device steps the rows that it has."""
+    """`update_rows` or `update_whole` (for a ``whole`` gradient) where each device updates the rows that it has."""
     cut = sharding.is_cut(mesh, table.shape[0])
-    rows_of = lambda leaf: P(sharding.MODEL) if cut and leaf.shape[:1] == table.shape[:1] else P()  # noqa: E731
-    held, kept, tasks = rows_of(table), jax.tree.map(rows_of, state), sharding.TASKS
+    spec = lambda leaf: P(sharding.MODEL) if cut and leaf.shape[:1] == table.shape[:1] else P()  # noqa: E731
+    table_spec, state_spec, tasks = spec(table), jax.tree.map(spec, state), sharding.TASKS
 
     def run(optimizer: Any, table: Array, state: TableState, ids: Array, grads: Array, step: Array) -> Any:
-        if not isinstance(optimizer, RowOptimizer):  # it may look at the whole table: the partitioner's work
+        if not isinstance(optimizer, RowOptimizer):  # it may read the whole table, which the partitioner handles
             if not whole:
 
                 def dense(table: Array, ids: Array, grads: Array) -> Array:
                     ids, grads = sharding.gather_updates(table, ids, grads, cut)
                     return jnp.zeros_like(table).at[ids].add(grads, mode="drop")
 
-                grads = sharding.each_device(mesh, dense, (held, tasks, tasks), held)(table, ids, grads)
+                grads = sharding.each_device(mesh, dense, (table_spec, tasks, tasks), table_spec)(table, ids, grads)
             return update_whole(optimizer, table, state, ids, grads, step)
 
         def work(table: Array, state: TableState, ids: Array, grads: Array, way: Any, step: Array) -> Any:
@@ -303,14 +305,15 @@ def _on_mesh(
                 return exchange.step_rows(own, table, state, ids, grads, way)
             return own(table, state, *sharding.gather_updates(table, ids, grads, cut))
 
-        arguments = (held, kept, tasks, P() if whole else tasks, tasks, P())
-        return sharding.each_device(mesh, work, arguments, (held, kept))(table, state, ids, grads, way, step)
+        arguments = (table_spec, state_spec, tasks, P() if whole else tasks, tasks, P())
+        results = (table_spec, state_spec)
+        return sharding.each_device(mesh, work, arguments, results)(table, state, ids, grads, way, step)
 
     return run
 
 
 def _split(params: Params) -> tuple[dict[str, Any], dict[str, Array]]:
-    """What the dense optimiser steps, and the tables."""
+    """The parameters of the dense optimiser, and the tables."""
     return {name: part for name, part in params.items() if name not in ("tables", "fixed")}, dict(params["tables"])
 
 

@@ -1,4 +1,4 @@
-"""What selects: a number from validation tasks, quick enough to be taken every few hundred steps."""
+"""The metric that selects parameters, from validation tasks; fast enough for every few hundred steps."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
 def validator(
     learner: Learner,
     tasks: Mapping[str, TaskSet],
-    known: Catalogue,
+    catalogue: Catalogue,
     *,
     rating_range: tuple[float, float] | None,
     seed: int = 0,
     others: int = 100,
 ) -> Callable[[Params], dict[str, float]]:
-    """``validate(params) -> {name: value}`` for `fit`, smaller is better, the tasks already on the device.
+    """``validate(params) -> {name: value}`` for `fit`, smaller is better; the tasks stay on the device.
 
-    For ratings: ``mae`` over the query, predictions clipped to ``rating_range``. For clicks: ``misranked``, the share
-    of pairs of a query item and one of ``others`` random items in which the random one has the higher score; a tie
-    counts half. Each is taken by scenario, and ``error`` is the mean over scenarios: the one to monitor.
+    For ratings: ``mae`` over the query, with predictions clipped to ``rating_range``. For clicks: ``misranked``, the
+    share of pairs of a query item and one of ``others`` random items in which the random item has the higher score; a
+    tie counts half. Both are computed per scenario, and ``error``, the metric to monitor, is the mean over scenarios.
 
     Args:
+      learner: the learner.
+      tasks: validation tasks by scenario.
+      catalogue: the users and items of the data.
       rating_range: (lowest, highest) rating; None for clicks.
-      seed: of the random items.
+      seed: seed of the random items.
+      others: number of random items per query item.
 
     Raises:
-      MetarecError: no validation task.
+      MetarecError: there is no validation task.
     """
     tasks = {name: chosen for name, chosen in tasks.items() if len(chosen)}
     if not tasks:
-        raise MetarecError("no validation task to select by; hold out more users, or lower the fewest support examples")
-    items = np.random.default_rng(seed).integers(1, known.item_row.shape[0], others)
-    random_items = inputs(known, jnp.int32(0), jnp.asarray(items, jnp.int32))
-    held = [
+        raise MetarecError(
+            "there is no validation task; hold out more users, or lower the smallest number of support examples"
+        )
+    items = np.random.default_rng(seed).integers(1, catalogue.item_row.shape[0], others)
+    random_items = inputs(catalogue, jnp.int32(0), jnp.asarray(items, jnp.int32))
+    parts = [
         (name, len(index), task)
         for name, chosen in tasks.items()
-        for index, task in batches(chosen, known, min(256, 1 << max(0, len(chosen) - 1).bit_length()))
+        for index, task in batches(chosen, catalogue, min(256, 1 << max(0, len(chosen) - 1).bit_length()))
     ]
     metric = "misranked" if rating_range is None else "mae"
 
-    def of_task(params: Params, task: Task, key: Array) -> Array:
+    def task_error(params: Params, task: Task, key: Array) -> Array:
         adapted = learner.adapt(params, task.support, key)
         scores = learner.predict(params, adapted, task.query.inputs)
         if rating_range is not None:
@@ -60,13 +66,13 @@ def validator(
         return jnp.sum(error * task.query.mask) / jnp.maximum(task.query.mask.sum(), 1.0)
 
     @jax.jit
-    def of_batch(params: Params, task: Task) -> Array:
-        return jax.vmap(of_task, (None, 0, None))(params, task, jax.random.key(seed))
+    def batch_errors(params: Params, task: Task) -> Array:
+        return jax.vmap(task_error, (None, 0, None))(params, task, jax.random.key(seed))
 
     def validate(params: Params) -> dict[str, float]:
         total: dict[str, Any] = dict.fromkeys(tasks, 0.0)
-        for name, count, task in held:
-            total[name] += float(np.asarray(of_batch(params, task))[:count].sum())
+        for name, count, task in parts:
+            total[name] += float(np.asarray(batch_errors(params, task))[:count].sum())
         means = {name: total[name] / len(chosen) for name, chosen in tasks.items()}
         return {"error": float(np.mean(list(means.values())))} | {f"{metric}_{name}": v for name, v in means.items()}
 
