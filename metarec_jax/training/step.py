@@ -131,7 +131,7 @@ def _grads(
     if mesh is None:
         return _device_grads(learner, params, batch, keys, groups, (), 1, dtype)
     cut = tuple(name for name, table in params["tables"].items() if sharding.is_cut(mesh, table.shape[0]))
-    specs = {name: P() for name in params if name != "tables"}
+    specs: dict[str, Any] = {name: P() for name in params if name != "tables"}
     specs["tables"] = {name: P(sharding.MODEL) if name in cut else P() for name in params["tables"]}
 
     def work(params: Params, batch: Task, keys: Array) -> Any:
