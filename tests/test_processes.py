@@ -195,7 +195,7 @@ def test_the_watch_takes_only_those_who_know_the_token(monkeypatch):
     the two processes of the run come through all the same, one of them in two parts."""
     told = queue.Queue()
     monkeypatch.setattr(watch.processes, "count", lambda: 3)
-    monkeypatch.setattr(watch.processes, "tell", lambda name, word: told.put(word))
+    monkeypatch.setattr(watch.processes, "send", lambda name, word: told.put(word))
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
         lines = pool.submit(watch._lines_to_all, "127.0.0.1")
         port, token = told.get(timeout=60).split()
