@@ -296,7 +296,7 @@ def test_params_are_found_wherever_the_state_has_them(tmp_path):
 def test_params_of_a_damaged_best_and_of_an_empty_run(run, tmp_path):
     damage(run, "best", 2)
     said = []
-    with pytest.raises(MetarecError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(MetarecError, match=r"all checkpoints in .* are damaged"):
         load_params(run, say=said.append)
     assert len(said) == 1
     with pytest.raises(MetarecError, match="no checkpoint"):

@@ -69,11 +69,12 @@ def maml(
       MetarecError: ``inner_lr``, ``inner_steps`` or ``prior`` is below 0, the number of weights is not that of the
         steps, or (from ``init``) ``only`` names a parameter that does not exist.
 
-    One user row, one rating of 3, rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
+    One user row, one rating of 3, one step with rate 1/8: ``u = 0 -> 0 - 2 (0 - 3) / 8 = 0.75``.
 
     >>> rows = lambda params, inputs: params["tables"]["user_id"][inputs["user_id"], 0]
     >>> tables = {"user_id": Table(2, 1, ("user_id",))}
-    >>> learner = maml(Model(lambda key: {"tables": {"user_id": jnp.zeros((2, 1))}}, rows, tables), inner_lr=0.125)
+    >>> model = Model(lambda key: {"tables": {"user_id": jnp.zeros((2, 1))}}, rows, tables)
+    >>> learner = maml(model, inner_lr=0.125, inner_steps=1)
     >>> support = Examples({"user_id": jnp.array([1])}, jnp.array([3.0]), jnp.ones(1))
     >>> params = learner.init(jax.random.key(0))
     >>> adapted = learner.adapt(params, support, jax.random.key(0))
