@@ -129,6 +129,7 @@ def test_the_canonical_form_by_hand():
     assert genre.values.tolist() == [[0, 0], [2, 3], [1, 0], [0, 0]]
     # years 1994 and 1995: mean 1994.5, sd 0.5; "unknown" has none
     assert data.item_features["item_year"].values.tolist() == [[0], [-1], [1], [0]]
+    assert data.item_features["item_year"].units == ((1994.5, 0.5),)  # by which the year of a new item is standardised
     assert data.item_features["item_half_decade"].vocabulary.ids.tolist() == ["1990-1994", "1995-1999"]
     assert [note.split()[0] for note in data.notes] == ["1", "1", "1"]
 

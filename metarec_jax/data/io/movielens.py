@@ -214,6 +214,8 @@ def _multi(values: list[list[str]]) -> Feature:
 
 
 def _numeric(values: np.ndarray) -> Feature:
-    spread = np.nanstd(values)
-    scaled = np.nan_to_num((values - np.nanmean(values)) / (spread if spread > 0 else 1.0))
-    return Feature("numeric", np.concatenate([[0.0], scaled]).astype(np.float32)[:, None])
+    middle, spread = (float(np.nan_to_num(moment(values))) for moment in (np.nanmean, np.nanstd))
+    spread = spread or 1.0
+    scaled = np.nan_to_num((values - middle) / spread)
+    out = np.concatenate([[0.0], scaled]).astype(np.float32)[:, None]
+    return Feature("numeric", out, units=((middle, spread),))
