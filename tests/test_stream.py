@@ -14,10 +14,13 @@ from worlds import largest_difference
 from metarec_jax import learners, models
 from metarec_jax.core import Column, MetarecError
 from metarec_jax.data.store import stream
+from metarec_jax.data.store.held_out import hold_out
 from metarec_jax.data.store.opened import Store, load, open_store
 from metarec_jax.data.store.prepare import prepare
 from metarec_jax.data.store.stream import stream_source
 from metarec_jax.data.tasks import task_source
+from metarec_jax.experiment.build import build_stream
+from metarec_jax.experiment.config import Config, LearnerConfig, TaskConfig
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 
@@ -340,3 +343,23 @@ def test_bad_options_are_refused(store, options, said):
 def test_order_by_time_wants_times(clicks):
     with pytest.raises(MetarecError, match="requires timestamps, which the store lacks"):
         stream_source(clicks, order="time")
+
+
+@pytest.mark.parametrize(
+    ("learner", "user_rows", "message"),
+    [
+        ("dropout_net", "prior", "learns from rows of the users, .* give --user-rows own"),
+        ("gaussian_process", "own", "counts all ratings in memory, .* take --learner ridge"),
+    ],
+)
+def test_learners_that_read_what_is_not_in_memory_are_refused(store, learner, user_rows, message):
+    given = Config(learner=LearnerConfig(learner), tasks=TaskConfig(user_rows=user_rows, support=(2, 4)))
+    with pytest.raises(MetarecError, match=message):
+        build_stream(given, store, hold_out(store, user_rows=user_rows))
+
+
+def test_a_dropped_row_is_trained_from_a_stream_of_users_with_rows(store):
+    given = Config(learner=LearnerConfig("dropout_net"), tasks=TaskConfig(user_rows="own", support=(2, 4), tasks=4))
+    source = build_stream(given, store, hold_out(store, user_rows="own"))
+    task = source.draw((source.data, next(source.stream(0))), jax.random.key(0))
+    assert np.all(np.asarray(task.query.inputs["user_id"]) > 0)
