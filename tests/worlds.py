@@ -23,14 +23,16 @@ COLUMNS = {
     "item_year": Column("numeric", 1),
 }
 
+IDS = {column: COLUMNS[column] for column in ("user_id", "item_id")}
+
 
 def ids_alone(data: Interactions) -> Interactions:
     """Without features: programs half the size, where a test is not about them."""
     return replace(data, user_features={}, item_features={})
 
 
-def content(head: str = "dot", size: int = 3) -> Model:
-    return models.content_model(COLUMNS, size=size, head=head, hidden=(5,))
+def content(head: str = "dot", size: int = 3, columns=COLUMNS) -> Model:
+    return models.content_model(columns, size=size, head=head, hidden=(5,))
 
 
 def seed_model(size: int = 3) -> Model:
@@ -83,8 +85,13 @@ def one(batch: Task, k: int = 0) -> Task:
 
 
 def of_the_registry(name: str) -> Learner:
-    """A learner of the registry on the small world, with the small options of its row, scored by squares."""
-    row, dot = registry.row(name), content("dot")
+    """A learner of the registry on the small world, with the small options of its row, scored by squares.
+
+    Features reach a learner through the model alone: all columns for two learners and those that read them, else the ids.
+    """
+    row = registry.row(name)
+    whole = name in ("maml", "ridge", "memory") or row.family == "cold rows"
+    dot = content("dot", columns=COLUMNS if whole else IDS)
     first = {"columns": COLUMNS, "items": 600}.get(row.built_from, dot)
     options = dict(row.small)
     if row.feedback == "clicks" or row.family == "cold rows" or name == "gaussian_process":
