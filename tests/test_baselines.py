@@ -395,7 +395,7 @@ def test_bad_input_is_refused_in_one_message():
         als(RATED.take(np.zeros(len(RATED), bool)), KNOWN)
     with pytest.raises(MetarecError, match="make the catalogue from the same data"):
         random(RATED, catalogue(CLICKED))
-    with pytest.raises(MetarecError, match=r"81 x 81 item rows, and dense_limit is 80; use item_knn"):
+    with pytest.raises(MetarecError, match=r"81 x 81 items, and dense_limit is 80; use item_knn"):
         ease(RATED, KNOWN, dense_limit=80)
     with pytest.raises(MetarecError, match="reg must be above 0, got 0"):
         ease(RATED, KNOWN, reg=0)

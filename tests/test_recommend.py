@@ -149,9 +149,9 @@ def test_of_repeated_feedback_the_last_counts_and_is_noted():
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ({"m3": 9}, "rating of 'm3' is 9, .* from 1 to 5"),
-        ({"m3": float("nan")}, "'m3' is nan"),
-        ({"m3": "good"}, "'m3' is 'good'"),
+        ({"m3": 9}, "rating of 'm3': expected a number from 1 to 5, got 9"),
+        ({"m3": float("nan")}, "'m3': expected .* got nan"),
+        ({"m3": "good"}, "'m3': expected .* got 'good'"),
         (["m3"], "items without ratings"),
         ({"item_id": ["m3", "m4"], "rating": [3]}, "different lengths"),
     ],
@@ -177,7 +177,7 @@ def test_n_and_features_are_checked():
         recommender.recommend(HISTORY, n=0)
     with pytest.raises(MetarecError, match="no user feature 'shoe'; the data has: user_job"):
         recommender.recommend(HISTORY, user_features={"shoe": 1})
-    with pytest.raises(MetarecError, match="user_age is 'old'"):
+    with pytest.raises(MetarecError, match="user_age: expected 1 finite number, got 'old'"):
         recommender.recommend(HISTORY, user_features={"user_age": "old"})
 
 
@@ -213,7 +213,7 @@ def test_clicks_reasons_are_the_derivative_with_respect_to_the_weight():
     for r in out:  # its score is a sum over the history of similarities: each is its own derivative
         np.testing.assert_allclose(sum(i.contribution for i in r.because), r.score, rtol=1e-5)
     noted = Recommender(item_knn(CLICKS, known), CLICKS, known).recommend({"m3": 5})
-    assert "not used" in noted.notes[0]
+    assert "ignored" in noted.notes[0]
 
 
 def test_negatives_stand_in_the_support_of_clicks_and_are_not_dropped_from_the_list():
@@ -335,11 +335,11 @@ def test_histories_under_the_names_that_files_have(history):
 def test_a_series_of_names_is_a_list_of_clicks_and_other_columns_are_named():
     parsed = parse_history(pd.Series(["m3", "m7"]), CLICKS, Names(CLICKS))
     assert parsed.item.tolist() == [3, 7]
-    with pytest.raises(MetarecError, match="columns shoe, stars, none of them of items"):
+    with pytest.raises(MetarecError, match="columns shoe, stars, none of them with a usual name for items"):
         parse_history(pd.DataFrame({"shoe": [1], "stars": [2]}), DATA, Names(DATA))
     table = pd.DataFrame({"customer": ["a", "b"], "product": ["m3", "m7"], "overall": [5, 1]})
     assert list(Recommender(ALS, DATA, KNOWN).recommend_many(table, n=1)) == ["a", "b"]
-    with pytest.raises(MetarecError, match="none of them of users"):
+    with pytest.raises(MetarecError, match="none of them with a usual name for users"):
         Recommender(ALS, DATA, KNOWN).recommend_many(table.drop(columns="customer"))
 
 
