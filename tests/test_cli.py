@@ -227,7 +227,7 @@ def test_recommend_refusals(trained, capsys, own_folder):
     table.write_text("user_id,item_id,rating\nann,film 1,\n")
     assert "every row of" in failure(capsys, "recommend", trained, "--history", table)
     table.write_text("user_id,item_id,rating\nann,film 1,77\n")
-    assert "'film 1' by user 'ann' is 77" in failure(capsys, "recommend", trained, "--history", table)
+    assert "the rating of 'film 1' by user 'ann': expected a number from" in failure(capsys, "recommend", trained, "--history", table)
     assert "is a folder" in failure(capsys, "recommend", trained, "--history", own_folder)
 
 
@@ -299,7 +299,7 @@ def test_fit_by_default_runs_on_data_too_small_for_every_scenario(own_folder, ca
     explicit = [*command, "--out", "runs/explicit", "--scenarios", "warm", "item_cold"]
     refusal = failure(capsys, *explicit)
     assert "too few to test item_cold (" in refusal
-    assert "give --scenarios warm (" in refusal
+    assert "use --scenarios warm (" in refusal
 
 
 def test_without_a_comparison_the_last_line_is_json_too(trained, capsys):
@@ -489,7 +489,7 @@ def test_a_flag_that_turns_off_says_so(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--no-warm-start do not start item vectors from a matrix factorisation" in said
+    assert "--no-warm-start do not initialise item embeddings by matrix factorisation" in said
 
 
 def test_rates_of_clicks_are_told_to_be_unused(ratings):
@@ -498,7 +498,7 @@ def test_rates_of_clicks_are_told_to_be_unused(ratings):
     assert columns == {"item_id": ["film 3", "film 4", "film 4"], "rating": [1.0, 2.0, 2.0]}
     known = clicks.items.ids[:2].tolist()
     notes = parse_history({"item_id": known, "rating": [1.0, 2.0]}, clicks, Names(clicks)).notes
-    assert "are not used" in notes[0]
+    assert "are ignored" in notes[0]
 
 
 def test_a_run_is_served_by_an_application_that_computes_in_float64(trained, capsys):

@@ -170,5 +170,5 @@ def test_by_name(implicit):
 
 
 def test_they_require_item_vectors():
-    with pytest.raises(MetarecError, match="learner 'protonet' requires model 'content'; give --model content"):
+    with pytest.raises(MetarecError, match="learner 'protonet' requires the model 'content'; use --model content"):
         Config(model=ModelConfig(name="meta_recommender"), learner=LearnerConfig(name="protonet"))

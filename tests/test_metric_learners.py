@@ -138,8 +138,8 @@ def test_without_item_vectors_it_says_so(name):
         (lambda m: learners.in_context(m, width=9, heads=2), r"width must be a multiple of heads \(2\), got 9"),
         (lambda m: learners.hypernetwork(m, hidden=-1), "hidden must be 0 or more, got -1"),
         (lambda m: learners.leo(m, latent=0), "latent must be 1 or more, got 0"),
-        (lambda m: learners.neural_process(m, size=0), "size 0"),
-        (lambda m: learners.memory(m, slots=0), "slots is 0"),
+        (lambda m: learners.neural_process(m, size=0), "neural_process: size must be 1 or more, got 0"),
+        (lambda m: learners.memory(m, slots=0), "memory: slots must be 1 or more, got 0"),
     ],
 )
 def test_refusals(make, message):
