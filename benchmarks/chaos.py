@@ -146,8 +146,8 @@ def problem() -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
 
     from metarec_jax import learners, models
+    from metarec_jax.data.draw import TaskSource, task_source
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.data.tasks import TaskSource, task_source
 
     data = synthetic(300, 5000, ratings_per_user=(8, 20), seed=0).data
     tasks = 16

@@ -33,10 +33,12 @@ from metarec_jax import baselines, learners, losses, models
 from metarec_jax.baselines.trained import fit_plain
 from metarec_jax.core import Examples, Learner, MetarecError, Method, Params
 from metarec_jax.cpu import tune_cpu
+from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io.datasets import load
 from metarec_jax.data.splits import split
-from metarec_jax.data.tasks import Catalogue, TaskSet, TaskSource, catalogue, inputs, make_tasks, task_source
+from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.evaluation.intervals import estimate
 from metarec_jax.evaluation.scoring import catalogue_scores
 from metarec_jax.factorization import Factors, implicit_als_factors

@@ -155,8 +155,9 @@ def _evaluate(rounds: int) -> dict[str, Any]:
 
     from metarec_jax import learners
     from metarec_jax.core import Method
+    from metarec_jax.data.catalogue import catalogue
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.data.tasks import catalogue, make_tasks
+    from metarec_jax.data.tasks import make_tasks
     from metarec_jax.evaluation.evaluate import evaluate
     from metarec_jax.models.content import meta_recommender
 
@@ -183,8 +184,8 @@ def _memory(inner_steps: int, remat: bool) -> dict[str, Any]:
     import optax
 
     from metarec_jax import learners, models
+    from metarec_jax.data.draw import task_source
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.data.tasks import task_source
     from metarec_jax.training.devices.budget import estimate
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.step import Optimizers, init_state, make_step

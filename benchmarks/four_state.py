@@ -30,10 +30,12 @@ from metarec_jax import learners, losses, models
 from metarec_jax.baselines.tuning import fit_baselines, tune
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.cpu import tune_cpu
+from metarec_jax.data.catalogue import Catalogue, catalogue
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io.published import read_partition
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.evaluation import results
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.report.write import terminal_table

@@ -29,9 +29,11 @@ from metarec_jax import learners, losses, models
 from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Array, MetarecError, Method, Params, Task
 from metarec_jax.cpu import tune_cpu
+from metarec_jax.data.catalogue import Catalogue, catalogue
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io import datasets
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import TaskSet, batches, make_tasks
 from metarec_jax.evaluation import metrics, results
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.results import Report

@@ -19,8 +19,8 @@ import optax
 import metarec_jax as mr
 from metarec_jax import learners, models
 from metarec_jax.core import Learner
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import task_source
 from metarec_jax.training.devices import budget as memory
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, init_state, make_step

@@ -17,8 +17,8 @@ from benchmarks.protocol import Cell, resident_mib, serve
 from metarec_jax import learners, models
 from metarec_jax.core import Array, Column, Examples, Learner, Task
 from metarec_jax.cpu import huge_pages, tune_cpu
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, TrainState, init_state, make_step
 

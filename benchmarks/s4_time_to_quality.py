@@ -75,7 +75,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.protocol import peak_mib
     from metarec_jax import learners, losses, models
-    from metarec_jax.data.tasks import catalogue, make_tasks
+    from metarec_jax.data.catalogue import catalogue
+    from metarec_jax.data.tasks import make_tasks
     from metarec_jax.training.loop import fit
     from metarec_jax.training.row_optimizers import lazy_adam
     from metarec_jax.training.validation import validator
@@ -140,7 +141,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tasks(train: Any) -> Any:
-    from metarec_jax.data.tasks import task_source
+    from metarec_jax.data.draw import task_source
 
     return task_source(train, tasks=64, support=(3, 64), query=10)
 

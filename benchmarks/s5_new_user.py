@@ -124,8 +124,8 @@ def _calls(items: int, size: int, sides: set[str]) -> dict[str, Callable[[], Any
 
     from metarec_jax import learners, models
     from metarec_jax.core import Learner, Method
+    from metarec_jax.data.catalogue import catalogue
     from metarec_jax.data.interactions import Interactions, Vocabulary
-    from metarec_jax.data.tasks import catalogue
     from metarec_jax.serving.recommender import Recommender
 
     rng = np.random.default_rng(0)

@@ -16,10 +16,12 @@ import json
 
 from metarec_jax import learners, models
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.catalogue import catalogue
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io.datasets import load
 from metarec_jax.data.splits import split
-from metarec_jax.data.tasks import catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.training.loop import fit
 

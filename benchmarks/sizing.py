@@ -10,7 +10,7 @@ import argparse
 
 from benchmarks.device_sizes import sizes
 from metarec_jax.core import Table
-from metarec_jax.training.devices.budget import spoken
+from metarec_jax.training.devices.budget import format_bytes
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         link, memory = found.links / given.link_gb_per_s / 1e9, found.rows / given.memory_gb_per_s / 1e9
         steps = 1 / (link + memory)
         print(
-            f"| data={data}, model={model} | {spoken(found.state)} | {spoken(found.rows)} | {spoken(found.links)} | "
+            f"| data={data}, model={model} | {format_bytes(found.state)} | {format_bytes(found.rows)} | {format_bytes(found.links)} | "
             f"{link * 1e3:.2f} ms | {memory * 1e3:.2f} ms | {steps:,.0f} | {steps * given.tasks * data * model / 1e6:,.1f} M |"
         )
 

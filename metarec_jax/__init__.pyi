@@ -14,6 +14,8 @@ from metarec_jax.core import Model as Model
 from metarec_jax.core import Table as Table
 from metarec_jax.core import Task as Task
 from metarec_jax.cpu import tune_cpu as tune_cpu
+from metarec_jax.data.catalogue import catalogue as catalogue
+from metarec_jax.data.draw import task_source as task_source
 from metarec_jax.data.interactions import Interactions as Interactions
 from metarec_jax.data.io.datasets import load as load
 from metarec_jax.data.io.published import read_partition as read_partition
@@ -22,9 +24,7 @@ from metarec_jax.data.io.readers import read as read
 from metarec_jax.data.splits import Split as Split
 from metarec_jax.data.splits import split as split
 from metarec_jax.data.synthetic import interactions as synthetic
-from metarec_jax.data.tasks import catalogue as catalogue
 from metarec_jax.data.tasks import make_tasks as make_tasks
-from metarec_jax.data.tasks import task_source as task_source
 from metarec_jax.evaluation import metrics as metrics
 from metarec_jax.evaluation.evaluate import evaluate as evaluate
 from metarec_jax.experiment.run import Run as Run

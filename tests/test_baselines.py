@@ -21,8 +21,9 @@ from metarec_jax.baselines.closed_form import (
 )
 from metarec_jax.baselines.tuning import fit_baselines, on_device, quality, suitable
 from metarec_jax.core import Examples, MetarecError
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.tasks import catalogue, make_tasks
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.factorization import (
     als_factors,
     bias_terms,

@@ -10,8 +10,8 @@ import pytest
 from metarec_jax import learners, models
 from metarec_jax.baselines.closed_form import als, item_knn
 from metarec_jax.core import Examples, Method
+from metarec_jax.data.catalogue import catalogue, inputs
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.tasks import catalogue, inputs
 from metarec_jax.serving import linear
 from metarec_jax.serving.catalogue_scores import Plan, Users, best, block_size
 from metarec_jax.serving.recommender import Recommender

@@ -204,9 +204,9 @@ def test_no_history_is_the_prior(trained, capsys):
         ("film 3", "gives no rating"),
         ("=5", 'gives no item; write --rate "ITEM='),
         ("", "gives neither item nor rating"),
-        ("film 3=good", "is no rating from"),
-        ("film 3=nan", "is no rating from"),
-        ("film 3=77", "is no rating from"),
+        ("film 3=good", "is not a rating from"),
+        ("film 3=nan", "is not a rating from"),
+        ("film 3=77", "is not a rating from"),
         ("flim 3=5", "perhaps you meant 'film 3'"),
     ],
 )
@@ -227,7 +227,9 @@ def test_recommend_refusals(trained, capsys, own_folder):
     table.write_text("user_id,item_id,rating\nann,film 1,\n")
     assert "every row of" in failure(capsys, "recommend", trained, "--history", table)
     table.write_text("user_id,item_id,rating\nann,film 1,77\n")
-    assert "the rating of 'film 1' by user 'ann': expected a number from" in failure(capsys, "recommend", trained, "--history", table)
+    assert "the rating of 'film 1' by user 'ann': expected a number from" in failure(
+        capsys, "recommend", trained, "--history", table
+    )
     assert "is a folder" in failure(capsys, "recommend", trained, "--history", own_folder)
 
 

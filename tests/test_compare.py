@@ -14,9 +14,9 @@ import pytest
 from metarec_jax import cli
 from metarec_jax.baselines.closed_form import item_mean
 from metarec_jax.core import MetarecError
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue
 from metarec_jax.evaluation import results
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.experiment import config as configs

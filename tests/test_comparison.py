@@ -6,9 +6,10 @@ import pytest
 
 from metarec_jax.baselines.closed_form import item_mean, random
 from metarec_jax.core import MetarecError
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.splits import split
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, make_tasks
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.evaluation import results
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.results import ALL, Report

@@ -23,7 +23,7 @@ from worlds import (
 
 from metarec_jax import learners, losses
 from metarec_jax.core import MetarecError, Task
-from metarec_jax.data.tasks import TaskSource
+from metarec_jax.data.draw import TaskSource
 from metarec_jax.learners import registry
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, _groups, init_state, loss_and_grads, make_step

@@ -165,8 +165,9 @@ def test_padding_and_tasks_without_support_do_not_count():
 @pytest.mark.parametrize("make", [learners.cavia, learners.imaml])
 def test_other_learners_of_gradient_steps(make):
     """What adapts is the learner's own affair: with one step the first gradient norm is that of no step taken."""
+    from metarec_jax.data.catalogue import catalogue
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.data.tasks import batches, catalogue, make_tasks
+    from metarec_jax.data.tasks import batches, make_tasks
     from metarec_jax.models.content import content_model
 
     data = synthetic(20, 12, ratings_per_user=(8, 10), size=2).data
@@ -207,8 +208,9 @@ def test_what_is_not_finite_diverges_and_survives_json():
 )
 def test_from_a_configuration(name):
     """Each learner of gradient steps, as `metarec fit` builds it; a reader of the support has no inner loop."""
+    from metarec_jax.data.catalogue import catalogue
     from metarec_jax.data.synthetic import synthetic
-    from metarec_jax.data.tasks import catalogue, make_tasks
+    from metarec_jax.data.tasks import make_tasks
     from metarec_jax.experiment import config as configs
     from metarec_jax.experiment.build import build_learner, inner_rate
     from metarec_jax.experiment.diagnose import diagnose

@@ -18,8 +18,10 @@ from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import Column, MetarecError
+from metarec_jax.data.catalogue import catalogue
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.training import loop
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit

@@ -9,8 +9,8 @@ import pytest
 
 from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Examples, MetarecError
+from metarec_jax.data.catalogue import catalogue, inputs
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, inputs
 from metarec_jax.learners import ensemble
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import MetarecError, Method, Table
+from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import Catalogue, TaskSet, make_tasks
+from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.evaluation import metrics, results, scoring
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.intervals import estimate

@@ -11,8 +11,8 @@ from worlds import largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 

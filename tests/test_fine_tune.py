@@ -12,8 +12,9 @@ from metarec_jax import learners
 from metarec_jax.baselines import trained as plain
 from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Column, MetarecError, Task
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, make_tasks
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.models.content import meta_recommender
 
 KEY = jax.random.key(0)

@@ -15,8 +15,10 @@ import pytest
 from metarec_jax import losses
 from metarec_jax.baselines.tuning import fit_baselines
 from metarec_jax.core import Examples, MetarecError, Task
+from metarec_jax.data.catalogue import catalogue, inputs
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, inputs, make_tasks, task_source
+from metarec_jax.data.tasks import make_tasks
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.learners import gaussian_process, gaussian_process_start
 from metarec_jax.training.loop import fit

@@ -13,8 +13,8 @@ from worlds import content, double, largest_difference, one, seed_model, tasks
 
 from metarec_jax import learners, losses
 from metarec_jax.core import Column, MetarecError, Model
+from metarec_jax.data.draw import TaskSource
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource
 from metarec_jax.experiment.build import build_learner, build_optimizers, build_source
 from metarec_jax.experiment.config import Config, LearnerConfig, ModelConfig, TaskConfig, TrainConfig
 from metarec_jax.learners.cavia import with_context

@@ -18,9 +18,11 @@ import pytest
 
 from metarec_jax import learners, models
 from metarec_jax.core import Learner, Method
+from metarec_jax.data.catalogue import catalogue
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource, batches, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import batches, make_tasks
 from metarec_jax.evaluation import evaluate as evaluation
 from metarec_jax.evaluation import scoring
 from metarec_jax.rows import rounded

@@ -11,8 +11,8 @@ import pytest
 
 from metarec_jax import learners, losses
 from metarec_jax.core import Examples, MetarecError
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.tasks import task_source
 from metarec_jax.factorization import support_map
 from metarec_jax.training.loop import fit
 

@@ -18,8 +18,10 @@ from jax import export
 
 from metarec_jax import learners, models
 from metarec_jax.core import Learner
+from metarec_jax.data.catalogue import catalogue
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import batches, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import batches, make_tasks
 from metarec_jax.evaluation import evaluate as evaluation
 from metarec_jax.evaluation import scoring
 from metarec_jax.serving import catalogue_scores

@@ -11,8 +11,8 @@ from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import task_source
 from metarec_jax.training.devices import budget as memory
 from metarec_jax.training.loop import fit
 

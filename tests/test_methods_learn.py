@@ -14,9 +14,11 @@ import pytest
 
 from metarec_jax import learners, losses, models
 from metarec_jax.core import MetarecError, Task
+from metarec_jax.data.catalogue import catalogue
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.splits import split
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource, batches, catalogue, make_tasks, task_source
+from metarec_jax.data.tasks import batches, make_tasks
 from metarec_jax.experiment.build import build_learner, build_loss, build_source
 from metarec_jax.experiment.config import Config, LearnerConfig, ModelConfig, TaskConfig
 from metarec_jax.learners.rules import RULES

@@ -12,10 +12,10 @@ import pytest
 
 from metarec_jax.baselines.closed_form import als, bias, item_knn, popularity, user_mean
 from metarec_jax.core import MetarecError, Method
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.draw import CLICK_NEGATIVES
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
-from metarec_jax.data.tasks import catalogue
-from metarec_jax.serving.history import Names, parse_history, spoken
+from metarec_jax.serving.history import Names, format_rating, parse_history
 from metarec_jax.serving.recommender import Recommender
 
 TITLES = np.array(
@@ -165,7 +165,7 @@ def test_the_ends_of_a_scale_that_float32_rounds_are_on_it():
     """-9.95 is -9.949999809 at float32: who writes -9.95 has not left the scale."""
     rating = np.where(DATA.rating == 1, np.float32(-9.95), np.float32(8.384207)).astype(np.float32)
     data = dataclasses.replace(DATA, rating=rating)
-    parsed = parse_history({"m3": -9.95, "m4": float(spoken(rating.max()))}, data, Names(data))
+    parsed = parse_history({"m3": -9.95, "m4": float(format_rating(rating.max()))}, data, Names(data))
     assert set(parsed.rating) == {np.float32(-9.95), np.float32(8.384207)}
     with pytest.raises(MetarecError, match=r"from -9\.95 to 8\.384207"):
         parse_history({"m3": -9.96}, data, Names(data))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import Examples, MetarecError
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue
 from metarec_jax.experiment import config
 from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_learner, build_model

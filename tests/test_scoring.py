@@ -7,8 +7,9 @@ import numpy as np
 from metarec_jax import learners, models
 from metarec_jax.baselines import item_knn
 from metarec_jax.core import Method
+from metarec_jax.data.catalogue import catalogue, inputs
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import batches, catalogue, inputs, make_tasks
+from metarec_jax.data.tasks import batches, make_tasks
 from metarec_jax.evaluation import scoring
 
 DATA = synthetic(30, 40, ratings_per_user=(8, 12), size=2).data

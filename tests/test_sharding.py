@@ -14,8 +14,8 @@ from worlds import ids_alone, largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
+from metarec_jax.data.draw import TaskSource, task_source
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import TaskSource, task_source
 from metarec_jax.rows import rounded
 from metarec_jax.training.devices import exchange, sharding
 from metarec_jax.training.loop import _chunk_runner, _start, fit

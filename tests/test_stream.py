@@ -13,12 +13,12 @@ from worlds import largest_difference
 
 from metarec_jax import learners, models
 from metarec_jax.core import Column, MetarecError
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.store import stream
 from metarec_jax.data.store.held_out import hold_out
 from metarec_jax.data.store.opened import Store, load, open_store
 from metarec_jax.data.store.prepare import prepare
 from metarec_jax.data.store.stream import stream_source
-from metarec_jax.data.tasks import task_source
 from metarec_jax.experiment.build import build_stream
 from metarec_jax.experiment.config import Config, LearnerConfig, TaskConfig
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints

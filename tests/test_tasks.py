@@ -12,7 +12,8 @@ from scipy import stats
 
 from metarec_jax.core import MetarecError
 from metarec_jax.data import tasks as t
-from metarec_jax.data.draw import CLICK_NEGATIVES
+from metarec_jax.data.catalogue import catalogue, inputs
+from metarec_jax.data.draw import CLICK_NEGATIVES, task_source
 from metarec_jax.data.interactions import Feature, Interactions, Vocabulary
 
 LENGTHS = [4, 9, 30, 2, 15]
@@ -42,7 +43,7 @@ def history(rated: bool = True) -> Interactions:
 @pytest.mark.parametrize("order", ["random", "time"])
 def test_drawn_tasks_are_disjoint_and_of_one_user(order):
     data = history()
-    source = t.task_source(data, tasks=300, support=(2, 8), query=5, order=order, item_drop=0.0, cold_tasks=0.0)
+    source = task_source(data, tasks=300, support=(2, 8), query=5, order=order, item_drop=0.0, cold_tasks=0.0)
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
     for k in range(300):
         s = np.asarray(task.support.target[k])[np.asarray(task.support.mask[k]) > 0]
@@ -60,9 +61,7 @@ def test_drawn_tasks_are_disjoint_and_of_one_user(order):
 
 def test_short_users_are_left_out_and_the_others_drawn_alike():
     """Users 1, 2, 3, 5 have 3 interactions or more: 4,000 draws give each about 1,000 (chi-square p > 1e-4)."""
-    source = t.task_source(
-        history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0, cold_tasks=0.0
-    )
+    source = task_source(history(), tasks=4000, support=(2, 4), query=3, user_rows="own", item_drop=0.0, cold_tasks=0.0)
     users = np.asarray(jax.jit(source.draw)(source.data, jax.random.key(1)).support.inputs["user_id"])[:, 0]
     assert set(users) == {1, 2, 3, 5}
     assert stats.chisquare(np.bincount(users)[[1, 2, 3, 5]]).pvalue > 1e-4
@@ -70,7 +69,7 @@ def test_short_users_are_left_out_and_the_others_drawn_alike():
 
 def test_inputs_carry_the_right_rows_and_content():
     """Prior user rows are 0; an item's genre is its row mod 7, also where its id was dropped (20,000 slots: rate 0.3 +- 0.02)."""
-    source = t.task_source(history(), tasks=1000, support=(2, 8), query=5, item_drop=0.3, cold_tasks=0.0)
+    source = task_source(history(), tasks=1000, support=(2, 8), query=5, item_drop=0.3, cold_tasks=0.0)
     support = jax.jit(source.draw)(source.data, jax.random.key(0)).support
     real = np.asarray(support.mask) > 0
     item, genre = np.asarray(support.inputs["item_id"])[real], np.asarray(support.inputs["item_genre"])[real]
@@ -82,7 +81,7 @@ def test_inputs_carry_the_right_rows_and_content():
 
 def test_negatives_were_never_had():
     data = history(rated=False)
-    source = t.task_source(
+    source = task_source(
         data, tasks=200, support=(2, 6), query=4, negatives=3, item_drop=0.0, cold_tasks=0.0, user_rows="own"
     )
     task = jax.jit(source.draw)(source.data, jax.random.key(0))
@@ -127,7 +126,7 @@ def test_fixed_negatives_were_never_had(kept):
 def test_training_and_fixed_tasks_draw_as_many_negatives_by_default(rated, each):
     """For each click of a support as many in both, none for ratings, and a number that is given is kept."""
     data = history(rated=rated)
-    source = t.task_source(data, support=(1, 1), query=3)
+    source = task_source(data, support=(1, 1), query=3)
     drawn = jax.jit(source.draw)(source.data, jax.random.key(0)).support
     assert drawn.mask.sum(1).tolist() == [1 + each] * 64
     fixed = t.make_tasks(data, query=3, support=(1, 1))
@@ -163,7 +162,7 @@ def test_fixed_negatives_are_uniform():
 )
 def test_a_source_says_what_is_wrong(options, message):
     with pytest.raises(MetarecError, match=message):
-        t.task_source(replace(history(rated=False), timestamp=None), **options)
+        task_source(replace(history(rated=False), timestamp=None), **options)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +193,9 @@ def test_a_catalogue_and_tasks_of_other_data_are_refused():
         np.array([1, 1]), np.array([1, 2]), None, None, Vocabulary(np.arange(1)), Vocabulary(np.arange(2))
     )
     with pytest.raises(MetarecError, match="train has user row 5, and data has rows up to 1"):
-        t.catalogue(few, data)
+        catalogue(few, data)
     with pytest.raises(MetarecError, match=r"the tasks have user rows 1\.\.5, and the catalogue has 0\.\.1"):
-        next(iter(t.batches(t.make_tasks(data), t.catalogue(few))))
+        next(iter(t.batches(t.make_tasks(data), catalogue(few))))
 
 
 def test_a_batch_keeps_examples_wherever_they_stand():
@@ -206,13 +205,13 @@ def test_a_batch_keeps_examples_wherever_they_stand():
     item = (mask * 7).astype(np.int32)
     one = np.ones((1, 1))
     fixed = t.TaskSet(np.array([1]), item, mask, mask, one.astype(np.int32), one, one)
-    ((_, task),) = t.batches(fixed, t.catalogue(history()), size=1)
+    ((_, task),) = t.batches(fixed, catalogue(history()), size=1)
     assert float(task.support.mask.sum()) == 2.0
 
 
 def test_drawing_keeps_32_bits_in_double_precision(float64):
     """Ids, targets and masks keep 32 bits where 64-bit numbers are on."""
-    source = t.task_source(history(), tasks=50, support=(2, 8), query=5, negatives=2)
+    source = task_source(history(), tasks=50, support=(2, 8), query=5, negatives=2)
     wide = jax.jit(source.draw)(source.data, jax.random.key(3))
     assert wide.support.inputs["item_id"].dtype == wide.query.inputs["user_id"].dtype == jnp.int32
     assert wide.support.mask.dtype == wide.support.target.dtype == jnp.float32
@@ -220,7 +219,7 @@ def test_drawing_keeps_32_bits_in_double_precision(float64):
 
 def test_no_user_long_enough_is_told():
     with pytest.raises(MetarecError, match=r"no user has 51 interactions .*the maximum is 30\), which --support 50 60"):
-        t.task_source(history(), support=(50, 60))
+        task_source(history(), support=(50, 60))
 
 
 @pytest.mark.parametrize("order", ["random", "time"])
@@ -254,7 +253,7 @@ def test_support_from_history():
 def test_batches_hold_every_task_once():
     data = history()
     fixed = t.make_tasks(data, query=3, support=(1, 100))
-    known = t.catalogue(data)
+    known = catalogue(data)
     seen = []
     for index, task in t.batches(fixed, known, size=2):
         assert task.support.mask.shape[0] == 2
@@ -270,7 +269,7 @@ def test_batches_hold_every_task_once():
 
 def test_cold_items_go_to_row_zero_and_keep_their_content():
     data = history()
-    known = t.catalogue(data, data.take(data.item <= 20), user_rows="own")
-    columns = t.inputs(known, jnp.int32(3), jnp.array([5, 33]))
+    known = catalogue(data, data.take(data.item <= 20), user_rows="own")
+    columns = inputs(known, jnp.int32(3), jnp.array([5, 33]))
     assert columns["item_id"].tolist() == [5 if 5 in data.item else 0, 0]
     assert columns["item_genre"].tolist() == [5 % 7, 33 % 7]

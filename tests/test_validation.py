@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from metarec_jax.core import Learner, MetarecError
+from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.interactions import Interactions, Vocabulary
-from metarec_jax.data.tasks import TaskSet, catalogue
+from metarec_jax.data.tasks import TaskSet
 from metarec_jax.training.validation import validator
 
 

@@ -13,8 +13,8 @@ from worlds import seed_model
 
 from metarec_jax import learners, models
 from metarec_jax.core import MetarecError
+from metarec_jax.data.catalogue import catalogue, inputs
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.data.tasks import catalogue, inputs
 from metarec_jax.factorization import als_factors
 
 DATA = synthetic(300, 80, ratings_per_user=(10, 20), seed=0).data

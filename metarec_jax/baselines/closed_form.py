@@ -17,8 +17,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method
+from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue
 from metarec_jax.evaluation.scoring import weighted_rows
 from metarec_jax.factorization import (
     als_factors,

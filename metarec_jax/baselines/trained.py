@@ -20,8 +20,10 @@ from metarec_jax import losses, tree
 from metarec_jax.baselines.closed_form import BASELINES
 from metarec_jax.baselines.tuning import Held, check_settings, fit_baselines, on_device, quality, some_users, tune
 from metarec_jax.core import Array, Column, Learner, MetarecError, Method, Model, Params
+from metarec_jax.data.catalogue import Catalogue
+from metarec_jax.data.draw import task_source
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, TaskSet, task_source
+from metarec_jax.data.tasks import TaskSet
 from metarec_jax.learners._starts import warm_start
 from metarec_jax.learners.fine_tune import fine_tune
 from metarec_jax.learners.logistic import logistic

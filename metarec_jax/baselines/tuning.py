@@ -17,8 +17,9 @@ import numpy as np
 
 from metarec_jax.baselines.closed_form import BASELINES, Factory, ease
 from metarec_jax.core import Array, Examples, MetarecError, Method, Task
+from metarec_jax.data.catalogue import Catalogue, inputs
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
+from metarec_jax.data.tasks import TaskSet
 from metarec_jax.evaluation.scoring import catalogue_scores, user_blocks
 
 _Grid = Mapping[str, Sequence[float]]

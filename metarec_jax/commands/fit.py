@@ -24,7 +24,7 @@ from metarec_jax.experiment.compiled import compile_cache
 from metarec_jax.experiment.phases import Phases
 from metarec_jax.experiment.protocol import relevant_from
 from metarec_jax.experiment.run import fit_prepared, in_memory, load, open_checkpoints, open_run, prepare
-from metarec_jax.serving.history import spoken
+from metarec_jax.serving.history import format_rating
 from metarec_jax.training.devices import launch, processes
 
 if TYPE_CHECKING:
@@ -144,5 +144,5 @@ def _print_next(directory: Path, data: Interactions) -> None:
     title = data.items.decode([popular])[0] if data.titles is None else data.titles[popular - 1]
     rating = ""
     if data.rating is not None:  # one that many give, were the scale a count
-        rating = f"={spoken(np.quantile(data.rating[data.item == popular], 0.75, method='nearest'))}"
+        rating = f"={format_rating(np.quantile(data.rating[data.item == popular], 0.75, method='nearest'))}"
     print(f"next: metarec recommend {shlex.quote(str(directory))} --rate {shlex.quote(f'{title}{rating}')} -n 10")

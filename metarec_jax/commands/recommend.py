@@ -15,7 +15,7 @@ from metarec_jax.data.io.histories import Histories, read_features, read_histori
 from metarec_jax.experiment.compiled import compile_cache
 from metarec_jax.experiment.run import Run, open_run
 from metarec_jax.messages import listed, printable, shown
-from metarec_jax.serving.history import Unknown, feature_name, rated, spoken
+from metarec_jax.serving.history import Unknown, feature_name, format_rating, rated
 from metarec_jax.serving.recommender import Influence, Recommendations, Recommender
 
 _TOLD_UNKNOWN = 5
@@ -198,12 +198,13 @@ def parse_rates(rate: Sequence[str], data: Interactions) -> dict[str, list[Any]]
         if not equals or not item.strip():
             what = "no item" if equals else "no rating" if text.strip() else "neither item nor rating"
             item = "ITEM" if equals or not text.strip() else text.strip()
-            raise MetarecError(f'--rate {shown(text)} gives {what}; write --rate "{listed([item])}={spoken(high)}"')
+            example = f'--rate "{listed([item])}={format_rating(high)}"'
+            raise MetarecError(f"--rate {shown(text)} gives {what}; write {example}")
         value = rated(rating, low, high)
         if value is None:
             raise MetarecError(
-                f"--rate {shown(text)}: {shown(rating)} is no rating from {spoken(low)} to {spoken(high)}; "
-                f'write --rate "{listed([item])}={spoken(high)}"'
+                f"--rate {shown(text)}: {shown(rating)} is not a rating from {format_rating(low)} to "
+                f'{format_rating(high)}; write --rate "{listed([item])}={format_rating(high)}"'
             )
         found["item_id"].append(item.strip())
         found["rating"].append(value)

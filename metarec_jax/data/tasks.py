@@ -12,23 +12,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from metarec_jax.core import Examples, MetarecError, Task
-from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
-from metarec_jax.data.draw import TaskData, TaskSource, draw_negatives, negatives_of, permuted, task_source
+from metarec_jax.data.catalogue import Catalogue, inputs
+from metarec_jax.data.draw import negatives_of
 from metarec_jax.data.interactions import Interactions, group_by_user
-
-__all__ = [
-    "Catalogue",
-    "TaskData",
-    "TaskSet",
-    "TaskSource",
-    "batches",
-    "catalogue",
-    "draw_negatives",
-    "inputs",
-    "make_tasks",
-    "permuted",
-    "task_source",
-]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from scipy.sparse import csr_matrix, vstack
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
-from metarec_jax.data.catalogue import check_method
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, check_tasks
+from metarec_jax.data.catalogue import Catalogue, check_method
+from metarec_jax.data.tasks import TaskSet, batches, check_tasks
 from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.results import ALL, FACTS, Report
 from metarec_jax.evaluation.scoring import Ranked, compiled, query_ranks, user_blocks

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import Array, Method
-from metarec_jax.data.tasks import Catalogue, TaskSet, inputs
+from metarec_jax.data.catalogue import Catalogue, inputs
+from metarec_jax.data.tasks import TaskSet
 from metarec_jax.evaluation import metrics
 
 _SCORES = 1 << 23

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from metarec_jax.core import Array, Learner, Model, Params
+    from metarec_jax.data.draw import TaskSource
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.splits import Split
     from metarec_jax.data.store.held_out import Held
     from metarec_jax.data.store.opened import Store
-    from metarec_jax.data.tasks import TaskSource
     from metarec_jax.training.step import Optimizers
 
 
@@ -172,7 +172,7 @@ def settled(config: Config, train: Interactions) -> tuple[str, ...]:
 
 def build_source(config: Config, train: Interactions) -> TaskSource:
     """Tasks drawn from the training part, of users with rows of their own where the learner's loss reads these rows."""
-    from metarec_jax.data.tasks import task_source
+    from metarec_jax.data.draw import task_source
 
     given = _drawing(config.tasks, train, _longest(train))
     own = {"user_rows": "own", "user_drop": 0.0} if build_learner(config, train).user_rows == "own" else {}

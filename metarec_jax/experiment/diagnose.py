@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from metarec_jax.core import PROGRESS, Learner, Params
+from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches
+from metarec_jax.data.tasks import TaskSet, batches
 from metarec_jax.evaluation.diagnostics import Convergence, converge
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment.build import build_learner, build_loss, with_inner_steps

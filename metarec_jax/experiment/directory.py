@@ -24,11 +24,11 @@ import numpy as np
 
 from metarec_jax import files
 from metarec_jax.core import MetarecError
+from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Feature, Interactions
 from metarec_jax.data.io.bounds import read_arrays, read_json
 from metarec_jax.data.io.cache import read_cache, write_cache
-from metarec_jax.data.tasks import Catalogue, catalogue
 from metarec_jax.experiment import config as configs
 from metarec_jax.messages import one_line, shown
 from metarec_jax.training.checkpoints import checkpoint

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import Catalogue, TaskSet, make_tasks
+from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment.build import build_optimizers, build_params, negatives
 

@@ -23,10 +23,11 @@ import numpy as np
 
 from metarec_jax import signals
 from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.data.catalogue import Catalogue, catalogue
+from metarec_jax.data.draw import TaskSource
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
 from metarec_jax.data.store import held_out
-from metarec_jax.data.tasks import Catalogue, TaskSource, catalogue
 from metarec_jax.evaluation.diagnostics import Convergence
 from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.results import Report, merge
@@ -58,8 +59,8 @@ from metarec_jax.training.checkpoints import checkpoint
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.checkpoints.lock import AnotherRun
 from metarec_jax.training.devices import launch, processes
+from metarec_jax.training.devices.budget import format_bytes
 from metarec_jax.training.devices.budget import free as free_memory
-from metarec_jax.training.devices.budget import spoken as bytes_in_words
 from metarec_jax.training.loop import FitResult, fit
 from metarec_jax.training.progress import Progress
 
@@ -326,11 +327,11 @@ def load(config: configs.Config, data_dir: Path | None = None, say: Say = print)
     from metarec_jax.data.store import opened
 
     free, needed = free_memory(jax.local_devices()[0]), store.bytes_in_memory
-    size = f"{store.path}: {store.interactions:,} interactions take about {bytes_in_words(needed)} of memory"
+    size = f"{store.path}: {store.interactions:,} interactions take about {format_bytes(needed)} of memory"
     if processes.decide(lambda: free is None or needed < free / 2):
         say(f"{size}: all are loaded")
         return World(opened.load(store))
-    say(f"{size}, of {bytes_in_words(free or 0)} that are free: they are streamed")
+    say(f"{size}, of {format_bytes(free or 0)} that are free: they are streamed")
     held = held_out.hold_out(
         store,
         validation=config.split.validation,

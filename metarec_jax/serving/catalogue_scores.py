@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax.core import Array, Examples, Table
-from metarec_jax.data.tasks import Catalogue, inputs
+from metarec_jax.data.catalogue import Catalogue, inputs
 from metarec_jax.serving import linear
 
 _BLOCKS = (8, 256)

@@ -46,10 +46,10 @@ class History(NamedTuple):
     had: np.ndarray = np.zeros(0, np.int32)
 
 
-def spoken(rating: float) -> str:
+def format_rating(rating: float) -> str:
     """The shortest decimal that equals this rating at float32, so that it can be entered again.
 
-    >>> spoken(5.0), spoken(np.float32(-9.95)), spoken(np.float32(8.384207))
+    >>> format_rating(5.0), format_rating(np.float32(-9.95)), format_rating(np.float32(8.384207))
     ('5', '-9.95', '8.384207')
     """
     return np.format_float_positional(np.float32(rating), trim="-")
@@ -302,7 +302,7 @@ def _ratings(
         if given:
             raise MetarecError(
                 f"the history has items without ratings, and the data has ratings; pass {{item: rating}} with "
-                f"ratings from {spoken(low)} to {spoken(high)}"
+                f"ratings from {format_rating(low)} to {format_rating(high)}"
             )
         return np.zeros(0, np.float32), ()
     values = np.zeros(len(given), np.float32)
@@ -311,8 +311,8 @@ def _ratings(
         if value is None and rows[k]:
             by = "" if users is None else f" by user {shown(users[k])}"
             raise MetarecError(
-                f"the rating of {shown(given[k])}{by}: expected a number from {spoken(low)} to {spoken(high)}, got "
-                f"{shown(rating)}; correct it"
+                f"the rating of {shown(given[k])}{by}: expected a number from {format_rating(low)} to "
+                f"{format_rating(high)}, got {shown(rating)}; correct it"
             )
         values[k] = value or 0.0
     return values, ()

@@ -22,9 +22,9 @@ from metarec_jax.serving.history import (
     Unknown,
     feature_columns,
     features_by_user,
+    format_rating,
     parse_history,
     parse_table,
-    spoken,
 )
 from metarec_jax.serving.linear import item_tables
 
@@ -160,7 +160,7 @@ class Recommender:
     Args:
       method: a fitted baseline, or a learner with its parameters.
       data: supplies items, titles, features and the range of ratings.
-      known: the catalogue that the method was trained with (`metarec_jax.data.tasks.catalogue`). Items that are not in
+      known: the catalogue that the method was trained with (`metarec_jax.data.catalogue.catalogue`). Items that are not in
         training are scored too, by their content.
       chunk: items scored at a time; None: chosen by the device. For one user of a method with known ``tables`` and
         scores that are linear in an item's row, the whole catalogue is one product.
@@ -316,7 +316,7 @@ class Recommender:
     def _clipped(self, items: Sequence[Recommendation]) -> tuple[str, ...]:
         if self._scale is None or all(item.predicted == item.score for item in items):
             return ()
-        low, high = map(spoken, self._scale)
+        low, high = map(format_rating, self._scale)
         return (f"predicted ratings are clipped to the scale, {low} to {high}; the order is by the score",)
 
     def _feature_columns(

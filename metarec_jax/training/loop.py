@@ -299,7 +299,7 @@ def _start(
     memory.check_fits(
         state_size + params_size * keeps_best,
         memory.free(jax.local_devices()[0]),
-        f"the parameters ({memory.spoken(params_size)}) and their optimisers' state"
+        f"the parameters ({memory.format_bytes(params_size)}) and their optimisers' state"
         + ", and a copy of the best parameters," * keeps_best,
         "give the tables fewer rows or a smaller size, or take another optimizer for rows",
     )
@@ -332,7 +332,8 @@ def _check_memory(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bo
         return ""
     devices = [shard.device for shard in state.step.addressable_shards]
     free, sharing = memory.free(devices[0]), len(devices) if devices[0].platform == "cpu" else 1
-    working, arguments = memory.spoken(estimate.working * sharing), memory.spoken(estimate.arguments * sharing)
+    working = memory.format_bytes(estimate.working * sharing)
+    arguments = memory.format_bytes(estimate.arguments * sharing)
     shards = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     best = sharding.size_on_device(state.params, shards) * sharing * keeps_best
     memory.check_fits(
@@ -341,7 +342,7 @@ def _check_memory(run: jax.stages.Compiled, state: TrainState, *, keeps_best: bo
         f"the outer step, in addition to {arguments} of parameters, optimisers' state and data,",
         "draw fewer tasks per step, take fewer inner steps, give more micro_batches, or set remat=True in maml()",
     )
-    of_free = "" if free is None else f", of {memory.spoken(free)} that are free"
+    of_free = "" if free is None else f", of {memory.format_bytes(free)} that are free"
     return f"; a step takes {working} in addition to {arguments} of parameters and data{of_free}"
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from metarec_jax import rows
 from metarec_jax.core import PROGRESS, Array, Learner, MetarecError, Params, Table, Task
-from metarec_jax.data.tasks import TaskSource
+from metarec_jax.data.draw import TaskSource
 from metarec_jax.training.devices import exchange, sharding
 from metarec_jax.training.row_optimizers import (
     RowOptimizer,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import Array, Learner, MetarecError, Params, Task
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches, inputs
+from metarec_jax.data.catalogue import Catalogue, inputs
+from metarec_jax.data.tasks import TaskSet, batches
 
 
 def validator(

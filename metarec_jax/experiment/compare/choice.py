@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from metarec_jax.core import MetarecError, Method, Task
-from metarec_jax.data.tasks import Catalogue, TaskSet, batches
+from metarec_jax.data.catalogue import Catalogue
+from metarec_jax.data.tasks import TaskSet, batches
 from metarec_jax.evaluation.intervals import FEWEST_USERS, estimate
 from metarec_jax.evaluation.metrics import higher_is_better
 from metarec_jax.evaluation.results import Report, difference, merge

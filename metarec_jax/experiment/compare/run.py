@@ -19,10 +19,11 @@ import jax
 from metarec_jax import files, signals
 from metarec_jax.baselines.trained import fit_plain
 from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.describe import remarks
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.splits import Split
-from metarec_jax.data.tasks import Catalogue, TaskSet, catalogue
+from metarec_jax.data.tasks import TaskSet
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
 from metarec_jax.experiment.build import build_data, build_learner, build_source, build_split, open_store, settled
@@ -138,8 +139,8 @@ def _load(config: configs.Config, data_dir: Path | None) -> Interactions:
     free, needed = memory.free(jax.local_devices()[0]), store.bytes_in_memory
     if free is not None and needed > free / 2:
         raise MetarecError(
-            f"{store.path} requires about {memory.spoken(needed)} of memory, and {memory.spoken(free)} are free: a "
-            "comparison holds all data in memory; compare on a part of the data, then train with metarec fit"
+            f"{store.path} requires about {memory.format_bytes(needed)} of memory, and {memory.format_bytes(free)} are "
+            "free: a comparison holds all data in memory; compare on a part of the data, then train with metarec fit"
         )
     return stores.load(store)
 

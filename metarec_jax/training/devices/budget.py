@@ -92,14 +92,15 @@ def check_fits(needed: int, free: int | None, name: str, remedy: str) -> None:
     """
     if free is not None and needed > free:
         raise MetarecError(
-            f"{name} would take another {spoken(needed)} of memory, and {spoken(max(free, 0))} are free; {remedy}"
+            f"{name} would take another {format_bytes(needed)} of memory, and {format_bytes(max(free, 0))} are "
+            f"free; {remedy}"
         )
 
 
-def spoken(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes as text, with a binary unit.
 
-    >>> spoken(3 * 2**30), spoken(5_000_000), spoken(700)
+    >>> format_bytes(3 * 2**30), format_bytes(5_000_000), format_bytes(700)
     ('3.0 GiB', '4.8 MiB', '0.7 KiB')
     """
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
