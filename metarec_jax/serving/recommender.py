@@ -160,8 +160,8 @@ class Recommender:
     Args:
       method: a fitted baseline, or a learner with its parameters.
       data: supplies items, titles, features and the range of ratings.
-      known: the catalogue that the method was trained with (`metarec_jax.data.catalogue.catalogue`). Items that are not in
-        training are scored too, by their content.
+      known: the catalogue that the method was trained with (`metarec_jax.data.catalogue.catalogue`). Items that are
+        not in training are scored too, by their content.
       chunk: items scored at a time; None: chosen by the device. For one user of a method with known ``tables`` and
         scores that are linear in an item's row, the whole catalogue is one product.
       negatives: implicit feedback: sampled items per click of the history, used as support with target 0; as many as in
