@@ -134,7 +134,9 @@ def test_meta_embedding_by_hand(float64):
     """r0 = kernel' fact + bias; r1 = r0 - 0.5 mean_i (sigmoid(r0 u_i) - y_i) u_i; 0.1 L_support(r0) + 0.9 L_query(r1)."""
     learner = learners.meta_embedding(*bilinear(), inner_lr=0.5)
     kernel, bias = np.array([[0.3, -0.4], [0.8, 0.1]]), np.array([0.05, -0.02])
-    params = double(learner.init(KEY)) | {"generator": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
+    params = double(jax.jit(learner.init)(KEY)) | {
+        "generator": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
+    }
     params, task = double(params), double(hand_task())
     r0 = FACT @ kernel + bias
     r1 = hand_step(r0, USERS[:2], SUPPORT, 0.5)
@@ -160,8 +162,8 @@ def finite_difference(loss, leaf, h=1e-6):
         ("meta_embedding", ("generator", "kernel")),
         ("mwuf", ("mwuf", "scale", "kernel")),
         ("cvar", ("cvar", "decoder", "kernel")),
-        ("cvar_kl", ("cvar", "prior", "kernel")),
-        ("meta_embedding_all", ("net", "params", "out", "kernel")),
+        pytest.param("cvar_kl", ("cvar", "prior", "kernel"), marks=pytest.mark.slow),
+        pytest.param("meta_embedding_all", ("net", "params", "out", "kernel"), marks=pytest.mark.slow),
     ],
 )
 def test_gradient_against_finite_differences(name, path, float64):
@@ -173,7 +175,7 @@ def test_gradient_against_finite_differences(name, path, float64):
             "meta_embedding_all": learners.meta_embedding(MODEL, CONTENT, freeze=False),
         }[name]
     )
-    params, task = double(learner.init(KEY)), double(one(item_tasks(jax.random.key(1), 3)))
+    params, task = double(jax.jit(learner.init)(KEY)), double(one(item_tasks(jax.random.key(1), 3)))
 
     def put(tree, path, leaf):
         return leaf if not path else {**tree, path[0]: put(tree[path[0]], path[1:], leaf)}
@@ -189,7 +191,7 @@ def test_gradient_against_finite_differences(name, path, float64):
 def test_mwuf_starts_as_the_model_with_the_common_row_moved(float64):
     """Scale 1, shift 0: the row is that of plain gradient descent from the common row, the mean of rows 1 and 2."""
     learner = learners.mwuf(*bilinear(), inner_lr=0.5)
-    params, task = double(learner.init(KEY)), double(hand_task())
+    params, task = double(jax.jit(learner.init)(KEY)), double(hand_task())
     params = common_row(params, jnp.array([1, 2]), table="item")
     common = np.array([(1.0 + 0.2) / 2, (-1.0 + 0.4) / 2])
     want = hand_step(common, USERS[:2], SUPPORT, 0.5)
@@ -215,7 +217,7 @@ def test_what_each_click_moved_of_a_warmed_row_is_the_whole_derivative(float64):
 def test_mwuf_by_hand(float64):
     """r' = r (1 + A' fact + a) + B' relu(C' u + c), u the mean of users 1 and 2; without support there is no shift."""
     learner = learners.mwuf(*bilinear(), hidden=2, inner_steps=0)
-    params, task = double(learner.init(KEY)), double(hand_task())
+    params, task = double(jax.jit(learner.init)(KEY)), double(hand_task())
     a, shift_0 = np.array([[0.5, 0.1], [0.2, -0.3]]), np.array([[1.0, -1.0], [0.5, 2.0]])
     shift_1 = np.array([[0.3, 0.2], [-0.1, 0.4]])
     own = {
@@ -235,7 +237,7 @@ def test_mwuf_by_hand(float64):
 def test_cvar_by_hand(float64):
     """With variances of e^-60 the draws are the means: z_p = P' fact + p and z_q = E' r + e, r the row of item 4."""
     learner = learners.cvar(*bilinear(), latent=1, distance_weight=0.01, reconstruction_weight=2.0)
-    params, task = double(learner.init(KEY)), double(hand_task())
+    params, task = double(jax.jit(learner.init)(KEY)), double(hand_task())
     e, p, d = np.array([0.5, -1.0]), np.array([0.3, 0.7]), np.array([[0.9, -0.2], [0.1, 0.3]])
     known = lambda mean, bias: {  # noqa: E731
         "kernel": jnp.stack([jnp.asarray(mean), jnp.zeros(2)], 1),
@@ -278,7 +280,7 @@ def test_dropout_hides_the_share_that_was_asked():
     found = {}
     for drop in (0.0, 0.3):
         learner = learners.dropout_net(hidden, drop=drop, loss=mean)
-        found[drop] = float(learner.loss(learner.init(KEY), Task(part, part), KEY)[0])
+        found[drop] = float(learner.loss(jax.jit(learner.init)(KEY), Task(part, part), KEY)[0])
     assert found[0.0] == 0.0
     assert abs(found[0.3] - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
 
@@ -288,13 +290,13 @@ def test_dropout_net_starts_from_the_unknown_row_or_the_own(float64):
     task = double(hand_task())
     for start, row in (("unknown", [0.5, 0.5]), ("own", [0.7, 0.9])):
         learner = learners.dropout_net(model, start=start, inner_lr=0.5)
-        adapted = learner.adapt(double(learner.init(KEY)), task.support, KEY)
+        adapted = learner.adapt(double(jax.jit(learner.init)(KEY)), task.support, KEY)
         assert np.allclose(adapted, hand_step(np.array(row), USERS[:2], SUPPORT, 0.5), atol=1e-7)
 
 
 def test_plain_training_is_the_mean_loss_of_all_examples(float64):
     learner = learners.dropout_net(MODEL, drop=0.0, start="own")
-    params, task = double(learner.init(KEY)), double(one(item_tasks(KEY, 2), 1))
+    params, task = double(jax.jit(learner.init)(KEY)), double(one(item_tasks(KEY, 2), 1))
     scores = jnp.concatenate([MODEL.apply(params, part.inputs) for part in task])
     want = losses.bce(scores, jnp.concatenate([part.target for part in task]))
     assert float(learner.loss(params, task, KEY)[0]) == pytest.approx(float(want), abs=1e-12)
@@ -302,7 +304,7 @@ def test_plain_training_is_the_mean_loss_of_all_examples(float64):
 
 def test_a_made_row_is_as_if_it_stood_in_the_table():
     """Put into the table of the model itself at the item's id: the same scores and features."""
-    params, task = MADE.init(KEY), one(item_tasks(KEY, 2), 1)
+    params, task = jax.jit(MADE.init)(KEY), one(item_tasks(KEY, 2), 1)
     inputs = task.query.inputs
     reader = {"tables": {n: params["tables"]["content_" + n] for n in CONTENT.tables}, "net": params["content"]}
     row = CONTENT.features(reader, inputs)[0] @ params["made"]["kernel"] + params["made"]["bias"]
@@ -316,7 +318,7 @@ def test_cold_loss_is_weighed_in(float64):
     """alpha of the loss before adaptation, 1 - alpha of that after it."""
     inner = learners.logistic(MADE, newton_steps=4)
     both = made_rows.with_cold_loss(inner, MADE, 0.25)
-    params, task = double(inner.init(KEY)), double(one(item_tasks(KEY, 2), 1))
+    params, task = double(jax.jit(inner.init)(KEY)), double(one(item_tasks(KEY, 2), 1))
     cold = losses.bce(MADE.apply(params, task.query.inputs), task.query.target)
     want = 0.75 * float(inner.loss(params, task, KEY)[0]) + 0.25 * float(cold)
     assert float(both.loss(params, task, KEY)[0]) == pytest.approx(want, abs=1e-12)
@@ -326,7 +328,7 @@ def test_users_can_be_made_as_well():
     """column="user_id": tasks of users, as elsewhere; the row of a new user comes from the user's age."""
     ages = models.content_model({"user_age": COLUMNS["user_age"]}, size=3, head="mlp", hidden=(4,))
     learner = learners.meta_embedding(MODEL, ages, column="user_id")
-    params = learner.init(KEY)
+    params = jax.jit(learner.init)(KEY)
     task = one(item_tasks(KEY, 2), 1)
 
     def turned(part):  # one user, several items
