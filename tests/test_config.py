@@ -179,7 +179,7 @@ def test_supports_are_as_short_as_the_histories_and_noted(longest, sizes):
     assert f"has {longest} interactions" in note
     given = Config(tasks=TaskConfig(support=(3, 8)))
     assert settled(given, data) == ()
-    with pytest.raises(MetarecError, match=r"4 interactions .*the most is \d\), and --support 3 8"):
+    with pytest.raises(MetarecError, match=r"4 interactions .*the maximum is \d\), which --support 3 8"):
         build_source(given, data)
 
 

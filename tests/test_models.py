@@ -8,6 +8,7 @@ import numpy as np
 
 from metarec_jax import models
 from metarec_jax.core import Column
+from metarec_jax.models.content import normal_rows
 
 
 def test_a_first_layer_over_parts_is_a_layer_over_their_concatenation():
@@ -28,7 +29,7 @@ def test_a_first_layer_over_parts_is_a_layer_over_their_concatenation():
 def test_large_tables_are_drawn_in_blocks():
     """150,000 rows of 8, rounded up to 74 * 2048 = 151,552: standard normal throughout, no row twice; the temporaries do
     not know the number of rows (at 10,000,000 rows, 65,536 are drawn together: 4 MiB of bits and of floats)."""
-    draw = jax.jit(lambda key: models.normal_rows(key, 150_000, 8)).lower(jax.random.key(0)).compile()
+    draw = jax.jit(lambda key: normal_rows(key, 150_000, 8)).lower(jax.random.key(0)).compile()
     rows = np.asarray(draw(jax.random.key(0)))
     assert rows.shape == (74 * 2048, 8)
     n = rows.size  # standard error of the mean 1 / sqrt(n), of the variance sqrt(2 / n)
@@ -36,5 +37,5 @@ def test_large_tables_are_drawn_in_blocks():
     assert abs(rows.var() - 1) < 4 * np.sqrt(2 / n)
     assert len(np.unique(rows, axis=0)) == 74 * 2048
     assert np.abs(np.corrcoef(rows[:65536, 0], rows[65536:131072, 0])[0, 1]) < 4 / np.sqrt(65536)
-    many = jax.jit(lambda key: models.normal_rows(key, 10**7, 8)).lower(jax.random.key(0)).compile()
+    many = jax.jit(lambda key: normal_rows(key, 10**7, 8)).lower(jax.random.key(0)).compile()
     assert many.memory_analysis().temp_size_in_bytes < 2**24

@@ -84,13 +84,18 @@ def one(batch: Task, k: int = 0) -> Task:
     return jax.tree.map(lambda a: a[k], batch)
 
 
-def of_the_registry(name: str) -> Learner:
+def reads_all_columns(name: str) -> bool:
+    """Features reach a learner through the model alone: all columns for two learners and those that read them."""
+    return name in ("maml", "ridge", "memory") or registry.row(name).family == "cold rows"
+
+
+def of_the_registry(name: str, *, whole: bool) -> Learner:
     """A learner of the registry on the small world, with the small options of its row, scored by squares.
 
-    Features reach a learner through the model alone: all columns for two learners and those that read them, else the ids.
+    Args:
+      whole: with all columns, or with the ids alone.
     """
     row = registry.row(name)
-    whole = name in ("maml", "ridge", "memory") or row.family == "cold rows"
     dot = content("dot", columns=COLUMNS if whole else IDS)
     first = {"columns": COLUMNS, "items": 600}.get(row.built_from, dot)
     options = dict(row.small)
@@ -112,35 +117,45 @@ def every_learner() -> dict[str, Learner]:
     """The shared table of properties runs over these: all of the registry, and variants."""
     dot, mlp, seed = content("dot"), content("mlp"), seed_model()
     aged = made(dot, ages(), column="user_id")
-    return {name: of_the_registry(name) for name in registry.ROWS} | {
-        "maml_all": learners.maml(dot, inner_lr=0.05, inner_steps=2, only=None),
-        "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
-        "maml_mlp": learners.maml(mlp, inner_lr=0.05, inner_steps=7),
-        "fomaml": learners.maml(seed, inner_lr=0.05, inner_steps=2, first_order=True),
-        "anil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net/params/out",)),
-        "boil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("tables", "net/params/dense_0")),
-        "melu": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net",)),
-        "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05), only=None),
-        "inner_adam": learners.maml(
-            dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8)), only=None
-        ),
-        "per_step": learners.maml(seed, inner_lr=0.05, inner_steps=3, per_step_losses=True),
-        "reptile_all": learners.reptile(dot, inner_lr=0.05, inner_steps=2, only=None),
-        "ridge_mlp": learners.ridge(mlp),
-        "lslr": learners.maml(seed, inner_steps=2, rule=learners.lslr(0.05, 2)),
-        "meta_curvature": learners.maml(mlp, inner_steps=2, rule=learners.meta_curvature(0.05)),
-        "lstm": learners.maml(dot, inner_steps=2, rule=learners.lstm(0.05, hidden=3), only=None),
-        "first_order_until": learners.maml_plus_plus(seed, inner_lr=0.05, inner_steps=2, first_order_until=0.5),
-        "imaml_all": learners.imaml(dot, inner_lr=0.05, inner_steps=8, cg_steps=4, only=None),
-        "cavia_mlp": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
-        "made_logistic": with_cold_loss(
-            learners.logistic(aged, newton_steps=4, loss=losses.mse), aged, loss=losses.mse
-        ),
-        "relation": learners.matching(mlp, similarity="relation", hidden=4),
-        "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
-        "written_head": learners.hypernetwork(dot, hidden=3, width=4),
-        **shared_columns(),
+    of_rows = {name: of_the_registry(name, whole=reads_all_columns(name)) for name in registry.ROWS}
+    with_features = {
+        f"{name}_with_features": of_the_registry(name, whole=True)
+        for name, row in registry.ROWS.items()
+        if not reads_all_columns(name) and row.built_from not in ("columns", "items")
     }
+    return (
+        of_rows
+        | with_features
+        | {
+            "maml_all": learners.maml(dot, inner_lr=0.05, inner_steps=2, only=None),
+            "maml_seed": learners.maml(seed, inner_lr=0.05, inner_steps=1),
+            "maml_mlp": learners.maml(mlp, inner_lr=0.05, inner_steps=7),
+            "fomaml": learners.maml(seed, inner_lr=0.05, inner_steps=2, first_order=True),
+            "anil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net/params/out",)),
+            "boil": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("tables", "net/params/dense_0")),
+            "melu": learners.maml(mlp, inner_lr=0.05, inner_steps=2, only=("net",)),
+            "meta_sgd": learners.maml(dot, inner_steps=2, rule=learners.meta_sgd(0.05), only=None),
+            "inner_adam": learners.maml(
+                dot, inner_steps=2, rule=learners.from_optax(optax.adam(0.01, eps_root=1e-8)), only=None
+            ),
+            "per_step": learners.maml(seed, inner_lr=0.05, inner_steps=3, per_step_losses=True),
+            "reptile_all": learners.reptile(dot, inner_lr=0.05, inner_steps=2, only=None),
+            "ridge_mlp": learners.ridge(mlp),
+            "lslr": learners.maml(seed, inner_steps=2, rule=learners.lslr(0.05, 2)),
+            "meta_curvature": learners.maml(mlp, inner_steps=2, rule=learners.meta_curvature(0.05)),
+            "lstm": learners.maml(dot, inner_steps=2, rule=learners.lstm(0.05, hidden=3), only=None),
+            "first_order_until": learners.maml_plus_plus(seed, inner_lr=0.05, inner_steps=2, first_order_until=0.5),
+            "imaml_all": learners.imaml(dot, inner_lr=0.05, inner_steps=8, cg_steps=4, only=None),
+            "cavia_mlp": learners.cavia(mlp, size=2, inner_lr=0.05, inner_steps=2),
+            "made_logistic": with_cold_loss(
+                learners.logistic(aged, newton_steps=4, loss=losses.mse), aged, loss=losses.mse
+            ),
+            "relation": learners.matching(mlp, similarity="relation", hidden=4),
+            "tanp": learners.neural_process(dot, latent=True, clusters=2, size=2, width=4, hidden=(4,)),
+            "written_head": learners.hypernetwork(dot, hidden=3, width=4),
+            **shared_columns(),
+        }
+    )
 
 
 def shared_columns() -> dict[str, Learner]:

@@ -113,7 +113,11 @@ def memory(
             length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)) + _SHORT)
             shrink = share * jnp.minimum(1.0, _LONGEST / length)
             rates = params["memory"]["log_rate"]
-            return jax.tree.map(lambda p, rate, g: p - jnp.exp(rate) * shrink * g, moving, rates, grads), None
+
+            def moved(p: Array, rate: Array, g: Array) -> Array:
+                return p - (jnp.exp(rate) * shrink * g).astype(p.dtype)
+
+            return jax.tree.map(moved, moving, rates, grads), None
 
         return loop(step, read(params, support.inputs), inner_steps)[0]
 
