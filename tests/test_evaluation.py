@@ -147,7 +147,7 @@ def test_a_method_that_scores_whole_rows_is_asked_for_them_and_few_users_are_not
 
 def test_an_interrupt_is_heard_between_blocks_of_users(monkeypatch):
     monkeypatch.setattr("metarec_jax.evaluation.scoring._SCORES", ITEMS + 1)  # a user a block
-    monkeypatch.setattr("metarec_jax.evaluation.runs_together", lambda: 2)
+    monkeypatch.setattr("metarec_jax.evaluation.evaluate.runs_together", lambda: 2)
     calls, others = [], []
     stopped = threading.Event()
 

@@ -265,5 +265,8 @@ def test_a_directory_in_which_a_process_of_the_run_before_still_lives_is_refused
 
 def test_a_mesh_of_another_run_is_no_reason_to_refuse_its_shapes_are(eight):
     like = child.device_state(0, child.make_mesh(1, 8), child.ROWS * 2)
-    with open_run(eight) as checkpoints, pytest.raises(MetarecError, match=r"float32\[96, 4\] there and float32\[192"):
+    with (
+        open_run(eight) as checkpoints,
+        pytest.raises(MetarecError, match=r"float32\[96, 4\] in the checkpoint and float32\[192"),
+    ):
         checkpoints.restore(like)

@@ -79,7 +79,7 @@ def test_users_too_short_or_held_out_do_not_come(store):
     assert sorted(user[:14]) == list(range(4, 31, 2))
     with pytest.raises(MetarecError, match="no user has 41 interactions"):
         stream_source(store, support=(40, 50))
-    with pytest.raises(MetarecError, match="users has rows 0 to 31"):
+    with pytest.raises(MetarecError, match="users must be rows 1 to 30 of the store, got 0 to 31"):
         stream_source(store, np.array([0, 31]))
 
 
@@ -327,11 +327,11 @@ def test_a_damaged_store_stops_the_run_with_its_place(store, tmp_path):
     [
         ({"tasks": 0}, "tasks must be 1"),
         ({"support": (5, 3)}, "support must be"),
-        ({"item_drop": 1.5}, "item_drop is 1.5"),
-        ({"cold_tasks": float("nan")}, "cold_tasks is nan"),
+        ({"item_drop": 1.5}, "item_drop is a probability, from 0 to 1, got 1.5"),
+        ({"cold_tasks": float("nan")}, "cold_tasks is a probability, from 0 to 1, got nan"),
         ({"order": "file"}, "order='file'"),
         ({"user_rows": "mine"}, "user_rows 'mine'"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "seed must be from 0 to"),
         ({"negatives": -1}, "negatives must be 0"),
     ],
 )
