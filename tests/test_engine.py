@@ -146,12 +146,12 @@ def test_a_constant_validation_is_better_once(tmp_path, stops_at):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_named():
+    diverging = learners.maml(models.content_model(DATA.columns, size=3), inner_lr=1e4, inner_steps=5, only=None)
     with pytest.raises(
         MetarecError,
         match=r"the loss of step \d+ is (nan|inf), first in task \d+ of its batch; no checkpoint was saved yet; lower the",
     ):
-        model = models.content_model(DATA.columns, size=3)
-        fit(learners.maml(model, inner_lr=1e4, inner_steps=5, only=None), source(), steps=20)
+        fit(diverging, source(), steps=20)
 
 
 def test_the_caller_keeps_its_parameters():

@@ -158,5 +158,5 @@ def test_bad_names_and_settings_are_refused():
         fit_baselines(TRAIN, KNOWN, names=["bias"], settings={"bais": {}})
     with pytest.raises(MetarecError, match="way 'pray' is not known; use 'nothing'"):
         plain.fit_plain("sgd_mf", TRAIN, KNOWN, settings={"way": "pray"}, steps=1)
-    with pytest.raises(MetarecError, match="no validation task"):
+    with pytest.raises(MetarecError, match="requires a validation task, got none"):
         plain.tune_plain("sgd_mf", TRAIN, KNOWN, {})

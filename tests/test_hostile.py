@@ -388,7 +388,7 @@ def test_histories_of_any_value():
         with pytest.raises(MetarecError, match="expected a number from 1 to 5"):
             parse_history({10: rating}, data, names)
     for history in ([["Heat 10"]], [{"a": 1}], {"item_id": [[10], [11]], "rating": [5, 4]}):
-        with pytest.raises(MetarecError, match="give one value a feedback"):
+        with pytest.raises(MetarecError, match="use one value per entry"):
             parse_history(history, data, names)
     found = parse_history({"item_id": ["Heat 10", np.int64(11), 12.0, "nan"], "rating": [5, 4, 3, 2]}, data, names)
     assert found.item.tolist() == [1, 2, 3]
