@@ -86,26 +86,6 @@ def ratings():
     return synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
 
-@pytest.mark.parametrize(
-    "learner",
-    [
-        LearnerConfig(),
-        LearnerConfig("maml", {"inner_steps": 2}),
-        LearnerConfig("maml", {"rule": "meta_sgd", "only": ("net",), "first_order": True, "loss": "bce"}),
-        LearnerConfig("maml", {"rule": "adam", "per_step_losses": True}),
-        LearnerConfig("reptile", {"inner_steps": 1}),
-    ],
-)
-def test_every_learner_has_a_finite_loss(ratings, learner):
-    given = Config(model=ModelConfig(size=2), learner=learner, tasks=TaskConfig(tasks=2, support=(2, 4), query=3))
-    built = build_learner(given, ratings)
-    source = build_source(given, ratings)
-    task = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0)))
-    params = built.init(jax.random.key(1))
-    loss, _ = jax.jit(built.loss)(params, task, jax.random.key(2))
-    assert np.isfinite(float(loss))
-
-
 def test_test_tasks_show_no_more_than_max_history_and_know_all_of_training(ratings):
     given = Config(split=SplitConfig(scenarios=("warm", "item_cold"), test=0.2), tasks=TaskConfig(max_history=2))
     parts = build_split(given.split, ratings)

@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-LONG = ("clicks", "own_data", "own_model")
+LONG = ("clicks", "own_data", "own_model", "quickstart")  # what quickstart shows is in README, which runs
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def metarec(*arguments: str, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_under_metarec_fit(tmp_path):
     """Exit 2, one line, the last good step named and there; with room again the run goes on from it."""
     run = tmp_path / "run"

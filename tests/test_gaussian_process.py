@@ -163,7 +163,8 @@ def test_it_beats_what_does_not_adapt(world):
         "gaussian_process": trained(train, steps=100),
         **fit_baselines(train, known, names=["item_mean", "bias"]),
     }
-    found = evaluate(methods, {"user_cold": make_tasks(new, query=5)}, known, baselines=("item_mean", "bias")).summary()
+    tasks, scale = {"user_cold": make_tasks(new, query=5)}, (float(new.rating.min()), float(new.rating.max()))
+    found = evaluate(methods, tasks, known, rating_range=scale, baselines=("item_mean", "bias")).summary()
     error = {name: found[name]["user_cold"]["squared_error"].mean for name in methods}
     assert error["gaussian_process"] < 0.9 * min(error["item_mean"], error["bias"])
 

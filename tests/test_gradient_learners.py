@@ -248,9 +248,9 @@ def test_features_are_required(make):
     "given",
     [
         {"name": "maml", "rule": "lstm"},
-        {"name": "maml_plus_plus", "first_order_until": 0.3},
-        {"name": "cavia", "size": 3, "first_order": True},
-        {"name": "logistic", "precision": 2.0},
+        pytest.param({"name": "maml_plus_plus", "first_order_until": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"name": "cavia", "size": 3, "first_order": True}, marks=pytest.mark.slow),
+        pytest.param({"name": "logistic", "precision": 2.0}, marks=pytest.mark.slow),
         pytest.param({"name": "maml", "rule": "lslr"}, marks=pytest.mark.slow),
         pytest.param({"name": "maml", "rule": "meta_curvature"}, marks=pytest.mark.slow),
         pytest.param({"name": "imaml", "proximal": 2.0}, marks=pytest.mark.slow),

@@ -23,7 +23,7 @@ def test_python_is_the_command_line(tmp_path, monkeypatch, capsys):
     made, by_hand = (
         block.replace('"ml-1m"', '"synthetic:120x80"')
         .replace('{"Toy Story (1995)": 5, "Heat (1995)": 2}', "{1: 3.0, 2: 1.0}")
-        .replace("steps=1000", "steps=20")
+        .replace("steps=1000", "steps=20, scenarios=('user_cold',)")
         .replace("rating_range=(1, 5)", "rating_range=SPAN")
         for block in blocks("python")[:2]
     )
@@ -34,7 +34,7 @@ def test_python_is_the_command_line(tmp_path, monkeypatch, capsys):
     rating = mr.load("synthetic:120x80").rating
     exec(compile(by_hand, "README.md", "exec"), {"SPAN": (float(rating.min()), float(rating.max()))})
     assert capsys.readouterr().out.strip() == figure
-    assert cli.main(["fit", "synthetic:120x80", "--steps", "20", "--json"]) == 0
+    assert cli.main(["fit", "synthetic:120x80", "--steps", "20", "--scenarios", "user_cold", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert f"mean={shown['results']['ridge']['user_cold']['mae']['mean']:.6f}"[:11] in figure
 

@@ -45,7 +45,19 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), TRAINED)
+BY_DEFAULT = {
+    ("ridge", "ratings"),
+    ("maml", "ratings"),
+    ("gaussian_process", "ratings"),
+    ("item_map", "clicks"),
+    ("mwuf", "clicks"),
+}
+"""One for each kind of start and of first argument; every learner steps in the contract."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*one, marks=[pytest.mark.slow] * (one not in BY_DEFAULT)) for one in TRAINED]
+)
 def test_each_learner_trains_from_a_configuration(name, kind):
     """Built, started and stepped as `metarec fit` does: the loss is finite, something moves, and what is fixed does not."""
     row = registry.row(name)
