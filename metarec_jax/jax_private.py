@@ -9,8 +9,6 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from metarec_jax.core import MetarecError
-
 OLDEST, NEWEST = (0, 10), (0, 12)
 
 
@@ -58,6 +56,8 @@ def _private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        from metarec_jax.core import MetarecError  # imports jax, which `is_tested` must not
+
         oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
         raise MetarecError(
             f"JAX {version('jax')} lacks {module}.{name}; metarec_jax is tested with JAX {oldest} to {newest}: "
