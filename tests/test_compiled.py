@@ -53,7 +53,7 @@ def test_a_word_turns_it_off(monkeypatch, tmp_path, word):
     found = compiled.compile_cache()
     assert found.folder is None
     assert folder_of_jax() is None
-    assert "every run compiles anew" in str(found)
+    assert "every run compiles again" in str(found)
 
 
 def test_the_variable_moves_it_and_that_of_jax_comes_first(monkeypatch, tmp_path):

@@ -196,7 +196,7 @@ def test_the_curve_is_told_in_words():
 def test_no_method_to_compare_is_said():
     whole = made_up()
     only = Report(whole.per_task, whole.settings, ("ours", "bias", "random"), whole.times)
-    assert "no pair of a method and a baseline" in findings(only)[0]
+    assert "No method and baseline were measured on the same scenario" in findings(only)[0]
 
 
 def test_files_are_written(page):

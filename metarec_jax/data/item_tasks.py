@@ -40,7 +40,7 @@ def warm_up(
 
     Raises:
       MetarecError: there are no timestamps, the bounds would let a cold item lack a stage or be a base item too, or
-        there is no item of one of the kinds.
+        one of the kinds has no items.
 
     Source: the split of Pan et al., "Warm Up Cold-start Advertisements", 2019, and of the papers after it.
 

@@ -32,12 +32,12 @@ class CompileCache(NamedTuple):
 
     def __str__(self) -> str:
         if self.folder is None:
-            return f"not kept, every run compiles anew: {self.why}"
+            return f"not kept, every run compiles again: {self.why}"
         return f"{self.folder}, {self.entries} programs, {self.size / 2**20:.1f} MiB ({self.why})"
 
 
 def compile_cache() -> CompileCache:
-    """Let JAX keep compiled programs: in ``compiled/`` of the user's cache directory, `LARGEST` bytes at the most.
+    """Let JAX keep compiled programs: in ``compiled/`` of the user's cache directory, at most `LARGEST` bytes.
 
     METAREC_COMPILE_CACHE_DIR names another folder; ``off``, or nothing, keeps none. JAX_COMPILATION_CACHE_DIR comes
     before both, and what it holds is never deleted here. Other settings that the environment makes
@@ -101,10 +101,10 @@ def _entries(folder: Path) -> list[_Entry]:
 
 
 def _pruned(entries: list[_Entry], largest: int) -> list[_Entry]:
-    """Delete what was not used for longest until the rest has ``largest`` bytes at the most; the rest.
+    """Delete what was not used for longest until at most ``largest`` bytes are left; returns what is left.
 
-    Not jax_compilation_cache_max_size: it wants the package filelock, locks for every read, lists the folder for every
-    write, and fails on entries that were written without it.
+    Not jax_compilation_cache_max_size: it requires the package filelock, locks for every read, lists the folder for
+    every write, and fails on entries that were written without it.
     """
     kept, total = [], 0
     for entry in sorted(entries, reverse=True):

@@ -20,7 +20,7 @@ class Phases:
     def __init__(self, every: float = 5.0, say: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._every, self._done = every, ""
-        self._say = say or _on_stderr
+        self._say = say or on_stderr
 
     def progress(self, done: int, total: int) -> None:
         """Set what the next line reports of the part that is running."""
@@ -51,5 +51,6 @@ class Phases:
         return f"{parts}; {sum(self.seconds.values()):.1f} s in all"
 
 
-def _on_stderr(line: str) -> None:
+def on_stderr(line: str) -> None:
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)

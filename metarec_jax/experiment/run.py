@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +45,7 @@ from metarec_jax.experiment.build import (
     with_inner_steps,
 )
 from metarec_jax.experiment.diagnose import diagnose
-from metarec_jax.experiment.phases import Phases
+from metarec_jax.experiment.phases import Phases, on_stderr
 from metarec_jax.experiment.protocol import (
     VALIDATION_USERS,
     fixed_tasks,
@@ -203,14 +202,14 @@ class Run:
         liking = liked(data, liked_from)
         with phases("baselines"):
             validation = fixed_tasks(config, self.parts, self.parts.validation, seed=0, max_users=VALIDATION_USERS)
-            _on_stderr("tuning the baselines")
+            on_stderr("tuning the baselines")
             tuned = None if self.directory is None else _Tuned(self.directory, config, data)
             baselines = fit_baselines(
                 self.parts.train, self.catalogue, validation, say=say or _nothing, kept={} if tuned is None else tuned
             )
         methods: dict[str, Method] = {config.learner.name: self.method} | baselines
         with phases("evaluate"):
-            _on_stderr(f"evaluating {len(methods)} methods")
+            on_stderr(f"evaluating {len(methods)} methods")
             reports = [
                 evaluate(
                     methods,
@@ -305,7 +304,7 @@ class World(NamedTuple):
 
     @property
     def digest(self) -> str | None:
-        """Of the store, where it is streamed."""
+        """The digest of the store, if it is streamed."""
         return None if self.held is None or self.store is None else self.store.digest
 
 
@@ -555,7 +554,7 @@ def train(
     2
     """
     config = configs.configure(learner, None if isinstance(data, Interactions) else os.fspath(data), settings)
-    say: Say = _nothing if quiet else _on_stderr
+    say: Say = _nothing if quiet else on_stderr
     world = World(data) if isinstance(data, Interactions) else load(config, _path(data_dir), say)
     to = _path(directory)
     if to is not None and not fresh and directories.result(to) is not None:
@@ -596,10 +595,6 @@ def in_memory(
 
 def _path(path: str | os.PathLike[str] | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _nothing(line: str) -> None:

@@ -161,7 +161,7 @@ def findings(report: Report) -> list[str]:
             why = too_few(max(d.users for d in mine))
             lines.append(f"{name} against the best baseline of each comparison: no verdict, {why}.")
     lines += [_comparison(d, report) for d in compared]
-    return lines or ["There is no pair of a method and a baseline to compare."]
+    return lines or ["No method and baseline were measured on the same scenario, so none are compared."]
 
 
 def adaptation_findings(report: Report) -> list[str]:

@@ -31,7 +31,7 @@ class Route(NamedTuple):
     Attributes:
       place: int32 ``[m]``, for each id its place in what is sent and received, ``owners * capacity`` places in all.
       requested: int32 ``[owners * capacity]``, the rows of this device that the others request; an index beyond its
-        last row is no request.
+        last row is not a request.
       full: bool ``[1]``, whether any device requested more ids from an owner than its capacity.
     """
 
