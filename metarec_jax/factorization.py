@@ -8,9 +8,9 @@ by each side, is that of one group.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, lapack
@@ -20,6 +20,9 @@ from metarec_jax.core import MetarecError
 
 _SLOTS = 1 << 17
 """Number of ratings in one batched product."""
+_NUMBERS = 1 << 22
+"""Maximum size of a batch of matrices, and a quarter of that of the moments of a chunk of users."""
+Part = TypeVar("Part")
 
 
 class Rows(Protocol):
@@ -61,6 +64,25 @@ class Factors(NamedTuple):
     user_factors: np.ndarray
 
 
+class GaussianPrior(NamedTuple):
+    """A Gaussian prior of a user's ratings: r_i = mu + item_mean[i] + b + loadings[i] . z + e_i.
+
+    Independently z ~ N(0, I), b ~ N(0, offset_variance) and e_i ~ N(0, noise[i]).
+
+    Attributes:
+      mu: mean rating.
+      item_mean, loadings: float32 ``[rows]`` and ``[rows, size]``; 0 in row 0 and for items without training data.
+      noise: float32 ``[rows]``; for items without training data that of a typical item.
+      offset_variance: variance of a user's offset b.
+    """
+
+    mu: float
+    item_mean: np.ndarray
+    loadings: np.ndarray
+    noise: np.ndarray
+    offset_variance: float
+
+
 class Group(NamedTuple):
     """Entities with histories of similar length. Padding points at row ``num_other``, which holds zeros.
 
@@ -75,8 +97,10 @@ class Group(NamedTuple):
     value: np.ndarray
 
 
-def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int, slots: int = _SLOTS) -> list[Group]:
-    """Ratings by the entity in ``by``, in groups of about ``slots``; about a fifth is padding."""
+def grouped(
+    by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int, slots: int = _SLOTS, most: int = _SLOTS
+) -> list[Group]:
+    """Ratings by the entity in ``by``, in groups of about ``slots``, ``most`` entities at most; a fifth is padding."""
     order = np.argsort(by, kind="stable")
     counts = np.bincount(by)
     start = np.concatenate([[0], np.cumsum(counts)])
@@ -86,7 +110,7 @@ def grouped(by: np.ndarray, other: np.ndarray, value: np.ndarray, num_other: int
     for width in np.unique(widths[counts > 0]):
         members = np.flatnonzero((widths == width) & (counts > 0))
         length = int(counts[members].max())
-        step = max(1, slots // length)
+        step = max(1, min(slots // length, most))
         for first in range(0, len(members), step):
             rows = members[first : first + step]
             mask = np.arange(length) < counts[rows][:, None]
@@ -174,10 +198,10 @@ def _products(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return left, right
 
 
-def _in_threads(solve: Callable[[Group], None], groups: list[Group]) -> None:
-    """Solve all groups in a pool of threads; each writes rows of its own, so the order does not matter."""
+def _in_threads(solve: Callable[[Part], None], parts: Iterable[Part]) -> None:
+    """Solve all parts in a pool of threads; each writes numbers of its own, so the order does not matter."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(solve, groups):
+        for _ in pool.map(solve, parts):
             pass
 
 
@@ -399,3 +423,186 @@ def _similar_blocks(train: Feedback, values: np.ndarray, shrinkage: float) -> It
         block.data[(at == block.indices) | (block.data < 0)] = 0
         block.eliminate_zeros()
         yield first, block
+
+
+def gaussian_factors(
+    train: Feedback,
+    *,
+    size: int = 16,
+    reg: float = 20.0,
+    reg_item: float = 3.0,
+    reg_noise: float = 50.0,
+    iterations: int = 6,
+    seed: int = 0,
+) -> GaussianPrior:
+    """Fit `GaussianPrior` to the ratings of all users by EM: probabilistic PCA with missing values.
+
+    Each iteration increases, up to rounding, the log likelihood (users integrated out) plus the log prior of the items,
+    -1/2 sum_i [(reg |V_i|^2 + reg_item m_i^2 + reg_noise s) / s_i + reg_noise log(s_i / s)], with V the loadings, m the
+    item means and s_i the noise; s, the noise of a typical item, is fitted too. It costs the number of ratings times
+    size^2, and stores size^2 / 2 numbers per item; users are processed in chunks.
+
+    Args:
+      train: explicit ratings, in vocabulary rows.
+      size: length of z.
+      reg, reg_item: ridge of an item's loadings and of its mean, in units of one rating.
+      reg_noise: number of ratings of typical noise that are added to each item; infinite: one noise for all items.
+      iterations: number of EM iterations.
+      seed: seed of the subspace iteration from which the loadings start.
+
+    Raises:
+      MetarecError: the data has no ratings.
+
+    Sources: Tipping and Bishop, "Mixtures of Probabilistic Principal Component Analysers", 1999; Lim and Teh,
+    "Variational Bayesian Approach to Movie Rating Prediction", 2007.
+    """
+    mu, item_mean, user_mean = bias_terms(train, reg_item=reg_item)
+    assert train.rating is not None  # bias_terms
+    rows, value = train.items.num_rows, train.rating - np.float32(mu)
+    count = np.bincount(train.item, minlength=rows)
+    squares = np.bincount(train.item, value.astype(np.float64) ** 2, minlength=rows)
+    residual = value - item_mean[train.item] - user_mean[train.user]
+    floor = max(1e-4 * float(value.var()), 1e-8)  # of a variance: equal ratings have none
+    typical = max(float(residual.var()), floor)
+    offset_variance = max(float(user_mean[np.unique(train.user)].var()), floor)
+    noise, loadings = np.full(rows, typical, np.float32), _first_loadings(train, residual, size, seed)
+    loadings *= np.float32(np.sqrt(typical / 4 / max(float((loadings[train.item] ** 2).sum(1).mean()), 1e-12)))
+    chunks = _chunks(train, value, size + 2)
+    diagonal = np.array([reg] * size + [reg_item], np.float32)
+    upper = np.triu_indices(size + 2)
+    for _ in range(iterations):
+        second = np.zeros((rows, len(upper[0])), np.float32)
+        first = np.zeros((rows, size + 2), np.float32)
+        offset = 0.0
+        for chunk in chunks:
+            moments = _moments(chunk, item_mean, loadings, noise, offset_variance)
+            _add_products(second, chunk.ones, moments)
+            first += chunk.values @ moments[:, upper[1] == size + 1]
+            offset += float(moments[:, (upper[0] == size) & (upper[1] == size)].sum(dtype=np.float64))
+        errors = squares - _fit_items(item_mean, loadings, first, second, count, diagonal)
+        if np.isinf(reg_noise):
+            typical = max(errors.sum() / len(value), floor)
+            noise[:] = typical
+        else:
+            share = np.where(count > 0, (errors + reg_noise * typical) / np.maximum(count + reg_noise, 1e-12), typical)
+            noise[:] = np.maximum(share, floor)
+            typical = 1 / float((1 / noise[count > 0]).mean(dtype=np.float64))
+            noise[count == 0] = typical
+        offset_variance = max(offset / sum(chunk.ones.shape[1] for chunk in chunks), floor)
+    return GaussianPrior(mu, item_mean, loadings, noise, offset_variance)
+
+
+def _fit_items(
+    item_mean: np.ndarray,
+    loadings: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    count: np.ndarray,
+    diagonal: np.ndarray,
+) -> np.ndarray:
+    """Solve for the loadings and the mean of every item, in place, given moments of w = [z, b, 1] of its users.
+
+    Args:
+      first: ``[rows, size + 2]``, sums of rating times w; second: sums of w w', the upper triangle.
+      count: number of ratings; items without one get 0.
+      diagonal: ridge of the loadings and of the mean.
+
+    Returns:
+      float64 ``[rows]``: what is explained of the sum of squares, less the penalty.
+    """
+    rows, size = loadings.shape
+    upper, fitted = np.triu_indices(size + 2), np.append(np.arange(size), size + 1)  # b has coefficient 1
+    explained, step = np.zeros(rows), max(1, _NUMBERS // (size + 2) ** 2)
+
+    def solve(begin: int) -> None:
+        some = slice(begin, begin + step)
+        both = np.empty((len(second[some]), size + 2, size + 2), np.float32)
+        both[:, upper[0], upper[1]] = both[:, upper[1], upper[0]] = second[some]
+        left = both[:, fitted[:, None], fitted] + np.diag(diagonal)
+        left[count[some] == 0] = np.eye(size + 1)
+        right = first[some][:, fitted] - both[:, fitted, size]
+        solved = np.where(count[some, None] > 0, np.linalg.solve(left, right[..., None])[..., 0], 0)
+        loadings[some], item_mean[some] = solved[:, :-1], solved[:, -1]
+        weights = np.insert(solved, size, 1.0, axis=1).astype(np.float64)
+        gained = 2 * first[some] - (both @ weights[..., None])[..., 0]
+        explained[some] = (weights * gained).sum(1) - solved.astype(np.float64) ** 2 @ diagonal
+
+    _in_threads(solve, range(0, rows, step))
+    return explained
+
+
+class _Chunk(NamedTuple):
+    """Some users: their groups, whose rows count from 0, and the matrices items x users of ones and of ratings."""
+
+    groups: Sequence[Group]
+    ones: csr_matrix
+    values: csr_matrix
+
+
+def _chunks(train: Feedback, value: np.ndarray, size: int) -> list[_Chunk]:
+    """All users in chunks, whose second moments of vectors of ``size`` numbers fit in memory."""
+    most = max(1, _NUMBERS // size**2)
+    groups = grouped(train.user, train.item, value, train.items.num_rows, most=most)
+    number = np.cumsum([len(group.rows) for group in groups]) // (8 * most)
+    chunks = []
+    for of_chunk in np.unique(number):
+        some = [group for group, own in zip(groups, number, strict=True) if own == of_chunk]
+        users = np.concatenate([group.rows for group in some])
+        place = np.full(train.users.num_rows, -1)
+        place[users] = np.arange(len(users))
+        mine = np.flatnonzero(place[train.user] >= 0)
+        at, shape = (train.item[mine], place[train.user[mine]]), (train.items.num_rows, len(users))
+        ones = csr_matrix((np.ones(len(mine), np.float32), at), shape=shape)
+        values = csr_matrix((value[mine], at), shape=shape)
+        chunks.append(_Chunk([group._replace(rows=place[group.rows]) for group in some], ones, values))
+    return chunks
+
+
+def _moments(
+    chunk: _Chunk, item_mean: np.ndarray, loadings: np.ndarray, noise: np.ndarray, offset_variance: float
+) -> np.ndarray:
+    """Posterior second moments of [z, b, 1] of each user, the upper triangle: float32 ``[users, ...]``."""
+    size = loadings.shape[1]
+    scale = np.append(1 / np.sqrt(noise), 0).astype(np.float32)
+    features = np.zeros((len(noise) + 1, size + 1), np.float32)
+    features[:-1, :size], features[:-1, size] = loadings, 1.0
+    features *= scale[:, None]
+    mean = np.append(item_mean, np.float32(0))
+    precision = np.diag([1.0] * size + [1 / offset_variance]).astype(np.float32)
+    upper = np.triu_indices(size + 2)
+    out = np.empty((chunk.ones.shape[1], len(upper[0])), np.float32)
+
+    def solve(group: Group) -> None:
+        residual = (group.value - mean.take(group.other)) * scale.take(group.other)
+        left, right = _products(features.take(group.other, axis=0), residual)
+        covariance = np.linalg.inv(left + precision)
+        expected = np.concatenate([(covariance @ right)[..., 0], np.ones((len(right), 1), np.float32)], axis=1)
+        moments = expected[:, :, None] * expected[:, None]
+        moments[:, :-1, :-1] += covariance
+        out[group.rows] = moments[:, upper[0], upper[1]]
+
+    _in_threads(solve, chunk.groups)
+    return out
+
+
+def _add_products(out: np.ndarray, matrix: csr_matrix, table: np.ndarray) -> None:
+    """``out += matrix @ table``, a few columns at a time, which stay in the cache."""
+
+    def add(begin: int) -> None:
+        out[:, begin : begin + 64] += matrix @ np.ascontiguousarray(table[:, begin : begin + 64])
+
+    _in_threads(add, range(0, table.shape[1], 64))
+
+
+def _first_loadings(train: Feedback, residual: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The leading directions of the residuals by item, with 0 for missing ones, by subspace iteration; any scale."""
+    shape = (train.items.num_rows, train.users.num_rows)
+    matrix = csr_matrix((residual, (train.item, train.user)), shape=shape)
+    columns = min(size, *shape)
+    users = np.random.default_rng(seed).normal(size=(shape[1], columns)).astype(np.float32)
+    for _ in range(3):
+        users = np.linalg.qr(matrix.T @ np.linalg.qr(matrix @ users)[0])[0]
+    ratings = np.bincount(train.item, minlength=shape[0])[:, None] + np.float32(len(residual) / shape[0])
+    out = np.zeros((shape[0], size), np.float32)
+    out[:, :columns] = (matrix @ users) / ratings
+    return out

@@ -5,6 +5,7 @@ from metarec_jax.baselines.closed_form import (
     als,
     bias,
     ease,
+    gaussian_prior,
     item_knn,
     item_mean,
     popularity,
@@ -12,4 +13,15 @@ from metarec_jax.baselines.closed_form import (
     user_mean,
 )
 
-__all__ = ["BASELINES", "als", "bias", "ease", "item_knn", "item_mean", "popularity", "random", "user_mean"]
+__all__ = [
+    "BASELINES",
+    "als",
+    "bias",
+    "ease",
+    "gaussian_prior",
+    "item_knn",
+    "item_mean",
+    "popularity",
+    "random",
+    "user_mean",
+]

@@ -23,6 +23,7 @@ from metarec_jax.evaluation.scoring import weighted_rows
 from metarec_jax.factorization import (
     als_factors,
     bias_terms,
+    gaussian_factors,
     implicit_als_factors,
     item_weights,
     neighbours,
@@ -380,7 +381,44 @@ def _implicit_scores(params: Any, adapted: Any) -> Array:
     return adapted["factors"] @ params["item"].T
 
 
+def gaussian_prior(
+    train: Interactions,
+    known: Catalogue,
+    *,
+    size: int = 16,
+    reg: float = 20.0,
+    reg_item: float = 3.0,
+    unseen: float = 0.5,
+    iterations: int = 6,
+    seed: int = 0,
+) -> Method:
+    """Gaussian prior of a user's ratings, fitted by EM; a new user's offset and factors are their exact posterior mean.
+
+    [z, b] = (X^T S^-1 X + R)^-1 X^T S^-1 (r - mu - m_i), X = [V_i, 1] over the support, S its noise and R the precision
+    of the prior, diag(1, ..., 1, 1 / offset_variance): `als` with every penalty fitted.
+
+    Args:
+      size, reg, reg_item, iterations, seed: as in `factorization.gaussian_factors`.
+      unseen: noise of a rating of an unknown item, in units of that of a typical item.
+
+    Sources: as there.
+    """
+    _ratings(train, known, "gaussian_prior", "als")
+    f = gaussian_factors(train, size=size, reg=reg, reg_item=reg_item, iterations=iterations, seed=seed)
+    noise = f.noise.copy()
+    noise[0] *= unseen
+    precision = np.array([1.0] * size + [1 / f.offset_variance], np.float32)
+    params = {"mu": jnp.float32(f.mu), "item_bias": jnp.asarray(f.item_mean), "item": jnp.asarray(f.loadings)}
+    params |= {"noise": jnp.asarray(noise), "reg": jnp.asarray(precision)}
+    return Method(params, _posterior_mean, _als_predict, scores=_als_scores)
+
+
+def _posterior_mean(params: Any, support: Examples, key: Array) -> Any:
+    ids = support.inputs["item_id"]
+    return _fold_in(params, support._replace(mask=support.mask / params["noise"][ids]), key)
+
+
 BASELINES: Mapping[str, Factory] = MappingProxyType(
-    {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, ease, als)}
+    {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, ease, als, gaussian_prior)}
 )
-"""The factories by name. ``item_mean``, ``user_mean`` and ``bias`` require ratings."""
+"""The factories by name. ``item_mean``, ``user_mean``, ``bias`` and ``gaussian_prior`` require ratings."""

@@ -28,6 +28,7 @@ _GRIDS: Mapping[str, _Grid] = {
     "item_knn": {"shrinkage_predict": (0.03, 0.1, 0.3), "shrinkage": (5.0, 20.0, 100.0)},
     "ease": {"reg": (30.0, 100.0, 300.0)},
     "als": {"reg": (2.0, 5.0, 10.0), "size": (8, 16, 32)},
+    "gaussian_prior": {"reg": (5.0, 20.0, 80.0), "size": (8, 16, 32), "unseen": (0.5, 1.0)},
 }
 _CLICK_GRIDS: Mapping[str, _Grid] = {
     "item_knn": {"shrinkage": (1.0, 20.0, 100.0)},
@@ -129,7 +130,7 @@ def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
 
 def suitable(train: Interactions) -> list[str]:
     """The baselines that suit the data. `ease` is slow and poor for ratings, and requires a square matrix of items."""
-    left_out = {"item_mean", "user_mean", "bias"} if train.implicit else {"ease"}
+    left_out = {"item_mean", "user_mean", "bias", "gaussian_prior"} if train.implicit else {"ease"}
     if train.items.num_rows > inspect.signature(ease).parameters["dense_limit"].default:
         left_out.add("ease")
     return [name for name in BASELINES if name not in left_out]
