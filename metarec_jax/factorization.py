@@ -22,6 +22,8 @@ _SLOTS = 1 << 17
 """Number of ratings in one batched product."""
 _NUMBERS = 1 << 22
 """Maximum size of a batch of matrices, and a quarter of that of the moments of a chunk of users."""
+_BLOCK = 512
+"""Number of rows of a square matrix that are copied at a time."""
 Part = TypeVar("Part")
 
 
@@ -313,18 +315,26 @@ def item_weights(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
     """
     if not reg > 0:
         raise MetarecError(f"item_weights: reg must be above 0, got {reg}; give a larger ridge")
-    shape = (train.users.num_rows, train.items.num_rows)
-    x = csr_matrix((values, (train.user, train.item)), shape=shape, dtype=np.float32)
-    gram = (x.T @ x).toarray()
+    items, item = np.unique(train.item, return_inverse=True)
+    shape = (train.users.num_rows, len(items))
+    x = csr_matrix((values, (train.user, item)), shape=shape, dtype=np.float32)
+    gram = (x.T @ x).toarray(order="C")
     gram[np.diag_indices_from(gram)] += np.float32(reg)
-    factor, bad = lapack.spotrf(gram, lower=False, overwrite_a=True)
+    factor, bad = lapack.spotrf(gram.T, lower=False, overwrite_a=True)  # by columns, so in place
     if bad:
         raise MetarecError(f"item_weights: the matrix is numerically singular with reg {reg}; give a larger reg")
-    upper, _ = lapack.spotri(factor, lower=False, overwrite_c=True)
-    inverse = np.triu(upper) + np.triu(upper, 1).T
-    weights = inverse / -np.diag(inverse)
-    np.fill_diagonal(weights, 0.0)
-    return weights
+    root = lapack.strtri(factor, lower=False, overwrite_c=True)[0]  # P = root root': spotri waits if cores are busy
+    out = np.zeros((train.items.num_rows, train.items.num_rows), np.float32)
+    for first in range(0, len(items), _BLOCK):
+        end = first + _BLOCK
+        block = root[:end, first:] @ root[first:end, first:].T
+        out[items[:end, None], items[first:end]] = block
+        out[items[first:end, None], items[:end]] = block.T
+    scale = np.zeros(len(out), np.float32)
+    scale[items] = -1 / out[items, items]
+    out *= scale
+    np.fill_diagonal(out, 0.0)
+    return out
 
 
 def support_map(

@@ -305,6 +305,17 @@ def test_ease_of_items_never_seen_says_nothing_of_them():
     assert (weights[:, 21] == 0).all()
 
 
+def test_ease_weights_in_blocks_are_the_same(monkeypatch):
+    """Item 3 is in no row, in the middle of the others."""
+    data = CLICKED.take(CLICKED.item != 3)
+    whole = item_weights(data, np.ones(len(data), np.float32), 3.0)
+    monkeypatch.setattr("metarec_jax.factorization._BLOCK", 4)
+    np.testing.assert_allclose(item_weights(data, np.ones(len(data), np.float32), 3.0), whole, atol=1e-6)
+    assert (whole[3] == 0).all()
+    assert (whole[:, 3] == 0).all()
+    assert np.isfinite(whole).all()
+
+
 def test_random_is_a_function_of_key_and_item_and_unknown_items_are_not_tied():
     method = random(RATED, KNOWN)
     one = predict(method, support([1], [1.0]), [3, 8, 0, 0, 5])

@@ -115,7 +115,7 @@ def test_the_same_command_again_says_that_it_is_finished(trained, capsys):
     assert "finished already" in out
     assert "metarec recommend runs/stars" in out
     found = json.loads(out.strip().splitlines()[-1])
-    assert set(found["results"]) > {"ridge", "als", "bias", "random", "item_mean"}
+    assert set(found["results"]) > {"ridge", "als", "bias", "random", "item_mean", "ease_liked", "als_liked"}
 
 
 def test_another_configuration_is_refused_by_the_field(trained, capsys):

@@ -2,12 +2,14 @@
 
 from metarec_jax.baselines.closed_form import (
     BASELINES,
+    LISTS,
     als,
     bias,
     ease,
     gaussian_prior,
     item_knn,
     item_mean,
+    of_liked,
     popularity,
     random,
     user_mean,
@@ -15,12 +17,14 @@ from metarec_jax.baselines.closed_form import (
 
 __all__ = [
     "BASELINES",
+    "LISTS",
     "als",
     "bias",
     "ease",
     "gaussian_prior",
     "item_knn",
     "item_mean",
+    "of_liked",
     "popularity",
     "random",
     "user_mean",

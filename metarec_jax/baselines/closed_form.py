@@ -8,6 +8,8 @@ values does not compile again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -422,3 +424,53 @@ BASELINES: Mapping[str, Factory] = MappingProxyType(
     {f.__name__: f for f in (random, popularity, item_mean, user_mean, bias, item_knn, ease, als, gaussian_prior)}
 )
 """The factories by name. ``item_mean``, ``user_mean``, ``bias`` and ``gaussian_prior`` require ratings."""
+
+
+def liked_rows(train: Interactions, liked_from: float) -> Interactions:
+    """The ratings of at least ``liked_from``, each a click; the vocabularies are those of ``train``."""
+    assert train.rating is not None, "asked of ratings"
+    return replace(train.take(train.rating >= liked_from), rating=None)
+
+
+def of_liked(factory: Factory, liked_from: float) -> Factory:
+    """A factory of ``factory`` for clicks, fitted on the liked ratings: lists from ratings. Its scores are no ratings.
+
+    Ratings of at least ``liked_from`` are clicks, in training and in the support; the others do not count.
+
+    Raises:
+      MetarecError: from the new factory, if no rating of the training part is that high, or there are no ratings.
+    """
+    name = f"{factory.__name__}_liked"
+
+    @wraps(factory)
+    def fit(train: Interactions, known: Catalogue, **settings: Any) -> Method:
+        _ratings(train, known, name, factory.__name__)
+        rows = liked_rows(train, liked_from)
+        if not len(rows):
+            raise MetarecError(
+                f"{name}: the training part has no rating of {liked_from:g} or more; choose a lower threshold"
+            )
+        method = factory(rows, known, **settings)
+        adapt, predict, scores = _of_clicks(method.adapt, method.predict, method.scores)
+        params = {"clicks": method.params, "liked_from": jnp.float32(liked_from)}
+        return Method(params, adapt, predict, scores=None if method.scores is None else scores)
+
+    fit.__name__ = name
+    return fit
+
+
+@cache  # the same functions for every fit, so that they compile once
+def _of_clicks(adapt: Any, predict: Any, scores: Any) -> tuple[Any, Any, Any]:
+    def adapt_to_liked(params: Any, support: Examples, key: Array) -> Any:
+        liked = support.mask * (support.target >= params["liked_from"])
+        return adapt(params["clicks"], Examples(support.inputs, jnp.ones_like(support.target), liked), key)
+
+    return (
+        adapt_to_liked,
+        lambda params, adapted, inputs: predict(params["clicks"], adapted, inputs),
+        lambda params, adapted: scores(params["clicks"], adapted),
+    )
+
+
+LISTS: Mapping[str, Factory] = MappingProxyType({f"{f.__name__}_liked": f for f in (item_knn, ease, als)})
+"""The factories for clicks that make lists from ratings (`of_liked`), by the name of the list."""

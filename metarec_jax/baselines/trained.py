@@ -8,6 +8,7 @@ closed form. They take minutes, so `metarec fit` omits them; `metarec compare` r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 
 from metarec_jax import losses, tree
-from metarec_jax.baselines.closed_form import BASELINES
+from metarec_jax.baselines.closed_form import BASELINES, LISTS
 from metarec_jax.baselines.tuning import Held, check_settings, fit_baselines, on_device, quality, some_users, tune
 from metarec_jax.core import Array, Column, Learner, MetarecError, Method, Model, Params
 from metarec_jax.data.catalogue import Catalogue
@@ -95,11 +96,12 @@ def fit_plain(
     steps: int = 1500,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
+    liked_from: float | None = None,
 ) -> Method:
     """Fit a plain model for new users, after tuning (`tune_plain`) if there are validation tasks.
 
     Args:
-      name: a name of `TRAINED`; names of `baselines.BASELINES` are passed to `tuning.fit_baselines`.
+      name: a name of `TRAINED`; names of `BASELINES` and `LISTS` are passed to `tuning.fit_baselines`.
       train: interactions; known: the catalogue of the data, as for `evaluate`.
       validation_tasks: by scenario; None or empty: the defaults, and the last step of training.
       settings: settings from `tune_plain`, such as on another split of the data; disables tuning, and validation tasks
@@ -107,6 +109,7 @@ def fit_plain(
       steps: training steps, each a batch of 64 users.
       seed: seed of the initial parameters and of the batches.
       say: called with one line on the result of tuning.
+      liked_from: of lists, as in `tuning.fit_baselines`.
 
     Returns:
       A method with its tables, for `evaluate` and `Recommender`.
@@ -114,9 +117,12 @@ def fit_plain(
     Raises:
       MetarecError: the name or a setting is unknown, or a value is invalid.
     """
-    if name in BASELINES:
+    if name in BASELINES or name in LISTS:
         by_name = None if settings is None else {name: settings}
-        return fit_baselines(train, known, validation_tasks, names=[name], settings=by_name, say=say)[name]
+        fitted = fit_baselines(
+            train, known, validation_tasks, names=[name], settings=by_name, say=say, liked_from=liked_from
+        )
+        return fitted[name]
     tasks = {scenario: some for scenario, some in (validation_tasks or {}).items() if len(some)}
     trained = _plain(name)
     if settings is not None:
@@ -139,6 +145,7 @@ def tune_plain(
     seed: int = 0,
     tuning_rows: int = 500_000,
     say: Callable[[str], None] | None = None,
+    liked_from: float | None = None,
 ) -> Settings:
     """Settings for `fit_plain`: the weight decay of the rows, and the way to serve a new user, by validation tasks.
 
@@ -150,8 +157,9 @@ def tune_plain(
       tuning_rows: tuning uses the whole histories of random users, about this many interactions.
       others: as in `fit_plain`.
     """
-    if name in BASELINES:
-        return tune(train, known, validation_tasks, names=[name], tuning_rows=tuning_rows, say=say).get(name, {})
+    if name in BASELINES or name in LISTS:
+        tuning = partial(tune, names=[name], tuning_rows=tuning_rows, say=say, liked_from=liked_from)
+        return tuning(train, known, validation_tasks).get(name, {})
     tasks = {scenario: chosen for scenario, chosen in validation_tasks.items() if len(chosen)}
     if not tasks:
         raise MetarecError("tune_plain requires a validation task, got none; hold out users, or use the defaults")
@@ -204,7 +212,7 @@ def _mean_quality(method: Method, held: list[Held], known: Catalogue, train: Int
 
 def _plain(name: str) -> Plain:
     if name not in TRAINED:
-        raise MetarecError(f"there is no plain model {name!r}; choose from {', '.join((*TRAINED, *BASELINES))}")
+        raise MetarecError(f"there is no plain model {name!r}; choose from {', '.join((*TRAINED, *BASELINES, *LISTS))}")
     return TRAINED[name]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.baselines.closed_form import BASELINES, Factory, ease
+from metarec_jax.baselines.closed_form import BASELINES, LISTS, Factory, ease, of_liked
 from metarec_jax.core import Array, Examples, MetarecError, Method, Task
 from metarec_jax.data.catalogue import Catalogue, inputs
 from metarec_jax.data.interactions import Interactions
@@ -35,6 +36,19 @@ _CLICK_GRIDS: Mapping[str, _Grid] = {
     "ease": {"reg": (1000.0, 3000.0, 10_000.0, 30_000.0)},
     "als": {"size": (16, 32, 64), "alpha": (2.0, 10.0, 40.0), "reg": (5.0, 50.0, 200.0)},
 }
+_LIST_GRIDS: Mapping[str, _Grid] = {
+    "item_knn_liked": {"shrinkage": (0.0, 5.0, 20.0, 100.0)},
+    "ease_liked": {"reg": (100.0, 300.0, 1000.0, 3000.0)},
+    "als_liked": {"alpha": (2.0, 5.0, 10.0), "reg": (20.0, 50.0, 100.0), "size": (32, 64)},
+}
+_STARTS: Mapping[str, Mapping[str, Any]] = {
+    "gaussian_prior": {"iterations": 4},
+    "als_liked": {"size": 32, "reg": 50.0, "iterations": 4},
+}
+"""Where the search starts, and what it saves, instead of the defaults."""
+_SQUARE = {"ease", "ease_liked"}
+_TUNING_ITEMS = 3000
+"""Maximum number of items, the most frequent ones, in the square matrices of tuning."""
 
 
 def fit_baselines(
@@ -46,27 +60,39 @@ def fit_baselines(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] | None = None,
     kept: MutableMapping[str, dict[str, Any]] | None = None,
+    liked_from: float | None = None,
 ) -> dict[str, Method]:
     """Fit baselines, after tuning (`tune`) if there are validation tasks.
 
     Args:
       validation_tasks: by scenario; None or empty: no tuning.
-      names: names of `BASELINES`; None: all that suit the data.
+      names: names of `BASELINES`, and of `LISTS` for ratings with ``liked_from``; None: all that suit the data.
       settings: arguments by baseline, such as those of `tune` on another split of the data; disables tuning.
       say: called with one line per tuned baseline.
       kept: as in `tune`.
+      liked_from: the lowest rating that counts as liked; None: no lists. Lists are methods that only rank (`LISTS`).
 
     Raises:
-      MetarecError: a name is unknown, a baseline requires ratings and there are none, or a setting is unknown.
+      MetarecError: a name is unknown, a baseline requires ratings and there are none, a list requires ``liked_from``,
+        or a setting is unknown.
     """
-    names = _names(train, names)
+    names = _names(train, names, liked_from)
     for name, arguments in (settings or {}).items():
-        _names(train, [name])
-        own = [p for p in inspect.signature(BASELINES[name]).parameters if p not in ("train", "known")]
+        _names(train, [name], liked_from)
+        own = [p for p in inspect.signature(_factory(name, liked_from)).parameters if p not in ("train", "known")]
         check_settings(name, arguments, own)
     if settings is None:
-        settings = tune(train, known, validation_tasks, names=names, say=say, kept=kept) if validation_tasks else {}
-    return {name: BASELINES[name](train, known, **settings.get(name, {})) for name in names}
+        tuning = partial(tune, names=names, say=say, kept=kept, liked_from=liked_from)
+        settings = tuning(train, known, validation_tasks) if validation_tasks else {}
+    return {name: _factory(name, liked_from)(train, known, **settings.get(name, {})) for name in names}
+
+
+def _factory(name: str, liked_from: float | None) -> Factory:
+    if name in BASELINES:
+        return BASELINES[name]
+    if liked_from is None:
+        raise MetarecError(f"{name} requires the rating from which an item counts as liked; pass liked_from")
+    return of_liked(LISTS[name], liked_from)
 
 
 def check_settings(name: str, settings: Mapping[str, Any], own: Sequence[str]) -> None:
@@ -86,54 +112,89 @@ def tune(
     tuning_rows: int = 500_000,
     say: Callable[[str], None] | None = None,
     kept: MutableMapping[str, dict[str, Any]] | None = None,
+    liked_from: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Arguments for the baselines, chosen on validation tasks, one argument at a time, over small grids.
 
-    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks).
+    Selection is by the mean over scenarios of MAE (ratings), or of nDCG@10 over the training items (clicks). Lists from
+    ratings are chosen by that nDCG on new users, else on known users: they cannot list new items.
 
     Args:
       tuning_rows: tuning uses the whole histories of random users, about this many interactions.
-      names, say: as in `fit_baselines`.
+      names, say, liked_from: as in `fit_baselines`.
       kept: arguments by baseline from an interrupted call with the same data, which are used unchanged; arguments of
         newly tuned baselines are added.
     """
     kept = {} if kept is None else kept
-    grids = _CLICK_GRIDS if train.implicit else _GRIDS
+    grids = {**(_CLICK_GRIDS if train.implicit else _GRIDS), **_LIST_GRIDS}
     tasks = {s: t for s, t in validation_tasks.items() if len(t)}
-    tuned = [name for name in _names(train, names) if tasks and name in grids]
+    names = [name for name in _names(train, names, liked_from) if tasks and name in grids]
+    lists = {} if liked_from is None else _list_tasks(tasks, liked_from)
     part, settings = some_users(train, tuning_rows), {}
-    held = [on_device(t, known) for t in tasks.values()] if tuned else []
-    for name in tuned:
-        if name in kept:
-            settings[name] = kept[name]
+    held = [on_device(t, known) for t in tasks.values()] if set(names) - set(LISTS) else []
+    held_lists = [on_device(t, known) for t in lists.values()] if set(names) & set(LISTS) else []
+    for name in names:
+        ranks = train.implicit or name in LISTS
+        key = f"{name} from {liked_from:g}" if name in LISTS else name
+        if name in LISTS and not lists:
+            continue
+        if key in kept:
+            settings[name] = kept[key]
             if say is not None:
                 say(f"{name}: {_formatted(settings[name])} (from an earlier run)")
             continue
-        settings[name], score = _search(BASELINES[name], grids[name], part, known, held)
-        kept[name] = settings[name]
+        rows = some_items(part, _TUNING_ITEMS) if name in _SQUARE else part
+        held_out = held_lists if name in LISTS else held
+        factory = partial(_factory(name, liked_from), **_STARTS.get(name, {}))
+        settings[name], score = _search(factory, grids[name], rows, known, held_out, ranks)
+        kept[key] = settings[name]
         if say is not None:
-            metric = "nDCG@10" if train.implicit else "MAE"
-            say(f"{name}: {_formatted(settings[name])} (validation {metric} {abs(score):.4f})")
+            say(f"{name}: {_formatted(settings[name])} (validation {'nDCG@10' if ranks else 'MAE'} {abs(score):.4f})")
     return settings
+
+
+def _list_tasks(tasks: Mapping[str, TaskSet], liked_from: float) -> dict[str, TaskSet]:
+    """The tasks on which lists are tuned, with a target of 1 for a liked query item; those without any are left out."""
+    scenario = next((s for s in ("user_cold", "warm") if s in tasks), None)
+    if scenario is None:
+        return {}
+    chosen = tasks[scenario]
+    liked = (chosen.query_target >= liked_from) & (chosen.query_mask > 0)
+    chosen = replace(chosen, query_target=liked.astype(np.float32)).take(np.flatnonzero(liked.any(axis=1)))
+    return {scenario: chosen} if len(chosen) else {}
 
 
 def _formatted(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
-def _names(train: Interactions, names: Sequence[str] | None) -> list[str]:
+def _names(train: Interactions, names: Sequence[str] | None, liked_from: float | None) -> list[str]:
     for name in names or ():
-        if name not in BASELINES:
-            raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
-    return suitable(train) if names is None else list(names)
+        if name not in BASELINES and name not in LISTS:
+            raise MetarecError(f"there is no baseline {name!r}; choose from {', '.join([*BASELINES, *LISTS])}")
+    return suitable(train, liked_from) if names is None else list(names)
 
 
-def suitable(train: Interactions) -> list[str]:
-    """The baselines that suit the data. `ease` is slow and poor for ratings, and requires a square matrix of items."""
+def suitable(train: Interactions, liked_from: float | None = None) -> list[str]:
+    """The baselines that suit the data, and the lists from ratings of at least ``liked_from``, if there are any.
+
+    `ease` of ratings is slow and poor, and any `ease` requires a square matrix of items.
+    """
     left_out = {"item_mean", "user_mean", "bias", "gaussian_prior"} if train.implicit else {"ease"}
     if train.items.num_rows > inspect.signature(ease).parameters["dense_limit"].default:
-        left_out.add("ease")
-    return [name for name in BASELINES if name not in left_out]
+        left_out |= _SQUARE
+    lists = LISTS if liked_from is not None and train.rating is not None and (train.rating >= liked_from).any() else ()
+    return [name for name in (*BASELINES, *lists) if name not in left_out]
+
+
+def some_items(train: Interactions, items: int) -> Interactions:
+    """The interactions with the ``items`` most frequent items."""
+    count = np.bincount(train.item, minlength=train.items.num_rows)
+    if (count > 0).sum() <= items:
+        return train
+    keep = np.zeros(len(count), bool)
+    keep[np.argsort(-count, kind="stable")[:items]] = True
+    return train.take(keep[train.item])
 
 
 def some_users(train: Interactions, rows: int) -> Interactions:
@@ -179,7 +240,7 @@ def on_device(
 
 
 def _search(
-    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[Held]
+    factory: Factory, grid: _Grid, train: Interactions, known: Catalogue, held: Sequence[Held], ranks: bool
 ) -> tuple[dict[str, Any], float]:
     """Coordinate search: the best value of each argument in turn, with earlier ones fixed. Lower is better."""
     defaults = inspect.signature(factory).parameters
@@ -190,7 +251,7 @@ def _search(
         at = tuple(settings.values())
         if at not in scores:
             method = factory(train, known, **settings)
-            scores[at] = float(np.mean([quality(method, of_scenario, known, train) for of_scenario in held]))
+            scores[at] = float(np.mean([quality(method, of_scenario, known, train, ranks) for of_scenario in held]))
         return scores[at]
 
     for argument, values in grid.items():
@@ -198,12 +259,16 @@ def _search(
     return chosen, score(chosen)
 
 
-def quality(method: Method, held: Held, known: Catalogue, train: Interactions) -> float:
-    """Mean over tasks of MAE, or of -nDCG@10 over the training items for clicks; lower is better."""
+def quality(method: Method, held: Held, known: Catalogue, train: Interactions, ranks: bool | None = None) -> float:
+    """Mean over tasks of MAE, or of -nDCG@10 over the training items; lower is better.
+
+    Args:
+      ranks: whether by nDCG, of query items with a target above 0; None: for clicks.
+    """
     key, each = jax.random.key(0), []
     pool = np.random.default_rng(0).permutation(np.unique(train.item))[:20_000]
     for count, task, user in held:
-        if train.rating is None:
+        if train.rating is None or ranks:
             of_task = -_click_quality(method, known, pool, task, user, count, key)
         else:
             low, high = train.rating.min(), train.rating.max()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metarec_jax.baselines.closed_form import LISTS
 from metarec_jax.core import Learner, MetarecError, Method
 from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions
@@ -94,7 +95,7 @@ def measuring_options(
     return {
         "rating_range": rating_range(data),
         "relevant": relevant_from(data, liked_from),
-        "ranking_only": tuple(methods) if data.implicit else ("popularity",),
+        "ranking_only": tuple(methods) if data.implicit else ("popularity", *LISTS),
     }
 
 

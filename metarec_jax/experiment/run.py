@@ -51,6 +51,7 @@ from metarec_jax.experiment.protocol import (
     fixed_tasks,
     liked,
     measuring_options,
+    relevant_from,
     training_options,
 )
 from metarec_jax.serving.recommender import Recommender
@@ -205,7 +206,12 @@ class Run:
             on_stderr("tuning the baselines")
             tuned = None if self.directory is None else _Tuned(self.directory, config, data)
             baselines = fit_baselines(
-                self.parts.train, self.catalogue, validation, say=say or _nothing, kept={} if tuned is None else tuned
+                self.parts.train,
+                self.catalogue,
+                validation,
+                say=say or _nothing,
+                kept={} if tuned is None else tuned,
+                liked_from=relevant_from(data, liked_from),
             )
         methods: dict[str, Method] = {config.learner.name: self.method} | baselines
         with phases("evaluate"):

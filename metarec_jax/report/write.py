@@ -416,6 +416,8 @@ def _method_notes(report: Report) -> list[str]:
             )
     if s["ranking_only"]:
         lines.append(f"The scores of {', '.join(s['ranking_only'])} are not ratings, so they have no rating errors.")
+    if liked := [name for name in s["ranking_only"] if name.endswith("_liked")]:
+        lines.append(f"{', '.join(liked)}: fitted on the relevant ratings alone, each a click, for lists.")
     lines.append(
         f"Seeds: {', '.join(map(str, report.seeds))}."
         + (" The tasks of one user form one cluster in all intervals." if scored > 1 else "")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from metarec_jax.baselines.closed_form import BASELINES
+from metarec_jax.baselines.closed_form import BASELINES, LISTS
 from metarec_jax.baselines.trained import TRAINED
 from metarec_jax.baselines.tuning import suitable
 from metarec_jax.core import MetarecError
@@ -70,16 +70,25 @@ def _learner(config: configs.Config, text: str, flags: Mapping[str, Any]) -> Ent
 
 
 def baseline_of(config: configs.Config, name: str) -> Entry:
-    if name not in BASELINES and name not in TRAINED:
-        raise MetarecError(f"--baselines: {name!r} is not known; {meant(name, [*BASELINES, *TRAINED])}")
-    return Entry(name, "baseline" if name in BASELINES else "trained", config)
+    closed = [*BASELINES, *LISTS]
+    if name not in closed and name not in TRAINED:
+        raise MetarecError(f"--baselines: {name!r} is not known; {meant(name, [*closed, *TRAINED])}")
+    return Entry(name, "baseline" if name in closed else "trained", config)
 
 
 def all_entries(
-    config: configs.Config, data: Interactions, ours: Sequence[Entry], plain: Sequence[Entry] | None
+    config: configs.Config,
+    data: Interactions,
+    ours: Sequence[Entry],
+    plain: Sequence[Entry] | None,
+    liked_from: float | None = None,
 ) -> list[Entry]:
-    """The rows of the table, simplest first; trivial baselines are always included."""
-    suit = suitable(data)
+    """The rows of the table, simplest first; trivial baselines are always included.
+
+    Args:
+      liked_from: as in `tuning.suitable`.
+    """
+    suit = suitable(data, liked_from)
     quick = suit if plain is None else [n for n in TRIVIAL if n in suit]
     every = {e.name: e for e in [*(baseline_of(config, n) for n in quick), *(plain or ()), *ours]}
     if repeated := {e.name for e in ours} & {e.name for e in plain or ()}:
@@ -90,5 +99,5 @@ def all_entries(
 def _simplicity(entry: Entry) -> tuple[int, int]:
     """Sort key: statistics and closed forms, then trained plain models, then learners in the order of the registry."""
     if entry.kind != "learner":
-        return (0, list(BASELINES).index(entry.name)) if entry.kind == "baseline" else (1, 0)
+        return (0, [*BASELINES, *LISTS].index(entry.name)) if entry.kind == "baseline" else (1, 0)
     return 2, list(registry.ROWS).index(entry.config.learner.name)

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from metarec_jax.baselines.closed_form import BASELINES
+from metarec_jax.baselines.closed_form import BASELINES, LISTS
 from metarec_jax.core import MetarecError
 from metarec_jax.data.describe import describe
 from metarec_jax.data.interactions import Interactions
@@ -130,7 +130,7 @@ def next_step(choice: Choice, report: Report, ours: Mapping[str, configs.Config]
     """
     if choice.method in ours:
         return f"next: {_fit_command(choice.method, ours[choice.method])}"
-    home = "baselines" if choice.method in BASELINES else "baselines.trained"
+    home = "baselines" if choice.method in (*BASELINES, *LISTS) else "baselines.trained"
     plain = (
         f"{choice.method} is a plain method, which metarec fit does not train; Python fits and serves it "
         f"(mr.fit_baselines, mr.Recommender; metarec_jax.{home})"

@@ -100,10 +100,10 @@ def compare(
     print(f"{data.name}: {directories.summary({'counts': counts})}")
     for note in remarks(data):
         print(f"  note: {note}")
-    relevant_from(data, liked_from)  # raises before any training
+    relevant = relevant_from(data, liked_from)  # raises before any training
     if ours is None:
         ours = learners_of(config, default_learners(data), flags)
-    entries = all_entries(config, data, ours, plain)
+    entries = all_entries(config, data, ours, plain, relevant)
     folder = out or Path("runs") / f"compare-{directories.name_of(data)}"
     if fresh:
         _clear_all(folder / "cells")
@@ -310,6 +310,7 @@ def _cell(
                 steps=config.train.steps,
                 seed=config.train.seed,
                 say=_indented,
+                liked_from=relevant_from(data, liked_from),
             )
             jax.block_until_ready(method.params)
             seconds = time.perf_counter() - start
