@@ -160,6 +160,7 @@ def interrupted(number: int, phase: str, *arguments: object) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_training_is_saved_at_the_step(tmp_path):
     """Ctrl-C does not let ``fit && next`` go on: 130, not 0. The step it stops at is none that is saved anyway."""
     arguments = [*FIT, "--steps", "1000000", "--save-every", "999999", "--no-evaluate", "--out", tmp_path]
@@ -201,6 +202,15 @@ def test_compare_keeps_its_cells_and_the_training_under_way(tmp_path):
     assert saved_metrics(training, which="latest")[0] == int(line.split()[4].rstrip(";"))
 
 
+@pytest.fixture
+def sigint_is_heard():
+    """Also where pytest itself is a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_sets_the_flag_and_the_handler_comes_back(number):
     before = signal.getsignal(number)
@@ -212,6 +222,7 @@ def test_a_signal_sets_the_flag_and_the_handler_comes_back(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("sigint_is_heard")
 def test_a_second_interrupt_interrupts():
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
