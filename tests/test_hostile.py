@@ -161,7 +161,7 @@ import gc, resource, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from metarec_jax.core import MetarecError
-from metarec_jax.data import cache, histories, readers
+from metarec_jax.data.io import histories, readers
 import pyarrow as pa
 pa.set_cpu_count(1), pa.set_io_thread_count(1)
 readers.read("good.csv"), histories.read_histories("good.csv")
@@ -179,6 +179,7 @@ for path in sorted(Path(".").glob("bomb*")):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs a bound on a process's memory")
 def test_what_swells_is_refused_in_half_a_gigabyte(tmp_path):
     """Files of at most 2 MB that unpack to 500 MB and more, or 20 rows of 100 MB: every door refuses, in 512 MiB."""
