@@ -289,6 +289,7 @@ def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings,
     assert "cannot be a run directory" in failure(capsys, *command[:-3], "--out", "stars.csv")
 
 
+@pytest.mark.slow
 def test_fit_by_default_runs_on_data_too_small_for_every_scenario(own_folder, capsys):
     """Everyone clicked all ten items: nobody has a support and a query of the one item held out."""
     rows = "".join(f"{user},{item}\n" for user in range(30) for item in range(10))
@@ -503,6 +504,7 @@ def test_rates_of_clicks_are_told_to_be_unused(ratings):
     assert "are ignored" in notes[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_served_by_an_application_that_computes_in_float64(trained, capsys):
     """JAX_ENABLE_X64: the parameters stay as they were trained, and the list is the same."""
     command = ["recommend", "runs/stars", "--rate", "film 3=5", "-n", "3", "--json"]
@@ -543,6 +545,7 @@ def test_doctor_names_the_extras_that_are_missing(capsys, monkeypatch):
     assert "metarec prepare" in out
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_is_told(ratings, capsys):
     command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", "runs/wild"]
     said = failure(capsys, *command, "--learner", "maml", "--inner-lr", "1e30")

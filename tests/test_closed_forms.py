@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from derivatives import KEY, agree_with_finite_differences
+from derivatives import KEY, agree_with_finite_differences, loss_at_start
 from worlds import content, double, largest_difference, one, seed_model, tasks
 
 from metarec_jax import learners
@@ -80,7 +80,7 @@ def test_reptile_with_one_support_example_and_a_shared_user():
     spread = lambda e: e._replace(inputs={**e.inputs, "user_id": jnp.repeat(e.inputs["user_id"], len(e.mask))})  # noqa: E731
     learner = learners.reptile(model, inner_steps=2)
     gradient = jax.jit(jax.grad(lambda p, t: learner.loss(p, t, KEY)[0]))
-    params = learner.init(KEY)
+    params = jax.jit(learner.init)(KEY)
     full = Task(spread(few.support), spread(few.query))
     assert largest_difference(gradient(params, few), gradient(params, full)) < 1e-6
 
@@ -120,19 +120,26 @@ def model_column(size):
     [
         lambda model: learners.maml(model, inner_lr=0.05, inner_steps=3),
         lambda model: learners.maml(model, inner_steps=2, rule=learners.meta_sgd(0.05)),
-        lambda model: learners.maml(model, inner_steps=2, rule=learners.from_optax(optax.adam(0.05, eps_root=1e-8))),
-        lambda model: learners.maml(model, inner_lr=0.05, inner_steps=3, per_step_losses=True),
-        lambda model: learners.maml(model, inner_lr=0.05, inner_steps=2, only=("net",)),
         learners.ridge,
+        *(
+            pytest.param(make, marks=pytest.mark.slow)
+            for make in (
+                lambda model: learners.maml(
+                    model, inner_steps=2, rule=learners.from_optax(optax.adam(0.05, eps_root=1e-8))
+                ),
+                lambda model: learners.maml(model, inner_lr=0.05, inner_steps=3, per_step_losses=True),
+                lambda model: learners.maml(model, inner_lr=0.05, inner_steps=2, only=("net",)),
+            )
+        ),
     ],
-    ids=["maml", "meta_sgd", "inner_adam", "per_step", "anil", "ridge"],
+    ids=["maml", "meta_sgd", "ridge", "inner_adam", "per_step", "anil"],
 )
 def test_meta_gradients_agree_with_finite_differences(make, float64):
     """Along random directions of all meta-parameters: (L(p + e d) - L(p - e d)) / 2e = <grad L, d> to 1e-6 relative."""
     model, task = seed_world()
     task = double(task)
     learner = make(model)
-    agree_with_finite_differences(lambda p: learner.loss(p, task, KEY)[0], double(learner.init(KEY)))
+    agree_with_finite_differences(lambda p: learner.loss(p, task, KEY)[0], double(jax.jit(learner.init)(KEY)))
 
 
 def test_second_order_differs_from_first():
@@ -141,7 +148,7 @@ def test_second_order_differs_from_first():
     gradient = {}
     for first_order in (False, True):
         learner = learners.maml(model, inner_lr=0.2, inner_steps=2, first_order=first_order)
-        gradient[first_order] = jax.jit(jax.grad(lambda p: learner.loss(p, task, KEY)[0]))(learner.init(KEY))  # noqa: B023
+        gradient[first_order] = jax.jit(jax.grad(lambda p: learner.loss(p, task, KEY)[0]))(jax.jit(learner.init)(KEY))  # noqa: B023
     assert largest_difference(gradient[True], gradient[False]) > 1e-2
 
 
@@ -157,18 +164,22 @@ def test_ridge_equals_the_normal_equations(float64):
 def test_ridge_without_support_predicts_the_prior():
     model = content("dot")
     learner = learners.ridge(model)
-    params = learner.init(KEY)
     task = one(tasks(KEY, 2))
     empty = task.support._replace(mask=jnp.zeros_like(task.support.mask))
-    served = jax.jit(lambda params: learner.predict(params, learner.adapt(params, empty, KEY), task.query.inputs))
-    np.testing.assert_allclose(served(params), model.apply(params, task.query.inputs), rtol=1e-6)
+
+    @jax.jit
+    def served_and_plain(key):
+        params, asked = learner.init(key), task.query.inputs
+        return learner.predict(params, learner.adapt(params, empty, key), asked), model.apply(params, asked)
+
+    np.testing.assert_allclose(*served_and_plain(KEY), rtol=1e-6)
 
 
 def test_meta_sgd_with_constant_rates_is_maml():
     model, task = seed_world()
     plain = learners.maml(model, inner_lr=0.05, inner_steps=2)
     rates = learners.maml(model, inner_steps=2, rule=learners.meta_sgd(0.05))
-    losses = [float(x.loss(x.init(KEY), task, KEY)[0]) for x in (plain, rates)]
+    losses = [loss_at_start(learner, task) for learner in (plain, rates)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -176,8 +187,7 @@ def test_anil_with_every_parameter_is_maml():
     model, task = seed_world()
     plain = learners.maml(model, inner_lr=0.05, inner_steps=2)
     every = learners.maml(model, inner_lr=0.05, inner_steps=2, only=("tables", "net"))
-    losses = [float(x.loss(x.init(KEY), task, KEY)[0]) for x in (plain, every)]
-    assert losses[0] == losses[1]
+    assert loss_at_start(plain, task) == loss_at_start(every, task)
 
 
 def test_no_inner_step_is_plain_training():

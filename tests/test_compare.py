@@ -117,6 +117,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(compared, work,
     assert "MAE minus that of the best baseline" in said.out
 
 
+@pytest.mark.slow
 def test_a_longer_command_measures_what_is_new_and_a_cell_is_a_direct_evaluation(compared, tmp_path, work):
     """Seed 1 splits the users by split seed 0 + 1, and draws support and query with seed 1."""
     shutil.copytree(compared / "cells", tmp_path / "cells")
@@ -190,6 +191,7 @@ def test_another_setting_measures_the_cells_that_read_it(change, anew):
     assert {name for name in before if before[name] != after[name]} == anew
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_measured_again(compared, work):
     before = found(compared)["results"]
     rows = next((compared / "cells").glob("user_mean-seed0-*")) / "per_task.parquet"
@@ -217,6 +219,7 @@ def test_the_report_of_a_fit_has_the_curves_of_its_inner_loop(tmp_path, capsys):
     assert (tmp_path / "plots" / "inner_loop.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_broken_run_continues(tmp_path, work, monkeypatch):
     """Interrupted in the fourth of six cells: the three before are kept, the rest is done by the next command."""
 
@@ -264,6 +267,7 @@ def test_an_interrupted_training_continues_where_it_was(tmp_path, monkeypatch):
     assert broken == whole
 
 
+@pytest.mark.slow
 def test_what_diverges_and_what_does_not_suit_is_told_and_the_others_go_on(tmp_path, work, capsys):
     """An inner rate of 1e30 makes the loss infinite in training: kept as a failure. logistic wants clicks: refused
     before training, so that it is asked again each time."""
@@ -283,6 +287,7 @@ def test_what_diverges_and_what_does_not_suit_is_told_and_the_others_go_on(tmp_p
     assert work == []
 
 
+@pytest.mark.slow
 def test_a_failure_that_may_pass_keeps_the_training_and_so_does_one_that_another_process_holds(
     tmp_path, monkeypatch, capsys
 ):

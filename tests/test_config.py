@@ -152,7 +152,7 @@ def short_clicks(longest):
 def test_supports_are_as_short_as_the_histories_and_noted(longest, sizes):
     data = short_clicks(longest)
     source = build_source(Config(), data)
-    drawn = source.draw(source.data, jax.random.key(0)).support
+    drawn = jax.jit(source.draw)(source.data, jax.random.key(0)).support
     positives = np.asarray((drawn.mask * drawn.target).sum(1))
     assert set(positives.astype(int).tolist()) == sizes
     (note,) = settled(Config(), data)
@@ -176,11 +176,12 @@ def test_an_item_map_of_a_few_items_and_short_histories(longest):
     assert any("item_map has vectors of 3, not of size=16" in note for note in settled(given, data))
 
 
+@pytest.mark.slow
 def test_a_gaussian_process_knows_whom_it_counted(ratings):
     """Whatever the tasks say of user rows: with none, a user's own answers would stand in the kernels that predict them."""
     given = Config(learner=LearnerConfig("gaussian_process"), tasks=TaskConfig(tasks=8, user_drop=1.0))
     source = build_source(given, ratings)
-    assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
+    assert np.all(np.asarray(jax.jit(source.draw)(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
     learner = build_learner(given, ratings)
     fixed = build_params(given, learner, ratings)["fixed"]
     assert float(np.trace(fixed["pairs"])) == len(ratings)
@@ -198,9 +199,12 @@ def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
             row, rule = ("tables/user_id",), learners.meta_sgd(0.3)
             learner = learners.maml(build_model(given.model, ratings), inner_steps=1, only=row, rule=rule, prior=prior)
         source = build_source(given, ratings)
-        support = jax.tree.map(lambda x: x[0], source.draw(source.data, jax.random.key(0))).support
-        params, one = learner.init(jax.random.key(1)), support._replace(mask=(np.arange(len(support.mask)) == 0) * 1.0)
-        rows = learner.adapt(params, one, jax.random.key(0))["rows"]["user_id"]
+        support = jax.tree.map(lambda x: x[0], jax.jit(source.draw)(source.data, jax.random.key(0))).support
+        params, one = (
+            jax.jit(learner.init)(jax.random.key(1)),
+            support._replace(mask=(np.arange(len(support.mask)) == 0) * 1.0),
+        )
+        rows = jax.jit(learner.adapt)(params, one, jax.random.key(0))["rows"]["user_id"]
         moved[prior] = np.asarray(rows[1] if support.inputs["user_id"][0] else rows[0]) - params["tables"]["user_id"][0]
     assert np.abs(moved[0.0]).max() > 1e-3
     np.testing.assert_allclose(moved[None], moved[30.0], rtol=1e-6)
@@ -227,7 +231,7 @@ def test_a_row_that_the_loss_reads_enters_training(ratings, name):
     """With the unknown row in its place there would be nothing to rebuild, and nothing to drop."""
     for tasks in (TaskConfig(), TaskConfig(user_drop=1.0)):
         source = build_source(Config(learner=LearnerConfig(name), tasks=tasks), ratings)
-        assert np.all(np.asarray(source.draw(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
+        assert np.all(np.asarray(jax.jit(source.draw)(source.data, jax.random.key(0)).query.inputs["user_id"]) > 0)
 
 
 def test_the_common_row_is_the_mean_of_the_users_who_train(ratings):

@@ -58,7 +58,7 @@ def test_permuted_is_a_permutation(n, seed):
 def test_permuted_of_the_longest_history(n):
     """At the largest int32: images in range, distinct, and spread as uniform ones are (16 cells, p > 1e-4)."""
     x = np.unique(np.linspace(0, n - 1, 5000).astype(np.int32))
-    images = np.asarray(draw.permuted(jnp.asarray(x), jnp.int32(n), jax.random.key(5)))
+    images = np.asarray(jax.jit(draw.permuted)(x, jnp.int32(n), jax.random.key(5)))
     assert images.min() >= 0
     assert images.max() < n
     assert len(np.unique(images)) == len(x)
@@ -129,7 +129,10 @@ def test_words_are_random_in_every_bit():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 def test_below_is_the_exact_product(word, n):
-    assert int(draw._below(jnp.uint32(word), jnp.int32(n))) == word * n >> 32
+    assert int(_below(np.uint32(word), np.int32(n))) == word * n >> 32
+
+
+_below = jax.jit(draw._below)
 
 
 def test_chances_at_the_ends():
@@ -223,6 +226,9 @@ def test_ids_at_the_ends_of_the_rates(item_drop, cold, left):
     assert (items_of(source, 2) > 0).mean() == left
 
 
+_draw_negatives = jax.jit(draw.draw_negatives, static_argnums=3)
+
+
 def test_negatives_are_uniform_over_what_a_user_never_had():
     """User 1 had items 2, 4 (twice) and 7 of 1..7 (5 is of nobody): 1, 3, 6 come alike; user 2 had every one: none is free."""
     user = np.array([1, 1, 1, 1, 2, 2, 2, 2, 2, 2])
@@ -231,7 +237,7 @@ def test_negatives_are_uniform_over_what_a_user_never_had():
     users = source.data.users
     assert users[:, 2].tolist() == [4, 6]
     assert users[:, 3].tolist() == [3, 6]
-    drawn, free = draw.draw_negatives(source.data, users[:, 1], users[:, 3], 6000, jax.random.key(0))
+    drawn, free = _draw_negatives(source.data, users[:, 1], users[:, 3], 6000, jax.random.key(0))
     counts = np.bincount(np.asarray(drawn[0]), minlength=8)
     assert np.flatnonzero(counts).tolist() == [1, 3, 6]
     assert stats.chisquare(counts[[1, 3, 6]]).pvalue > TOO_UNLIKELY
@@ -249,7 +255,7 @@ def test_negatives_against_the_set_of_free_items():
     user = np.repeat(np.arange(1, 63), [len(h) for h in had])
     source = draw.task_source(clicks(user, np.concatenate(had), 62, 14), support=(1, 1), negatives=1)
     table = source.data.users
-    drawn, free = draw.draw_negatives(source.data, table[:, 1], table[:, 3], 400, jax.random.key(0))
+    drawn, free = _draw_negatives(source.data, table[:, 1], table[:, 3], 400, jax.random.key(0))
     pool = set(np.concatenate(had).tolist())
     lefts = [pool - set(own) for own in had]
     assert {len(left) for left in lefts} >= {0, 1, 5}

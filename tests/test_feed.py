@@ -18,6 +18,7 @@ from metarec_jax.training.loop import fit
 
 DATA = synthetic(60, 40, ratings_per_user=(8, 20), seed=0).data
 DRAWN = task_source(DATA, tasks=4, support=(2, 6), query=3)
+_draw = jax.jit(DRAWN.draw)
 
 
 def learner():
@@ -26,7 +27,7 @@ def learner():
 
 def batch_of(step: int):
     """Four tasks that depend on the step alone, as host arrays."""
-    return jax.tree.map(np.asarray, DRAWN.draw(DRAWN.data, jax.random.key(step)))
+    return jax.tree.map(np.asarray, _draw(DRAWN.data, jax.random.key(step)))
 
 
 def streamed(last: int | None = None) -> TaskSource:
@@ -56,6 +57,7 @@ def test_a_stream_trains_as_the_same_tasks_on_the_device(chunk):
     assert largest_difference(a.params, b.params) == 0.0
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_with_the_next_batch(tmp_path):
     """Stopped after 6 of 12 steps: the second run asks the stream for step 6, and ends bit for bit as one run does."""
     stops = iter([False, True])

@@ -32,21 +32,21 @@ def test_the_loss_is_that_of_all_examples_with_nothing_adapted(steps):
     """Task 0 has 6 + 4 slots of which the last of each is padding: the mean of 5 + 3 squared errors."""
     model = content("dot")
     learner, task = learners.fine_tune(model, inner_steps=steps, inner_lr=0.05), one(tasks(jax.random.key(1), 2))
-    params = learner.init(KEY)
-    assert float(learner.loss(params, task, KEY)[0]) == pytest.approx(squared(model, params, task), rel=1e-5)
+    params = jax.jit(learner.init)(KEY)
+    assert float(jax.jit(learner.loss)(params, task, KEY)[0]) == pytest.approx(squared(model, params, task), rel=1e-5)
 
 
 def test_the_gradient_of_training_knows_no_fine_tuning():
     """With and without fine-tuning steps: the same derivative, which MAML's is not."""
     model, task = content("dot"), one(tasks(jax.random.key(1), 2))
     plainly, tuned = (learners.fine_tune(model, inner_steps=steps, inner_lr=0.3) for steps in (0, 3))
-    params = plainly.init(KEY)
-    slope = [jax.grad(lambda p, made=made: made.loss(p, task, KEY)[0])(params) for made in (plainly, tuned)]
-    assert largest_difference(*slope) < 1e-6
-    meta = jax.grad(lambda p: learners.maml(model, inner_steps=3, inner_lr=0.3, only=None).loss(p, task, KEY)[0])(
-        params
+    params = jax.jit(plainly.init)(KEY)
+    meta = learners.maml(model, inner_steps=3, inner_lr=0.3, only=None)
+    *slope, of_meta = (
+        jax.jit(jax.grad(lambda p, made=made: made.loss(p, task, KEY)[0]))(params) for made in (plainly, tuned, meta)
     )
-    assert largest_difference(slope[0], meta) > 1e-3
+    assert largest_difference(*slope) < 1e-6
+    assert largest_difference(slope[0], of_meta) > 1e-3
 
 
 def test_one_step_on_the_users_row_by_hand():
@@ -55,7 +55,7 @@ def test_one_step_on_the_users_row_by_hand():
     learner = learners.fine_tune(
         meta_recommender(2, 2, size=1), inner_lr=0.125, inner_steps=1, only=("tables/user_id",)
     )
-    params = learner.init(KEY)
+    params = jax.jit(learner.init)(KEY)
     tables = {"user_id": jnp.zeros((2, 1)), "item_id": jnp.ones((2, 1))}
     out = {"kernel": jnp.array([[2.0], [3.0]]), "bias": jnp.zeros(1)}
     params = {**params, "tables": tables, "net": {"params": {"out": out}}}
@@ -72,22 +72,23 @@ def test_one_step_on_the_users_row_by_hand():
 def test_what_each_rating_moved_is_the_whole_derivative():
     """A list explains itself by it: two steps of rate r on the bias alone are 1 - (1 - 2 r)^2 of the mean target."""
     learner = learners.fine_tune(content("mlp"), inner_lr=0.1, inner_steps=2, only=("net/params/out/bias",))
-    params, task = learner.init(KEY), one(tasks(jax.random.key(1), 2), 1)
+    params, task = jax.jit(learner.init)(KEY), one(tasks(jax.random.key(1), 2), 1)
 
     def score(target):
         adapted = learner.adapt(params, task.support._replace(target=target), KEY)
         return learner.predict(params, adapted, task.query.inputs)[0]
 
     mask = task.support.mask
-    np.testing.assert_allclose(jax.grad(score)(task.support.target), 0.36 * mask / mask.sum(), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(score))(task.support.target), 0.36 * mask / mask.sum(), atol=1e-6)
 
 
 def test_query_loss_is_after_fine_tuning():
     learner, task = learners.fine_tune(content("dot"), inner_steps=2, inner_lr=0.05), one(tasks(jax.random.key(1), 2))
-    params = learner.init(KEY)
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    params = jax.jit(learner.init)(KEY)
+    both = jax.jit(lambda p, task: learner.predict(p, learner.adapt(p, task.support, KEY), task.query.inputs))
+    scores = both(params, task)
     mse = float(jnp.sum(task.query.mask * jnp.square(scores - task.query.target)) / task.query.mask.sum())
-    assert float(learner.loss(params, task, KEY)[1]["query_loss"]) == pytest.approx(mse, rel=1e-5)
+    assert float(jax.jit(learner.loss)(params, task, KEY)[1]["query_loss"]) == pytest.approx(mse, rel=1e-5)
     assert isinstance(task, Task)
 
 
@@ -97,7 +98,10 @@ KNOWN = catalogue(DATA, TRAIN)
 HELD = {"user_cold": make_tasks(DATA.take(DATA.user > 110), query=10, seed=0)}
 
 
-@pytest.mark.parametrize("name", plain.TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("sgd_mf", "factorization_machine"))) for n in plain.TRAINED],
+)
 def test_a_plain_model_is_fitted_and_served_by_its_defaults(name):
     """60 steps leave a model whose closed-form users have an error below that of the mean rating."""
     method = plain.fit_plain(name, TRAIN, KNOWN, settings={"strength": 1.0}, steps=60)
@@ -108,6 +112,7 @@ def test_a_plain_model_is_fitted_and_served_by_its_defaults(name):
     assert set(method.tables) <= set(DATA.columns)
 
 
+@pytest.mark.slow
 def test_tuning_takes_what_is_best_on_validation(monkeypatch):
     """One decay, five ways: the quality of the chosen settings is the least of all, and is what is told."""
     closed = ({"way": "nothing", "strength": 0.0}, {"way": "fold_in", "strength": 1.0})

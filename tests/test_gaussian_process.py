@@ -14,7 +14,7 @@ import pytest
 
 from metarec_jax import losses
 from metarec_jax.baselines.tuning import fit_baselines
-from metarec_jax.core import Examples, MetarecError, Task
+from metarec_jax.core import Examples, MetarecError, Method, Task
 from metarec_jax.data.catalogue import catalogue, inputs
 from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
@@ -27,6 +27,7 @@ from metarec_jax.training.step import Optimizers, init_state
 
 KEY = jax.random.key(0)
 gp = sys.modules["metarec_jax.learners.gaussian_process"]
+sides, kernel_of, own_part = (jax.jit(function) for function in (gp._sides, gp._kernel, gp._own))
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +55,32 @@ def examples(known, items, target):
     return Examples(columns, jnp.asarray(target, jnp.float32), jnp.ones(len(items)))
 
 
+def served(method, support, inputs):
+    """Scores by what adapts to a support, in one program."""
+    both = jax.jit(lambda params, support, inputs: method.predict(params, method.adapt(params, support, KEY), inputs))
+    return both(method.params, support, inputs)
+
+
 def test_the_posterior_is_the_textbooks(world, fitted):
     """m_q + K_qs (K_ss + D)^-1 (r - m_s), by NumPy, from the mean and the kernel of `_sides` and `_kernel`."""
     known = catalogue(world[1])
     support, query = examples(known, [1, 2, 3], [5.0, 1.0, 3.0]), examples(known, [4, 5], [0.0, 0.0])
     weights, statistics = fitted.params["weights"], fitted.params["fixed"]
-    s, q = (gp._sides(weights, statistics, part.inputs, None) for part in (support, query))
-    (k_ss, near_ss), (k_qs, near_qs) = (gp._kernel(weights, statistics, a, s) for a in (s, q))
-    near = weights["mean"]["near"] / np.sqrt(3)
-    m_s = np.asarray(s["prior"] + near * (near_ss * (1 - np.eye(3))).sum(1))
-    m_q = np.asarray(q["prior"] + near * near_qs.sum(1))
+    s, q = (sides(weights, statistics, part.inputs, None) for part in (support, query))
+    (k_ss, near_ss), (k_qs, near_qs) = (kernel_of(weights, statistics, a, s) for a in (s, q))
+    near, near_ss, near_qs = weights["mean"]["near"] / np.sqrt(3), np.asarray(near_ss), np.asarray(near_qs)
+    m_s = np.asarray(s["prior"]) + near * (near_ss * (1 - np.eye(3))).sum(1)
+    m_q = np.asarray(q["prior"]) + near * near_qs.sum(1)
     noise = np.exp(weights["noise"]) * np.eye(3)
     want = m_q + k_qs @ np.linalg.solve(k_ss + noise, np.asarray(support.target) - m_s)
-    adapted = fitted.adapt(fitted.params, support, KEY)
-    np.testing.assert_allclose(fitted.predict(fitted.params, adapted, query.inputs), want, rtol=1e-4)
+    np.testing.assert_allclose(served(fitted, support, query.inputs), want, rtol=1e-4)
 
 
 def test_the_kernel_is_positive_semidefinite(world, fitted):
     known = catalogue(world[1])
-    sides = gp._sides(
-        fitted.params["weights"],
-        fitted.params["fixed"],
-        examples(known, np.arange(1, 41), np.zeros(40)).inputs,
-        None,
-    )
-    kernel = np.asarray(gp._kernel(fitted.params["weights"], fitted.params["fixed"], sides, sides)[0])
+    weights, statistics = fitted.params["weights"], fitted.params["fixed"]
+    every = sides(weights, statistics, examples(known, np.arange(1, 41), np.zeros(40)).inputs, None)
+    kernel = np.asarray(kernel_of(weights, statistics, every, every)[0])
     np.testing.assert_allclose(kernel, kernel.T, rtol=1e-4)
     assert np.linalg.eigvalsh(kernel).min() > -1e-3 * np.linalg.eigvalsh(kernel).max()
 
@@ -112,10 +114,10 @@ def test_a_training_user_is_taken_out(world, fitted):
         for name, g in statistics["groups"].items()
     }
     weights = fitted.params["weights"]
-    got = gp._sides(weights, statistics, columns, gp._own(statistics, part))
-    want = gp._sides(weights, without, columns, None)
+    got = sides(weights, statistics, columns, own_part(statistics, part))
+    want = sides(weights, without, columns, None)
     np.testing.assert_allclose(got["prior"], want["prior"], rtol=1e-4)
-    for a, b in zip(gp._kernel(weights, statistics, got, got), gp._kernel(weights, without, want, want), strict=True):
+    for a, b in zip(kernel_of(weights, statistics, got, got), kernel_of(weights, without, want, want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -131,7 +133,7 @@ def test_padding_changes_nothing(world, fitted):
     short = examples(known, [1, 2, 3], [5.0, 1.0, 3.0])
     long = examples(known, [1, 2, 3, 9], [5.0, 1.0, 3.0, np.nan])._replace(mask=jnp.array([1.0, 1.0, 1.0, 0.0]))
     query = examples(known, [4, 5], [0.0, 0.0]).inputs
-    scores = [fitted.predict(fitted.params, fitted.adapt(fitted.params, part, KEY), query) for part in (short, long)]
+    scores = [served(fitted, part, query) for part in (short, long)]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4)
 
 
@@ -150,11 +152,12 @@ def test_weights_have_the_derivative_of_finite_differences(world, fitted, float6
     weights, statistics = double(fitted.params["weights"]), double(fitted.params["fixed"])
     flat, back = jax.flatten_util.ravel_pytree(weights)
     value = jax.jit(lambda flat: gp.task_loss(back(flat), statistics, task, loss=losses.mse))
-    step = 1e-5 * np.eye(len(flat))
+    flat, step = np.asarray(flat), 1e-5 * np.eye(len(flat))
     want = [(value(flat + d) - value(flat - d)) / 2e-5 for d in step]
-    np.testing.assert_allclose(jax.grad(value)(flat), want, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(jax.jit(jax.grad(value))(flat), want, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_it_beats_what_does_not_adapt(world):
     """New users of a planted world: below the item mean's and the bias model's error, by a tenth."""
     _, train, new = world
@@ -171,7 +174,7 @@ def test_it_beats_what_does_not_adapt(world):
 
 def test_clicks_and_what_does_not_fit_are_refused(world):
     train = world[1]
-    params = gaussian_process(train.columns).init(KEY)
+    params = jax.jit(gaussian_process(train.columns).init)(KEY)
     with pytest.raises(MetarecError, match="requires ratings"):
         gaussian_process_start(params, replace(train, rating=None))
     with pytest.raises(MetarecError, match="41 item rows"):
@@ -200,8 +203,8 @@ def test_a_user_without_a_row_was_not_counted(world, fitted):
         columns = inputs(catalogue(train, user_rows="own"), jnp.int32(user), jnp.asarray(own.item))
         part = Examples(columns, jnp.asarray(own.rating), jnp.ones(len(own)))
         learner = gaussian_process(train.columns)
-        scores = learner.predict(params, learner.adapt(params, part, KEY), part.inputs)
-        told = float(learner.loss(params, Task(part, part), KEY)[0])
+        scores = served(Method(params, learner.adapt, learner.predict), part, part.inputs)
+        told = float(jax.jit(learner.loss)(params, Task(part, part), KEY)[0])
         losses_of.append((told, float(losses.mse(scores, part.target, where=part.mask))))
     assert losses_of[0][0] == pytest.approx(losses_of[0][1], rel=1e-6)
     assert losses_of[1][0] > losses_of[1][1] + 1e-3

@@ -45,7 +45,7 @@ COLLECTIVE = re.compile(
 PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple"}
 WRITTEN_IN_PLACE = {"fusion", "scatter", "dynamic-update-slice", "while", "call"}
 """A fusion that makes a new table shows by the instructions inside it, which are lines of the program too."""
-NAMES = ["seed", "ridge"]
+NAMES = ["seed", pytest.param("ridge", marks=pytest.mark.slow)]
 
 
 @cache

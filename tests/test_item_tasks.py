@@ -168,7 +168,7 @@ def test_an_epoch_is_every_interaction_once():
         assert sorted(np.concatenate(epoch).tolist()) == list(range(84))
     assert not np.array_equal(batches[0], batches[7])
     assert np.array_equal(next(source.stream(9)), batches[9])
-    task = jax.device_get(source.draw((source.data, batches[0]), KEY))
+    task = jax.device_get(jax.jit(source.draw)((source.data, batches[0]), KEY))
     got = set()
     for part in task:
         columns = (part.inputs["user_id"][0], part.inputs["item_id"][0], part.target[0])

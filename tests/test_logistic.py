@@ -63,9 +63,10 @@ def test_derivative_of_the_optimum(float64):
 def test_padding_of_logistic_may_be_nan():
     phi, prior, target, weight, precision = (jnp.asarray(a, jnp.float32) for a in clicks_world())
     spoiled = (phi.at[0].set(jnp.nan), prior.at[0].set(jnp.nan), target.at[0].set(jnp.nan), weight.at[0].set(0.0))
-    got = optimum(*spoiled, precision)
-    np.testing.assert_allclose(got, optimum(phi[1:], prior[1:], target[1:], weight[1:], precision), atol=1e-6)
-    slope = jax.grad(lambda p: optimum(*spoiled, p).sum())(precision)
+    solved = jax.jit(optimum)
+    want = solved(phi[1:], prior[1:], target[1:], weight[1:], precision)
+    np.testing.assert_allclose(solved(*spoiled, precision), want, atol=1e-6)
+    slope = jax.jit(jax.grad(lambda p: optimum(*spoiled, p).sum()))(precision)
     assert bool(jnp.isfinite(slope).all())
 
 
@@ -76,7 +77,7 @@ def test_logistic_learner_solves_for_the_user(float64):
     learner = learners.logistic(model, precision=2.0, bias_precision=0.5)
     params = double(jax.jit(learner.init)(KEY))
     d = np.asarray(jax.jit(learner.adapt)(params, support, KEY))
-    phi = np.column_stack([model.features(params, support.inputs), np.ones(6)])[:4]
-    chance = 1 / (1 + np.exp(-(np.asarray(model.apply(params, support.inputs))[:4] + phi @ d)))
+    phi = np.column_stack([jax.jit(model.features)(params, support.inputs), np.ones(6)])[:4]
+    chance = 1 / (1 + np.exp(-(np.asarray(jax.jit(model.apply)(params, support.inputs))[:4] + phi @ d)))
     slope = phi.T @ (chance - np.array([1, 0, 0, 1])) + np.array([2.0, 2, 2, 0.5]) * d
     np.testing.assert_allclose(slope, 0, atol=1e-7)  # precisions are kept as float32 logarithms

@@ -141,7 +141,7 @@ def test_fit_says_what_it_takes(monkeypatch):
 def test_an_optimiser_may_keep_the_parameters_themselves():
     """Its state holds the very arrays that the step donates, and a buffer cannot be donated twice: it gets its own."""
     anchored = optax.GradientTransformation(lambda p: p, lambda g, anchor, p: (optax.tree.scale(-0.1, g), anchor))
-    params = learner().init(jax.random.key(0))
+    params = jax.jit(learner().init)(jax.random.key(0))
     before = jax.tree.map(np.array, params)
     source = task_source(DATA, tasks=4, support=(2, 6), query=3)
     found = fit(learner(), source, steps=3, chunk=2, params=params, optimizer=anchored)

@@ -48,9 +48,10 @@ SMALL = {
     "written_head": lambda model: learners.hypernetwork(model, hidden=4, width=5),
     "memory": lambda model: learners.memory(model, slots=2, inner_steps=2),
 }
-VARIANTS = ("relation", "cnp", "written_head")
+BY_DEFAULT = ("protonet", "in_context", "memory")
+"""One of each kind; the others are slow."""
 each = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in SMALL]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in SMALL]
 )
 
 
@@ -58,7 +59,13 @@ def shaken(learner, seed: int = 1):
     """Parameters away from their start, where last layers are 0 and much would hold for no reason."""
     rng = np.random.default_rng(seed)
     moved = lambda leaf: jnp.asarray(np.asarray(leaf, float) + 0.3 * rng.normal(size=leaf.shape))  # noqa: E731
-    return jax.tree.map(moved, learner.init(KEY))
+    return jax.tree.map(moved, jax.jit(learner.init)(KEY))
+
+
+def served(learner, params, task: Task):
+    """Scores of the query by what adapts to the support, in one program."""
+    both = jax.jit(lambda params, support, inputs: learner.predict(params, learner.adapt(params, support, KEY), inputs))
+    return both(params, task.support, task.query.inputs)
 
 
 def parts(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,7 +108,7 @@ def test_no_support_is_the_models_own_score(name, float64):
     """Exactly. Of `memory` it is what the memories tell of the profile: nothing, before training."""
     model, task = world()
     learner = SMALL[name](model)
-    params = double(learner.init(KEY)) if name == "memory" else shaken(learner)
+    params = double(jax.jit(learner.init)(KEY)) if name == "memory" else shaken(learner)
     empty = task.support._replace(mask=jnp.zeros(5))
     served = jax.jit(lambda params: learner.predict(params, learner.adapt(params, empty, KEY), task.query.inputs))
     assert largest_difference(served(params), model.apply(params, task.query.inputs)) < 1e-14
@@ -119,9 +126,9 @@ def test_a_fractional_weight_has_a_derivative(name, float64):
         adapted = learner.adapt(params, task.support._replace(mask=mask), KEY)
         return learner.predict(params, adapted, task.query.inputs).sum()
 
-    mask, step = jnp.array([1.0, 1.0, 0.7, 1.0, 1.0]), 1e-5 * jnp.eye(5)
+    mask, step = np.array([1.0, 1.0, 0.7, 1.0, 1.0]), 1e-5 * np.eye(5)
     numeric = [(total(mask + d) - total(mask - d)) / 2e-5 for d in step]
-    np.testing.assert_allclose(jax.grad(total)(mask), numeric, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(mask), numeric, rtol=1e-5, atol=1e-7)
 
 
 @each
@@ -151,7 +158,7 @@ def test_sixty_steps_of_leo_are_the_steps_one_by_one_in_a_program_of_the_same_si
     """The code is that of a plain loop, and the program of sixty steps is as long as that of six."""
     model, task = world()
     learner = learners.leo(model, latent=2, width=4, inner_steps=60, inner_lr=0.02)
-    params = double(learner.init(KEY))
+    params = double(jax.jit(learner.init)(KEY))
     own, support = params["leo"], task.support
     base, h = model.apply(params, support.inputs), model.features(params, support.inputs)
 
@@ -159,13 +166,13 @@ def test_sixty_steps_of_leo_are_the_steps_one_by_one_in_a_program_of_the_same_si
         weights = code @ own["map"]
         return losses.mse(base + h @ weights[:-1] + weights[-1], support.target, where=support.mask)
 
-    code = learners.leo(model, latent=2, width=4, inner_steps=0).adapt(params, support, KEY)["code"]
+    code = jax.jit(learners.leo(model, latent=2, width=4, inner_steps=0).adapt)(params, support, KEY)["code"]
     n = float(support.mask.sum())
     rate = own["rate"] * n / (n + jnp.exp(own["log_prior"]))
     slope = jax.jit(jax.grad(loss))
     for _ in range(60):
         code = code - rate * slope(code)
-    np.testing.assert_allclose(learner.adapt(params, support, KEY)["code"], code, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(learner.adapt)(params, support, KEY)["code"], code, rtol=1e-5, atol=1e-7)
     sizes = [
         len(jax.make_jaxpr(learners.leo(model, latent=2, width=4, inner_steps=k).adapt)(params, support, KEY).eqns)
         for k in (6, 60)
@@ -200,14 +207,14 @@ def test_protonet_is_the_nearest_class_mean(float64):
         "log_prior": jnp.array(-1e6),
         "gain": jnp.array(1.0),
     }
-    params = double(learner.init(KEY))
+    params = double(jax.jit(learner.init)(KEY))
     params = {**params, "protonet": {**params["protonet"], **own}}
     q = 2.0 * rng.normal(size=(20, 3))
     means = np.stack([x[sign < 0].mean(0), x[sign > 0].mean(0)])
     nearest = np.argmin(((q[:, None] - means) ** 2).sum(-1), axis=1)
-    adapted = learner.adapt(params, support, KEY)
+    adapted = jax.jit(learner.adapt)(params, support, KEY)
     np.testing.assert_allclose(adapted["prototype"], means, rtol=1e-12)
-    scores = learner.predict(params, adapted, {**task.query.inputs, "x": jnp.asarray(q)})
+    scores = jax.jit(learner.predict)(params, adapted, {**task.query.inputs, "x": jnp.asarray(q)})
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + np.array([-2.0, 2.0])[nearest], rtol=1e-9)
     assert 0 < nearest.mean() < 1
 
@@ -219,22 +226,22 @@ def test_protonet_is_snells_softmax_over_distances(float64):
     level = np.tile([-1.0, 0.0, 1.0], 2)
     support = task.support._replace(target=jnp.asarray(3.0 + x @ PRIOR + level))
     learner = learners.protonet(model, classes=3, sharpness=1e4)
-    params = double(learner.init(KEY))
+    params = double(jax.jit(learner.init)(KEY))
     means = np.stack([x[level == k].mean(0) for k in (-1, 0, 1)])
     near = np.exp(-((q[:, None] - means) ** 2).sum(-1))
     for log_prior, null in ((-1e6, 0.0), (np.log(3.0), 3.0)):
         params["protonet"]["log_prior"] = jnp.asarray(log_prior)
-        scores = learner.predict(params, learner.adapt(params, support, KEY), task.query.inputs)
+        scores = served(learner, params, task._replace(support=support))
         want = (2 * near @ np.array([-1.0, 0, 1])) / (null + 2 * near.sum(1))
         np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + want, rtol=1e-7)
 
 
 def matched(model, task, similarity, temperature):
     learner = learners.matching(model, similarity=similarity)
-    params = double(learner.init(KEY))
+    params = double(jax.jit(learner.init)(KEY))
     log_prior, log_temperature = jnp.array(-1e12), jnp.log(jnp.asarray(temperature))
     params["matching"] |= {"log_prior": log_prior, "log_temperature": log_temperature}
-    return learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    return served(learner, params, task)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
@@ -259,8 +266,8 @@ def test_the_prior_counts_examples(float64):
     model, task = world(7, 5)
     _, e, q = parts(task)
     learner = learners.matching(model, similarity="dot", temperature=1e-12, prior=3.0)
-    params = double(learner.init(KEY))
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    params = double(jax.jit(learner.init)(KEY))
+    scores = served(learner, params, task)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + e.sum() / 10, rtol=1e-6)
 
 
@@ -275,7 +282,7 @@ def test_relation_is_a_network_of_both_vectors(float64):
     a = q4 @ own["net"]["query"]["kernel"] + own["net"]["query"]["bias"]
     g = np.maximum(a[:, None] + x4 @ own["net"]["support"]["kernel"], 0) @ own["net"]["out"]
     change = np.exp(g) @ e / (np.exp(own["log_prior"]) + np.exp(g).sum(1))
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    scores = served(learner, params, task)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + own["gain"] * change, rtol=1e-8)
 
 
@@ -301,7 +308,7 @@ def test_a_hypernetwork_writes_the_users_weights(hidden, float64):
     if hidden:
         scale, shift = written[5:9], written[9:]
         h = np.maximum((h @ own["kernel"] + own["bias"]) * (1 + scale) + shift, 0)
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    scores = served(learner, params, task)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + h @ w[:-1] + w[-1], rtol=1e-9)
 
 
@@ -341,7 +348,7 @@ def test_a_conditional_neural_process_by_hand(float64):
 
     mean, target = 3.0 + q @ PRIOR + (g(z) - g(0 * z))[:, 0], np.asarray(task.query.target)
     deviation = 0.1 + 0.9 * np.log1p(np.exp(g(z)[:, 1]))
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    scores = served(learner, params, task)
     np.testing.assert_allclose(scores, mean, rtol=1e-9)
     nll = np.mean(0.5 * ((target - mean) / deviation) ** 2 + np.log(deviation))
     value, metrics = learner.loss(params, task, KEY)
@@ -413,7 +420,7 @@ def test_in_context_is_a_masked_transformer(float64):
         up = np.asarray(jax.nn.gelu(dense(block["up"], norm(block["between"], state))))
         state = state + dense(block["down"], up)
     change = dense(net["out"], norm(net["last"], state[5:]))[:, 0] * 5 / (5 + np.exp(own["log_prior"]))
-    scores = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.inputs)
+    scores = served(learner, params, task)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + change, rtol=1e-9)
 
 
@@ -443,9 +450,9 @@ def test_memory_reads_by_profile_and_takes_one_step_by_hand(float64):
     rates = own["log_rate"]
     d1 = d - np.exp(rates["user"]) * shrink * grads[0]
     matrix1 = matrix - np.exp(rates["preference"]) * shrink * grads[1]
-    adapted = learner.adapt(params, task.support, KEY)
+    adapted = jax.jit(learner.adapt)(params, task.support, KEY)
     np.testing.assert_allclose(adapted["user"], d1, rtol=1e-9)
     np.testing.assert_allclose(adapted["preference"], matrix1, rtol=1e-9)
-    scores = learner.predict(params, adapted, task.query.inputs)
+    scores = jax.jit(learner.predict)(params, adapted, task.query.inputs)
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + q @ matrix1.T @ d1[:3] + d1[3], rtol=1e-9)
     assert a.min() > 0.01

@@ -83,7 +83,8 @@ def params_of(out):
     return jax.tree.leaves(load_params(out, which="latest"))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_are_one(ratings, tmp_path, count):
     """30 steps in 1 process and in several: the saved parameters agree to rounding; the first process alone speaks."""
     for out, n in ((tmp_path / "one", 1), (tmp_path / "many", count)):

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import metarec_jax as mr
 from metarec_jax import cli
 
@@ -16,6 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_is_the_command_line(tmp_path, monkeypatch, capsys):
     """Both Python blocks and `metarec fit`, on a small synthetic data set in place of ML-1M, give one figure."""
     monkeypatch.setenv("METAREC_DATA_DIR", str(tmp_path))

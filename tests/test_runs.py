@@ -21,7 +21,9 @@ from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 DATA = synthetic(30, 20, ratings_per_user=(8, 12), size=2).data
 
 
-@pytest.mark.parametrize("given", ["reptile:inner_steps=2", "maml:inner_steps=2:first_order=true"])
+@pytest.mark.parametrize(
+    "given", ["maml:inner_steps=2:first_order=true", pytest.param("reptile:inner_steps=2", marks=pytest.mark.slow)]
+)
 def test_first_order_in_training_is_no_silence_on_why(given):
     learned = config.learner_of(given, {})
     whole = config.Config(model=config.ModelConfig(size=2), learner=learned)
@@ -33,8 +35,8 @@ def test_first_order_in_training_is_no_silence_on_why(given):
     inputs |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
     support = Examples(inputs, jnp.array([5.0, 1.0, 4.0]), jnp.ones(3))
     for a, b in zip(
-        jax.tree.leaves(learner.adapt(params, support, jax.random.key(1))),
-        jax.tree.leaves(served.adapt(served.params, support, jax.random.key(1))),
+        jax.tree.leaves(jax.jit(learner.adapt)(params, support, jax.random.key(1))),
+        jax.tree.leaves(jax.jit(served.adapt)(served.params, support, jax.random.key(1))),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -51,18 +53,21 @@ def test_other_numbers_of_inner_steps():
         model=config.ModelConfig(size=2), learner=config.LearnerConfig("maml", {"inner_steps": 2, "only": None})
     )
     learner = build_learner(whole, DATA)
-    run = Run(whole, DATA, catalogue(DATA), learner, learner.init(jax.random.key(0)))
+    run = Run(whole, DATA, catalogue(DATA), learner, jax.jit(learner.init)(jax.random.key(0)))
     shown = run.by_inner_steps()
     assert list(shown) == [0, 1, 2, 4]
     rows = {"user_id": jnp.zeros(1, jnp.int32), "item_id": jnp.arange(1, 4)}
     rows |= {name: jnp.asarray(f.values)[jnp.arange(1, 4)] for name, f in DATA.item_features.items()}
     rows |= {name: jnp.asarray(f.values)[:1] for name, f in DATA.user_features.items()}
     support = Examples(rows, jnp.array([5.0, 1.0, 4.0]), jnp.ones(3))
-    scores = {k: m.predict(m.params, m.adapt(m.params, support, jax.random.key(1)), rows) for k, m in shown.items()}
+
+    def scored(method):
+        both = jax.jit(lambda params, support: method.predict(params, method.adapt(params, support, None), rows))
+        return both(method.params, support)
+
+    scores = {k: scored(method) for k, method in shown.items()}
     own = run.method
-    np.testing.assert_allclose(
-        scores[2], own.predict(own.params, own.adapt(own.params, support, None), rows), rtol=1e-6
-    )
+    np.testing.assert_allclose(scores[2], scored(own), rtol=1e-6)
     prior = build_model(whole.model, DATA).apply({k: v for k, v in own.params.items() if k != "rule"}, rows)
     np.testing.assert_allclose(scores[0], prior, rtol=1e-6)
     assert float(np.abs(scores[4] - scores[2]).max()) > 1e-3

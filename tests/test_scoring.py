@@ -20,22 +20,22 @@ KNOWN = catalogue(DATA, TRAIN)
 def adapted_by(method):
     tasks = make_tasks(DATA, query=2)
     index, task = next(batches(tasks, KNOWN, 8))
-    adapted = jax.vmap(method.adapt, (None, 0, None))(method.params, task.support, jax.random.key(1))
+    adapted = jax.jit(jax.vmap(method.adapt, (None, 0, None)))(method.params, task.support, jax.random.key(1))
     return adapted, jnp.asarray(tasks.user[index])
 
 
 def one_by_one(method, adapted, user, items):
-    each = []
+    each, predict = [], jax.jit(method.predict)
     for k in range(len(user)):
         own = jax.tree.map(lambda a, k=k: a[k], adapted)
-        each.append(method.predict(method.params, own, inputs(KNOWN, user[k], jnp.asarray(items))))
+        each.append(predict(method.params, own, inputs(KNOWN, user[k], jnp.asarray(items))))
     return np.stack(each)
 
 
 def test_chunks_of_items_and_whole_rows_are_the_predictions(monkeypatch):
     monkeypatch.setattr(scoring, "_CHUNK", 8 * 7)  # seven items at a time: the last chunk is not full
     learner = learners.ridge(models.content_model(DATA.columns, size=3))
-    ridge = Method(learner.init(jax.random.key(0)), learner.adapt, learner.predict)
+    ridge = Method(jax.jit(learner.init)(jax.random.key(0)), learner.adapt, learner.predict)
     some = np.array([3, 7, 40, 0])
     for method in (ridge, item_knn(TRAIN, KNOWN)):
         adapted, user = adapted_by(method)

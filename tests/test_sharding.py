@@ -55,9 +55,7 @@ def assert_same_run(many, one, digits=2e-6):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("maml", "ridge"))) for n in LEARNERS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "maml")) for n in LEARNERS])
 @pytest.mark.parametrize(
     ("data", "model"), [(4, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 8), (8, 1)))]
 )
@@ -76,7 +74,7 @@ def test_eight_devices_are_one(name, data, model):
     [
         row_adagrad(0.01),
         pytest.param(optax.adam(0.01), marks=pytest.mark.slow),
-        optax.chain(optax.clip_by_global_norm(1e-4), optax.sgd(1.0)),
+        pytest.param(optax.chain(optax.clip_by_global_norm(1e-4), optax.sgd(1.0)), marks=pytest.mark.slow),
     ],
 )
 def test_other_optimisers_of_rows(rows):
@@ -86,12 +84,14 @@ def test_other_optimisers_of_rows(rows):
     assert_same_run(many, one)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_a_step_are_the_same_mean():
     """2 tasks on each of 8 devices, one at a time, against 16 tasks at once on one."""
     many = fit(LEARNERS["maml"], SOURCE, steps=6, chunk=3, lr=0.01, mesh=sharding.make_mesh(), micro_batches=2)
     assert_same_run(many, on_one_device("maml"))
 
 
+@pytest.mark.slow
 def test_given_parameters_are_copied_not_taken():
     """The caller's arrays live on after the run, though the step donates its buffers, on a mesh of one device too."""
     given = LEARNERS["maml"].init(jax.random.key(5))
@@ -100,6 +100,7 @@ def test_given_parameters_are_copied_not_taken():
         assert bool(jnp.isfinite(given["tables"]["item_id"]).all())
 
 
+@pytest.mark.slow
 def test_streamed_tasks_are_spread_too():
     """Host batches, cut over the devices as they come: the same parameters as on one device."""
     batches = [jax.tree.map(np.asarray, SOURCE.draw(SOURCE.data, jax.random.key(k))) for k in range(4)]
@@ -166,6 +167,7 @@ def test_owners_send_exactly_the_rows_asked_for(high, full):
     assert said.tolist() == [full] * 8
 
 
+@pytest.mark.slow
 def test_owners_asked_for_too_much_change_nothing(monkeypatch):
     """With room for one id an owner, every step gathers everything: the run is that of one device all the same."""
     monkeypatch.setattr(exchange, "capacity", lambda ids, owners: 1)
@@ -267,6 +269,7 @@ def test_a_mesh_that_does_not_fit_is_an_error():
         fit(LEARNERS["ridge"], task_source(DATA, tasks=12), steps=2, mesh=sharding.make_mesh())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_its_task():
     """Task 11 of 16 has a target of 1e30 (its square is beyond float32): step 0, on one device and on eight."""
 
@@ -280,6 +283,7 @@ def test_a_loss_that_is_not_finite_names_its_task():
             fit(LEARNERS["maml"], source, steps=2, mesh=mesh)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_whole_rows():
     """bfloat16 inside the learner, float32 outside: the loss agrees to 2%, the parameters stay float32."""
     half = fit(LEARNERS["maml"], SOURCE, steps=6, chunk=3, lr=0.01, dtype=jnp.bfloat16)

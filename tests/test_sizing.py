@@ -18,7 +18,7 @@ TABLES = {"user_id": Table(USERS, SIZE, ("user_id",)), "item_id": Table(ITEMS, S
 SLOTS = {"user_id": 3, "item_id": 1 + 6 + 3}
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize(("data", "model"), [(1, 8), (2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_bytes_of_a_device_are_those_of_the_program(data, model):
     """The program's arguments are the state, to the few bytes of key, step and dense parameters (17 numbers, thrice)."""
     compiled, _ = compiled_chunk(sharding.make_mesh(data, model), ITEMS)

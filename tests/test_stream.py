@@ -151,10 +151,8 @@ def test_tasks_have_the_form_of_those_from_memory(store, negatives):
     options = {"tasks": 4, "support": (2, 8), "query": 4, "negatives": negatives}
     source, memory = stream_source(store, **options), task_source(load(store), **options)
     key = jax.random.key(0)
-    task = source.draw((source.data, next(source.stream(0))), key)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), task) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), memory.draw(memory.data, key)
-    )
+    task = jax.eval_shape(source.draw, (source.data, next(source.stream(0))), key)
+    assert task == jax.eval_shape(memory.draw, memory.data, key)
 
 
 def drawn(store: Store, steps: int = 1, **options):
@@ -283,7 +281,7 @@ def test_places_are_those_of_the_device_draw():
             random_raw = staticmethod(lambda count: words.ravel().view(np.uint64))
 
     ours = stream._permuted(x, n[:, None], Fixed)
-    theirs = draw._permuted(
+    theirs = jax.jit(draw._permuted)(
         jax.numpy.asarray(x, "int32"), jax.numpy.asarray(n, "int32"), jax.random.bits(jax.random.key(0), (2,), "uint32")
     )
     np.testing.assert_array_equal(ours, theirs)
@@ -361,5 +359,5 @@ def test_learners_that_read_what_is_not_in_memory_are_refused(store, learner, us
 def test_a_dropped_row_is_trained_from_a_stream_of_users_with_rows(store):
     given = Config(learner=LearnerConfig("dropout_net"), tasks=TaskConfig(user_rows="own", support=(2, 4), tasks=4))
     source = build_stream(given, store, hold_out(store, user_rows="own"))
-    task = source.draw((source.data, next(source.stream(0))), jax.random.key(0))
+    task = jax.jit(source.draw)((source.data, next(source.stream(0))), jax.random.key(0))
     assert np.all(np.asarray(task.query.inputs["user_id"]) > 0)
