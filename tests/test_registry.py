@@ -46,7 +46,7 @@ TRAINED = [
 
 
 BY_DEFAULT = {("ridge", "ratings"), ("item_map", "clicks"), ("mwuf", "clicks")}
-"""One for each kind of start; the others are slow."""
+"""A start from a factorisation, one in closed form and one from a trained model; the others are slow."""
 
 
 @pytest.mark.parametrize(
