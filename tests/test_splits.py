@@ -78,7 +78,8 @@ def test_parts_are_disjoint_cover_and_keep_cold_out(case, scenarios, by, share):
     assert len(rows) + sum(s.dropped.values()) == len(data)
     assert set(s.test) == scenarios
     assert set(s.validation) == (scenarios if share[1] else set())
-    assert set(s.history) == ({"warm"} & scenarios)
+    of_user_cold = {"both_cold"} if {"user_cold", "both_cold"} <= scenarios else set()
+    assert set(s.history) == ({"warm", "item_cold"} & scenarios) | of_user_cold
     for (_, name), part in parts(s).items():
         if name == "warm":
             assert users(part) <= users(s.train)
@@ -92,8 +93,12 @@ def test_parts_are_disjoint_cover_and_keep_cold_out(case, scenarios, by, share):
         if name == "both_cold":
             assert not users(part) & users(s.train)
             assert not items(part) & items(s.train)
-    if "warm" in scenarios:
-        assert np.array_equal(s.history["warm"].rating, s.train.rating)
+    for name in {"warm", "item_cold"} & scenarios:
+        assert np.array_equal(s.history[name].rating, s.train.rating)
+    if of_user_cold:  # what the users of both_cold rated of training items, in validation and test
+        held_out = [part for (_, name), part in parts(s).items() if name == "user_cold"]
+        known = np.sort(np.concatenate([part.rating for part in held_out]))
+        assert np.array_equal(np.sort(s.history["both_cold"].rating), known)
 
 
 @settings(max_examples=30, deadline=None)

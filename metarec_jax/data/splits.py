@@ -9,9 +9,9 @@ train       train          train
 warm        train          train          rows held out from train; supports come from the train rows
 user_cold   validation or  train
             test
-item_cold   train          validation or
+item_cold   train          validation or  supports come from the train rows
                            test
-both_cold   validation or  validation or
+both_cold   validation or  validation or  supports come from the users' rows of user_cold, if that is a scenario
             test           test
 =========== ============== ============== ===========================================================
 """
@@ -43,7 +43,9 @@ class Split(NamedTuple):
     Attributes:
       train: the training part.
       validation, test: by scenario: the part for model selection, and the part that is scored once at the end.
-      history: by scenario: the source of the supports, if it is not the scenario's own part ("warm": train).
+      history: by scenario: the source of the supports, if it is not the scenario's own part: training rows for "warm"
+        and "item_cold"; for "both_cold" the held-out users' rows of training items, if "user_cold" is among the
+        scenarios.
       dropped: number of interactions in no part, by reason.
       notes: the scenarios that the data is too small for, one line each.
     """
@@ -108,7 +110,7 @@ def split(
             train=_trained(data.take(train), dropped),
             validation={s: data.take(rows[0]) for s, rows in held_out.items()} if validation else {},
             test={s: data.take(rows[1]) for s, rows in held_out.items()},
-            history={"warm": data.take(train)} if "warm" in chosen else {},
+            history=_histories(data, train, held_out),
             dropped=dropped,
         )
 
@@ -134,6 +136,16 @@ def split(
         )
     notes = tuple(f"{name} is not tested: {reason}" for name, reason in too_small.items())
     return _validated(parts._replace(notes=notes))
+
+
+def _histories(
+    data: Interactions, train: np.ndarray, held_out: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Interactions]:
+    """What is known of the users of each scenario beside its own part."""
+    known = {name: data.take(train) for name in ("warm", "item_cold") if name in held_out}
+    if {"user_cold", "both_cold"} <= held_out.keys():
+        known["both_cold"] = data.take(np.logical_or(*held_out["user_cold"]))
+    return known
 
 
 def by_state(
@@ -322,7 +334,7 @@ def _unusable(parts: Split, scenario: str, rows: Interactions) -> str:
     """The reason why these rows of the part ``{}`` give no task of the scenario; "" if they give one."""
     if not len(rows):
         return "its {} part is empty"
-    fewest = 1 if scenario in parts.history else 2
+    fewest = 1 if scenario == "warm" else 2
     return "" if np.bincount(rows.user).max() >= fewest else f"no user has 2 of the {len(rows)} rows of its {{}} part"
 
 
