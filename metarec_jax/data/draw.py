@@ -75,6 +75,7 @@ def task_source(
     item_drop: float = 0.1,
     cold_tasks: float = 0.3,
     negatives: int | None = None,
+    whole: bool = False,
 ) -> TaskSource:
     """Draw batches of user tasks on the device.
 
@@ -91,6 +92,8 @@ def task_source(
       cold_tasks: probability that all items of a task are unknown, as for a user of new items.
       negatives: sampled items per positive that the user never had, with target 0, in support and query; default:
         `CLICK_NEGATIVES` for clicks, 0 for ratings.
+      whole: take all of a history, up to ``support[1]`` support examples, instead of a random number of them; for
+        losses that divide the examples themselves.
 
     Returns:
       A source of tasks with ``support[1] * (1 + negatives)`` support and ``query * (1 + negatives)`` query slots.
@@ -118,7 +121,9 @@ def task_source(
         # Sizes that no history of this data shortens are constants, and so are their masks.
         q: Any = query if shortest >= low + query else jnp.minimum(query, n - low)
         s: Any = high
-        if low < high:
+        if low < high and whole:
+            s = jnp.minimum(high, n - q)
+        elif low < high:
             s = low + _below(_words(for_size, (tasks, 1)), jnp.minimum(high, n - q) - low + 1)
         if order == "random":
             place = _permuted(_side_by_side(tasks, slot_q, q + slot_s), n[:, 0], for_place)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from metarec_jax.baselines.closed_form import LISTS
-from metarec_jax.core import Learner, MetarecError, Method
+from metarec_jax.core import Learner, Method
 from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.interactions import Interactions
+from metarec_jax.data.liked import relevant_from
 from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import TaskSet, make_tasks
 from metarec_jax.experiment import config as configs
-from metarec_jax.experiment.build import build_optimizers, build_params, negatives
+from metarec_jax.experiment.build import build_optimizers, build_params, negatives, predicts_ratings
 
 VALIDATION_USERS = 1000
 """Maximum number of validation users per scenario."""
@@ -68,13 +69,14 @@ def training_options(
     from metarec_jax.training.validation import validator
 
     optimizers, settings = build_optimizers(config, train), config.train
+    scale = rating_range(data) if predicts_ratings(config, data) else None
     return {
         "steps": settings.steps,
         "optimizer": optimizers.dense,
         "rows": optimizers.rows,
         "seed": settings.seed,
         "params": build_params(config, learner, train),
-        "validate": validator(learner, held_out, catalogue, rating_range=rating_range(data)) if held_out else None,
+        "validate": validator(learner, held_out, catalogue, rating_range=scale) if held_out else None,
         "validate_every": settings.validate_every,
         "monitor": "error",
         "patience": settings.patience,
@@ -95,46 +97,19 @@ def measuring_options(
     return {
         "rating_range": rating_range(data),
         "relevant": relevant_from(data, liked_from),
-        "ranking_only": tuple(methods) if data.implicit else ("popularity", *LISTS),
+        "ranking_only": tuple(lists_only(data, methods)),
     }
+
+
+def lists_only(data: Interactions, methods: Iterable[str]) -> list[str]:
+    """The methods whose scores are not ratings: all for clicks."""
+    listing = {"popularity", "autoencoder", *LISTS}
+    return [name for name in methods if data.implicit or name in listing]
 
 
 def rating_range(data: Interactions) -> tuple[float, float] | None:
     """(lowest, highest) rating; None for clicks."""
     return None if data.rating is None else (float(data.rating.min()), float(data.rating.max()))
-
-
-def relevant_from(data: Interactions, liked_from: float | None = None) -> float:
-    """The lowest rating that counts as relevant: three quarters of the scale (4 of 1..5); 1 for clicks.
-
-    If fewer than 5% or more than 95% of the ratings reach that (counts, hours, a scale used at one end): the rating,
-    other than the lowest, for which the fraction of ratings at or above it is nearest to a quarter.
-
-    Args:
-      liked_from: the threshold that the user chose instead.
-
-    Raises:
-      MetarecError: ``liked_from`` is used with clicks, or makes all ratings or none relevant.
-    """
-    if data.rating is None:
-        if liked_from is not None:
-            raise MetarecError(
-                "--liked-from is a threshold of ratings, and the data are clicks, which are all relevant; omit it"
-            )
-        return 1.0
-    values, counts = np.unique(data.rating, return_counts=True)
-    low, high = float(values[0]), float(values[-1])
-    if liked_from is not None:
-        if not low < liked_from <= high:
-            raise MetarecError(
-                f"--liked-from must be above {low:g} and at most {high:g}, got {liked_from:g}; correct it"
-            )
-        return liked_from
-    point = low + 0.75 * (high - low)
-    reaching = counts[::-1].cumsum()[::-1] / counts.sum()  # share of ratings at or above each value
-    if low == high or 0.05 <= float(reaching[np.searchsorted(values, point)]) <= 0.95:
-        return point
-    return float(values[1:][np.argmin(np.abs(reaching[1:] - 0.25))])
 
 
 def liked(data: Interactions, liked_from: float | None = None) -> str:

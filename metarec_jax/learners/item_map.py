@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -76,6 +77,13 @@ def item_map(
         return value, {"query_loss": value}
 
     return Learner(init, adapt, predict, meta_loss, tables)
+
+
+@jax.jit
+def item_map_scores(params: Params, adapted: dict[str, Array]) -> Array:
+    """What ``predict`` gives for all items and a batch of users, ``[B, rows]``."""
+    table, size = params["tables"]["item_id"], adapted["vector"].shape[1]
+    return adapted["vector"] @ table[:, size + 1 :].T + table[None, :, 0]
 
 
 def item_map_start(
