@@ -6,8 +6,11 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from metarec_jax import files
 from metarec_jax.core import MetarecError
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.io.export import check_suffix, write_rows
@@ -15,12 +18,49 @@ from metarec_jax.data.io.histories import Histories, read_features, read_histori
 from metarec_jax.experiment.compiled import compile_cache
 from metarec_jax.experiment.run import Run, open_run
 from metarec_jax.messages import listed, printable, shown
+from metarec_jax.serving.candidates import candidates
 from metarec_jax.serving.history import Unknown, feature_name, format_rating, rated
 from metarec_jax.serving.recommender import Influence, Recommendations, Recommender
 
 _TOLD_UNKNOWN = 5
 _SHOWN_USERS = 3
 _SHOWN_IDS = 6
+
+
+class Filters(NamedTuple):
+    """What may be recommended: files of ids or titles, ``FEATURE=VALUE`` of the items, a least number of ratings."""
+
+    only: Path | None = None
+    exclude: Path | None = None
+    where: Sequence[str] = ()
+    min_ratings: int = 0
+
+    def of(self, data: Interactions) -> np.ndarray | None:
+        """The items that pass, bool ``[rows]``; None without a filter."""
+        if self == Filters():
+            return None
+        if self.min_ratings < 0:
+            raise MetarecError(f"--min-ratings must be 0 or more, got {self.min_ratings}; correct it")
+        pairs = parse_features(self.where, "--where", "genre=Comedy")
+        return candidates(
+            data,
+            only=None if self.only is None else _lines(self.only),
+            exclude=None if self.exclude is None else _lines(self.exclude),
+            where={name: [part.strip() for part in value.split("|")] for name, value in pairs.items()},
+            min_ratings=self.min_ratings,
+        )
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of names, without empty ones."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = files.cause(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise MetarecError(f"{path} cannot be read ({why}); give a text file with one id or title per line") from error
+    if not (names := [line for line in lines if line]):
+        raise MetarecError(f"{path} has no line; give a text file with one id or title per line")
+    return names
 
 
 def recommend(
@@ -32,6 +72,8 @@ def recommend(
     user_features: Path | None,
     columns: Mapping[str, str | None],
     top: int,
+    by: Literal["list", "rating"],
+    filters: Filters,
     out: Path | None,
     why: bool,
     as_json: bool,
@@ -52,11 +94,12 @@ def recommend(
         raise MetarecError(f"--{given[0]}-col names a column of --history, which is not given; leave it out")
     compile_cache()
     run = open_run(directory)
-    serve = run.recommender()
+    serve, allowed = run.recommender(by=by), filters.of(run.data)
     if many:
-        rows, extra = _many(serve, run, history, user_features, columns, top, why, out is None)
+        rows, extra = _many(serve, run, history, user_features, columns, top, allowed, why, out is None)
     else:
-        rows, extra = _single(serve, run, parse_rates(rate, run.data), parse_features(user), top, why, out is None)
+        rates, features = parse_rates(rate, run.data), parse_features(user)
+        rows, extra = _single(serve, run, rates, features, top, allowed, why, out is None)
     if out is not None:
         names = ["rank", "item_id", "title", *(["predicted"] if serve.predicts_ratings else []), "score", "because"]
         write_rows(out, rows, [*(["user_id"] if many else []), *names])
@@ -77,11 +120,12 @@ def _single(
     rates: dict[str, list[Any]],
     features: dict[str, str],
     top: int,
+    allowed: np.ndarray | None,
     why: bool,
     show: bool,
 ) -> _Rows:
     """One user's list. A history that leaves nothing to recommend is refused."""
-    found = serve.recommend(rates, top, user_features=features, explain=3 if why else 0)
+    found = serve.recommend(rates, top, user_features=features, explain=3 if why else 0, candidates=allowed)
     _tell_unknown(found.unknown, rates["item_id"], run.directory, run.data)
     if not found.items and found.notes:
         raise MetarecError(f"{found.notes[-1]}; leave some of them out")
@@ -101,6 +145,7 @@ def _many(
     user_features: Path | None,
     columns: Mapping[str, str | None],
     top: int,
+    allowed: np.ndarray | None,
     why: bool,
     show: bool,
 ) -> _Rows:
@@ -124,7 +169,8 @@ def _many(
         features = _same_ids(features, table.user_id)
     ratings = table.rating if table.rating is not None or run.data.rating is None else []
     feedback = (table.user_id, table.item_id, ratings)
-    many = serve.recommend_many(feedback, top, user_features=features, explain=3 if why else 0)
+    explain = 3 if why else 0
+    many = serve.recommend_many(feedback, top, user_features=features, explain=explain, candidates=allowed)
     _tell_unknown(many.unknown, table.item_id, run.directory, run.data)
     _tell(many.notes)
     if show:
@@ -160,8 +206,9 @@ def _same_ids(features: dict[Any, dict[str, Any]], users: Sequence[Any]) -> dict
     return {by_text.get(str(user), user): row for user, row in features.items()}
 
 
-def parse_features(user: Sequence[str]) -> dict[str, str]:
-    """
+def parse_features(user: Sequence[str], flag: str = "--user", example: str = "age=25") -> dict[str, str]:
+    """Values by feature of texts ``FEATURE=VALUE``.
+
     Raises:
       MetarecError: no name or no value, or one name twice.
 
@@ -172,9 +219,9 @@ def parse_features(user: Sequence[str]) -> dict[str, str]:
     for text in user:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals and value):
-            raise MetarecError(f"--user {shown(text)}: expected FEATURE=VALUE, as in --user age=25")
+            raise MetarecError(f"{flag} {shown(text)}: expected FEATURE=VALUE, as in {flag} {example}")
         if name in found:
-            raise MetarecError(f"--user {shown(name)} is given twice; several values of one feature are joined by '|'")
+            raise MetarecError(f"{flag} {shown(name)} is given twice; several values of one feature are joined by '|'")
         found[name] = value
     return found
 

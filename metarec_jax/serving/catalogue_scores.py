@@ -59,12 +59,16 @@ class Best(NamedTuple):
 
 
 class _World(NamedTuple):
-    """The arguments for scoring a user; ``features`` are those of the user, with leading axis 1."""
+    """The arguments for scoring a user; ``features`` are those of the user, with leading axis 1.
+
+    ``allowed``: bool ``[rows]``, the items that may be recommended; None for all.
+    """
 
     params: Any
     known: Catalogue
     features: dict[str, Array]
     key: Array
+    allowed: Array | None = None
 
     def columns(self, rows: Array) -> dict[str, Array]:
         return {**inputs(self.known, jnp.int32(0), rows), **self.features}
@@ -81,12 +85,25 @@ def block_size(num_rows: int, wanted: int) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def best(plan: Plan, params: Any, known: Catalogue, features: dict[str, Array], users: Users, key: Array) -> Best:
-    """The best ``plan.n`` items for each user. ``features``: the users' side features, leading axis B."""
+def best(
+    plan: Plan,
+    params: Any,
+    known: Catalogue,
+    features: dict[str, Array],
+    users: Users,
+    key: Array,
+    allowed: Array | None = None,
+) -> Best:
+    """The best ``plan.n`` items for each user.
+
+    Args:
+      features: the users' side features, leading axis B.
+      allowed: bool ``[rows]``, the items that may be recommended; None for all.
+    """
     alone = users.item.shape[0] == 1
 
     def one(user: Users, features: dict[str, Array]) -> Best:
-        return _best(plan, _World(params, known, _one_row(features), key), user, alone)
+        return _best(plan, _World(params, known, _one_row(features), key, allowed), user, alone)
 
     if alone:
         return jax.tree.map(lambda a: a[None], one(*jax.tree.map(lambda a: a[0], (users, features))))
@@ -105,7 +122,8 @@ def _best(plan: Plan, world: _World, user: Users, alone: bool) -> Best:
 
     def score(rows: Array) -> Array:
         values = plan.predict(world.params, adapted, world.columns(rows))
-        return jnp.where(jnp.isnan(values), -jnp.inf, values)
+        out = jnp.isnan(values) if world.allowed is None else jnp.isnan(values) | ~world.allowed[rows]
+        return jnp.where(out, -jnp.inf, values)
 
     wanted = plan.n + slots  # a support item may be the highest of a block and be excluded, or be changed by adaptation
     size = block_size(num_rows, wanted)
@@ -156,7 +174,8 @@ def _screen(
         )
         if plan.unseen:
             values = jnp.where(cut(world.known.item_row) == 0, form.unknown, values + form.known)
-        return jnp.where(jnp.isnan(values), -jnp.inf, values)
+        out = jnp.isnan(values) if world.allowed is None else jnp.isnan(values) | ~cut(world.allowed)
+        return jnp.where(out, -jnp.inf, values)
 
     # One product over the whole table reads it once; a chunk is a copy, which pays if many users share it.
     return _maxima(product, num_rows, size, num_rows if alone else plan.chunk)
@@ -194,7 +213,11 @@ def contributions(
     item: Array,
     key: Array,
 ) -> Array:
-    """Contributions of the support to the scores of ``item [B, n]``, ``[B, n, S]``, from ``points`` derivatives."""
+    """Contributions of the support to the scores of ``item [B, n]``, ``[B, n, S]``, from ``points`` derivatives.
+
+    Those of the targets, or, for ``implicit`` feedback, of the weights: at the weights themselves, or at several points
+    between no weight and them.
+    """
 
     def one(user: Users, item: Array, features: dict[str, Array]) -> Array:
         world = _World(params, known, _one_row(features), key)
@@ -205,7 +228,13 @@ def contributions(
             return predict(params, adapted, world.columns(item))
 
         if implicit:
-            return jax.jacrev(scores, 1)(user.target, user.mask) * user.mask[None]
+            by_weight = jax.jacrev(scores, 1)
+            if points == 1:
+                return by_weight(user.target, user.mask) * user.mask[None]
+            shares = (jnp.arange(points) + 0.5) / points
+            return (
+                jax.lax.map(lambda share: by_weight(user.target, share * user.mask), shares).mean(0) * user.mask[None]
+            )
         empty = adapt(params, examples._replace(mask=jnp.zeros_like(user.mask)), key)
         moved = (user.target - predict(params, empty, examples.inputs)) * user.mask
         slope = jax.jacrev(scores, 0)
@@ -214,5 +243,26 @@ def contributions(
         left = 1.0 - (jnp.arange(points) + 0.5) / points
         along = jax.lax.map(lambda part: slope(user.target - part * moved, user.mask), left)
         return along.mean(0) * moved[None]
+
+    return jax.vmap(one)(users, item, features)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def predictions_of(
+    adapt: Any,
+    predict: Any,
+    params: Any,
+    known: Catalogue,
+    features: dict[str, Array],
+    users: Users,
+    item: Array,
+    key: Array,
+) -> Array:
+    """What ``predict`` gives for ``item [B, n]`` after each user's support, ``[B, n]``."""
+
+    def one(user: Users, item: Array, features: dict[str, Array]) -> Array:
+        world = _World(params, known, _one_row(features), key)
+        adapted = adapt(params, Examples(world.columns(user.item), user.target, user.mask), key)
+        return predict(params, adapted, world.columns(item))
 
     return jax.vmap(one)(users, item, features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,14 @@ from metarec_jax.data.catalogue import Catalogue, check_method
 from metarec_jax.data.draw import negatives_of
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.messages import printable, shown
-from metarec_jax.serving.catalogue_scores import Best, Plan, Users, best, contributions
+from metarec_jax.serving.catalogue_scores import (
+    Best,
+    Plan,
+    Users,
+    best,
+    contributions,
+    predictions_of,
+)
 from metarec_jax.serving.history import (
     History,
     Names,
@@ -58,7 +65,8 @@ class Recommendation:
       item_id: original id of the item.
       score: score after adaptation, which orders the items; prior: score without any feedback.
       because: the feedback that changed the score most, strongest first.
-      predicted: the score clipped to the rating scale; None if scores are not ratings.
+      predicted: the predicted rating, clipped to the scale: the score, or that of a method that ranks by another one;
+        None if there is none.
     """
 
     item_id: Any
@@ -146,11 +154,13 @@ def _row(r: Recommendation) -> dict[str, Any]:
 
 
 class _Best(NamedTuple):
-    """Best items of one user: vocabulary rows, scores, scores before adaptation ``[n]``, contributions ``[n, S]``."""
+    """Best items of one user: vocabulary rows, scores, scores before adaptation ``[n]``, predictions of ``predict``
+    ``[n]``, contributions ``[n, S]``."""
 
     item: np.ndarray
     score: np.ndarray
     prior: np.ndarray
+    rating: np.ndarray
     contribution: np.ndarray
 
 
@@ -167,6 +177,8 @@ class Recommender:
       negatives: implicit feedback: sampled items per click of the history, used as support with target 0; as many as in
         training; default: as in `task_source`. The same history draws the same items.
       predicts_ratings: whether scores are ratings; those of popularity or of a ranking loss are not.
+      by: "list" orders items as the method ranks them, by what the user may like where it has that; "rating" by the
+        predicted rating.
       seed: seed of the key of `adapt`.
 
     A Recommender cannot be pickled, nor used in a fork of its process, which lacks compiled programs and JAX's threads:
@@ -185,11 +197,20 @@ class Recommender:
         chunk: int | None = None,
         negatives: int | None = None,
         predicts_ratings: bool = True,
+        by: Literal["list", "rating"] = "list",
         seed: int = 0,
     ) -> None:
         if len(data.items.ids) == 0 or len(data) == 0:
             raise MetarecError("there is no item to recommend: the data is empty; read some interactions first")
         check_method(method, known)
+        if by not in ("list", "rating"):
+            raise MetarecError(f"by {by!r} is not known; use 'list' or 'rating'")
+        if by == "rating":
+            if not predicts_ratings or data.implicit:
+                raise MetarecError(
+                    "by='rating' requires a method that predicts ratings, and this one has none; omit it"
+                )
+            method = method._replace(rank=None, scores=None)
         self.method, self.data, self.known = method, data, known
         self._names = Names(data)
         self._negatives = negatives_of(negatives, True) if data.implicit else 0
@@ -228,6 +249,7 @@ class Recommender:
         explain: int = 3,
         exclude_seen: bool = True,
         known_user: Any = None,
+        candidates: np.ndarray | None = None,
     ) -> Recommendations:
         """The best ``n`` items for a user with this ``history``.
 
@@ -236,6 +258,8 @@ class Recommender:
         contributions add up to ``score - prior``. Otherwise the derivative is averaged along the path of targets from
         the prior predictions to the ratings (integrated gradients, Sundararajan et al. 2017). For implicit feedback,
         whose targets are all 1, it is d score / d weight_j, the sensitivity of the score to the weight of the click.
+        For a method that ranks by other scores than its ratings, that derivative is averaged along the path of weights
+        from 0 to 1, so that contributions add up to ``score - prior``.
 
         Args:
           history: ``{item: rating}``, a pandas Series of ratings by item, columns ``{"item_id": [...], "rating":
@@ -248,6 +272,8 @@ class Recommender:
           exclude_seen: exclude the items of the history.
           known_user: id of a user of the data, whose history may be partial: with ``exclude_seen``, all items that the
             user has in the data are excluded.
+          candidates: bool ``[items + 1]``, the vocabulary rows that may be recommended, such as those of
+            `serving.candidates.candidates`; the list is the best among them.
 
         Raises:
           MetarecError: a rating is missing or outside the range of the data, a feature name is unknown, ``n`` is below
@@ -258,7 +284,7 @@ class Recommender:
         if known_user is not None:
             parsed = parsed._replace(had=np.setdiff1d(self._had_by(known_user), parsed.item))
         features, notes = feature_columns(user_features or {}, self.data)
-        best = self._serve([parsed], n, [features], explain > 0, exclude_seen, users=1)
+        best = self._serve([parsed], n, [features], explain > 0, exclude_seen, users=1, candidates=candidates)
         return self._result(parsed, next(best), explain, (*parsed.notes, *notes))
 
     def _had_by(self, user: Any) -> np.ndarray:
@@ -276,6 +302,7 @@ class Recommender:
         user_features: Any = None,
         explain: int = 0,
         exclude_seen: bool = True,
+        candidates: np.ndarray | None = None,
     ) -> ManyRecommendations:
         """`recommend` for a table of new users, in batches, with one compiled program per length class of histories.
 
@@ -284,7 +311,7 @@ class Recommender:
             mapping or DataFrame with columns of users, items and ratings, with the usual names.
           user_features: features by user id, as ``{"ann": {"age": 25}}``, or a DataFrame with one row per user. Users
             without a history get recommendations from their features only; absent features count as unknown.
-          n, explain, exclude_seen: as in `recommend`.
+          n, explain, exclude_seen, candidates: as in `recommend`.
         """
         self._check_process()
         users, parsed, unknown, notes = parse_table(histories, self.data, self._names)
@@ -295,7 +322,13 @@ class Recommender:
         order = sorted(range(len(users)), key=lambda k: _slots(len(parsed[k].item) * (1 + self._negatives)))
         found: dict[int, Recommendations] = {}
         best = self._serve(
-            [parsed[k] for k in order], n, [columns[k] for k in order], explain > 0, exclude_seen, users=_USERS
+            [parsed[k] for k in order],
+            n,
+            [columns[k] for k in order],
+            explain > 0,
+            exclude_seen,
+            users=_USERS,
+            candidates=candidates,
         )
         for k, one in zip(order, best, strict=True):
             found[k] = self._result(parsed[k], one, explain, (*parsed[k].notes, *remarks[k]))
@@ -314,7 +347,7 @@ class Recommender:
         )
 
     def _clipped(self, items: Sequence[Recommendation]) -> tuple[str, ...]:
-        if self._scale is None or all(item.predicted == item.score for item in items):
+        if self._scale is None or self.method.rank is not None or all(i.predicted == i.score for i in items):
             return ()
         low, high = map(format_rating, self._scale)
         return (f"predicted ratings are clipped to the scale, {low} to {high}; the order is by the score",)
@@ -337,11 +370,18 @@ class Recommender:
         explain: bool,
         drop: bool,
         users: int,
+        candidates: np.ndarray | None,
     ) -> Iterator[_Best]:
         """The best items of each history, in order; consecutive histories with equal numbers of slots share a call."""
         if n < 1:
             raise MetarecError(f"n must be 1 or more, got {n}; request at least one item")
         n = min(n, len(self.data.items.ids))
+        size = len(self.known.item_row)
+        if candidates is not None and (candidates.shape != (size,) or candidates.dtype != bool):
+            raise MetarecError(
+                f"candidates expected bool [{size}], one per vocabulary row, got {candidates.dtype} "
+                f"{list(candidates.shape)}; make them by serving.candidates.candidates"
+            )
         support = [self._with_negatives(h) for h in parsed]
         widths = [_slots(len(item)) for item, _, _ in support]
         users = max(1, min(users, _CANDIDATES // ((n + max(widths, default=0)) * 8)))
@@ -358,24 +398,32 @@ class Recommender:
             batch = Users(item, target, mask, given)
             rows = [*features[first:last], *([features[first]] * (users - (last - first)))]
             columns = {name: np.concatenate([one[name] for one in rows]) for name in features[first]}
-            found = self._best(n, columns, batch)
+            found = self._best(n, columns, batch, candidates)
             moved = self._contributions(columns, batch, found) if explain else np.zeros((users, n, 0), np.float32)
+            rating = found.score
+            if self.method.rank is not None and self.predicts_ratings:
+                one = self.method
+                arguments = one.params, self.known, columns, batch, found.item, self._key
+                rating = np.asarray(predictions_of(one.adapt, one.predict, *arguments))
             for row in range(last - first):
-                yield _Best(*(a[row] for a in (*found, moved)))
+                yield _Best(*(a[row] for a in [*found, rating, moved]))
             first = last
 
-    def _best(self, n: int, features: dict[str, np.ndarray], users: Users) -> Best:
+    def _best(self, n: int, features: dict[str, np.ndarray], users: Users, allowed: np.ndarray | None) -> Best:
         chunk = self._chunk or _chunk_size(len(users.item))
-        plan = Plan(self.method.adapt, self.method.predict, n, chunk, self._tables, self._unseen)
-        return Best(*map(np.asarray, best(plan, self.method.params, self.known, features, users, self._key)))
+        plan = Plan(self.method.adapt, self.method.orders, n, chunk, self._tables, self._unseen)
+        world = self.method.params, self.known, features, users, self._key
+        return Best(*map(np.asarray, best(plan, *world, allowed)))
 
     def _contributions(self, features: dict[str, np.ndarray], users: Users, found: Best) -> np.ndarray:
-        method, implicit = self.method, self.data.implicit
+        method, implicit = self.method, self.data.implicit or self.method.rank is not None
 
         def at(points: int) -> np.ndarray:
-            static = (method.adapt, method.predict, implicit, points)
+            static = (method.adapt, method.orders, implicit, points)
             return np.asarray(contributions(*static, method.params, self.known, features, users, found.item, self._key))
 
+        if self.method.rank is not None and not self.data.implicit:
+            return at(_PATH)
         moved = at(1)
         return moved if implicit or not _unexplained(found, moved) else at(_PATH)
 
@@ -422,7 +470,7 @@ class Recommender:
                     for j in strongest
                 )
             score = float(best.score[k])
-            predicted = None if self._scale is None else float(np.clip(score, *self._scale))
+            predicted = None if self._scale is None else float(np.clip(best.rating[k], *self._scale))
             items.append(Recommendation(item_id, title, score, float(best.prior[k]), because, predicted))
         left = () if items else self._nothing_left(history)
         return Recommendations(tuple(items), history.unknown, (*notes, *left, *self._clipped(items)))
