@@ -10,7 +10,7 @@ import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -131,7 +131,6 @@ def fit(
         int | None,
         tyro.conf.arg(metavar="INT", help_behavior_hint="", help="multi-process: index of this process, from 0"),
     ] = None,
-    liked_from: LikedFrom = None,
     json: Json = False,
 ) -> int:
     """Meta-train a recommender, compare it with baselines and write a report. The same command resumes a run.
@@ -154,7 +153,6 @@ def fit(
         data_dir=data_dir,
         as_json=json,
         devices=fit.Devices(mesh, coordinator, num_processes, process_id),
-        liked_from=liked_from,
     )
 
 
@@ -233,6 +231,31 @@ def recommend(
         tyro.conf.arg(metavar="TEXT", help_behavior_hint="", help="column of timestamps, by which rows are ordered"),
     ] = None,
     top: Annotated[int, tyro.conf.arg(aliases=["-n"], help="number of items to recommend")] = 10,
+    by: Annotated[
+        Literal["list", "rating"],
+        tyro.conf.arg(
+            help="order of the items: list, by what the user may like; rating, by the predicted rating",
+        ),
+    ] = "list",
+    only: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH", help_behavior_hint="", help="file of ids or titles, one per line: recommend only these"
+        ),
+    ] = None,
+    exclude: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="", help="file of ids or titles never to recommend"),
+    ] = None,
+    where: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="FEATURE=VALUE",
+            help="recommend only items with this feature, such as genre=Comedy; several values are separated by |, "
+            "several features all apply",
+        ),
+    ] = (),
+    min_ratings: Annotated[int, tyro.conf.arg(help="recommend only items with as many ratings in the data")] = 0,
     out: Annotated[
         Path | None,
         tyro.conf.arg(
@@ -264,6 +287,8 @@ def recommend(
         user_features=user_features,
         columns={"user": user_col, "item": item_col, "rating": rating_col, "timestamp": timestamp_col},
         top=top,
+        by=by,
+        filters=recommend.Filters(only, exclude, where, min_ratings),
         out=out,
         why=why,
         as_json=json,
@@ -314,7 +339,6 @@ def compare(
     support_curve: Annotated[
         tuple[int, ...], tyro.conf.arg(metavar="[INT ...]", help="support sizes to evaluate as well")
     ] = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50),
-    liked_from: LikedFrom = None,
     recommend: Annotated[bool, tyro.conf.arg(help="recommend a method, with the reason")] = False,
     max_ms: Annotated[
         float | None,
@@ -355,7 +379,6 @@ def compare(
         seeds=seeds,
         max_users=max_users,
         support_curve=support_curve,
-        liked_from=liked_from,
         recommend=recommend,
         max_ms=max_ms,
         max_mib=max_mib,

@@ -112,9 +112,11 @@ class Method(NamedTuple):
       params: the (meta-)parameters.
       adapt, predict: as in `Learner`.
       tables: as in `Learner`, for a method that can run on row views; empty where it cannot, or that is unknown.
+      rank: ``rank(params, adapted, inputs) -> [n]``: the scores that order lists of the catalogue, where ``predict``
+        gives ratings and lists have another order; None where ``predict`` orders lists too.
       scores: ``scores(params, adapted) -> [B, rows]``: the scores of every row of the item table for a batch of users,
-        with leading axis B in each leaf of ``adapted``; equal to those of `predict`, by one product. Not traced: it may
-        compute on the host. None where `predict` on chunks of items is as fast.
+        with leading axis B in each leaf of ``adapted``; equal to those of ``rank``, or of ``predict`` without one, by
+        one product. Not traced: it may compute on the host. None where chunks of items are as fast.
     """
 
     params: Params
@@ -122,6 +124,12 @@ class Method(NamedTuple):
     predict: Callable[[Params, Any, Inputs], Array]
     tables: Mapping[str, Table] = MappingProxyType({})
     scores: Callable[[Params, Any], Any] | None = None
+    rank: Callable[[Params, Any, Inputs], Array] | None = None
+
+    @property
+    def orders(self) -> Callable[[Params, Any, Inputs], Array]:
+        """``rank``, or ``predict`` where there is none."""
+        return self.predict if self.rank is None else self.rank
 
 
 class MetarecWarning(UserWarning):

@@ -26,6 +26,10 @@ COLUMNS = {
 IDS = {column: COLUMNS[column] for column in ("user_id", "item_id")}
 
 
+LEARNERS = [name for name, row in registry.ROWS.items() if row.built_from != "methods"]
+"""The learners of the registry that the engine trains: all but the mixture of fitted methods."""
+
+
 def ids_alone(data: Interactions) -> Interactions:
     """Without features: programs half the size, where a test is not about them."""
     return replace(data, user_features={}, item_features={})
@@ -117,11 +121,11 @@ def every_learner() -> dict[str, Learner]:
     """The shared table of properties runs over these: all of the registry, and variants."""
     dot, mlp, seed = content("dot"), content("mlp"), seed_model()
     aged = made(dot, ages(), column="user_id")
-    of_rows = {name: of_the_registry(name, whole=reads_all_columns(name)) for name in registry.ROWS}
+    of_rows = {name: of_the_registry(name, whole=reads_all_columns(name)) for name in LEARNERS}
     with_features = {
         f"{name}_with_features": of_the_registry(name, whole=True)
         for name, row in registry.ROWS.items()
-        if not reads_all_columns(name) and row.built_from not in ("columns", "items")
+        if not reads_all_columns(name) and row.built_from not in ("columns", "items", "methods")
     }
     return (
         of_rows

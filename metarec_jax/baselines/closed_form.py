@@ -86,7 +86,15 @@ def popularity(train: Interactions, known: Catalogue) -> Method:
     """log(1 + interactions of the item): a ranking score, not a rating, so MAE and RMSE do not apply."""
     _check(train, known, "popularity")
     count = np.bincount(train.item, minlength=train.items.num_rows)
-    return Method({"score": jnp.asarray(np.log1p(count), jnp.float32)}, _nothing, _by_item)
+    return Method({"score": jnp.asarray(np.log1p(count), jnp.float32)}, _nobody, _by_item, scores=_same_for_all)
+
+
+def _nobody(params: Any, support: Examples, key: Array) -> Any:
+    return {"user": jnp.zeros((), jnp.float32)}
+
+
+def _same_for_all(params: Any, adapted: Any) -> Array:
+    return adapted["user"][:, None] + params["score"][None]
 
 
 def item_mean(train: Interactions, known: Catalogue, *, shrinkage: float = 0.0) -> Method:

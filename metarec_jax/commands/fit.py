@@ -19,7 +19,7 @@ from metarec_jax.data.describe import remarks
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
-from metarec_jax.experiment.build import build_mesh
+from metarec_jax.experiment.build import build_mesh, resolved
 from metarec_jax.experiment.compiled import compile_cache
 from metarec_jax.experiment.phases import Phases
 from metarec_jax.experiment.protocol import relevant_from
@@ -49,7 +49,6 @@ def fit(
     data_dir: Path | None,
     as_json: bool,
     devices: Devices,
-    liked_from: float | None = None,
 ) -> int:
     """``metarec fit``: train (or resume), then measure and report. Of several processes the first one speaks."""
     sizes = options.mesh_sizes(devices.mesh)
@@ -59,7 +58,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if not processes.is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _fit(config, out, fresh, evaluate, data_dir, as_json, build_mesh(sizes), liked_from)
+        return _fit(config, out, fresh, evaluate, data_dir, as_json, build_mesh(sizes))
 
 
 def _fit(
@@ -70,7 +69,6 @@ def _fit(
     data_dir: Path | None,
     as_json: bool,
     mesh: Mesh | None,
-    liked_from: float | None,
 ) -> int:
     compile_cache()
     phases, first = Phases(), processes.is_first()
@@ -80,7 +78,8 @@ def _fit(
     with phases("load"):
         world = load(config, data_dir)
     data = world.data
-    relevant_from(data, liked_from)  # refused before training
+    config = resolved(config, data, streamed=world.held is not None)
+    relevant_from(data, config.tasks.liked_from)  # refused before training
     _print_data(data)
     directory = out or Path("runs") / directories.name_of(data)
     prepared, number, run = None, None, None
@@ -105,7 +104,9 @@ def _fit(
                 print(f"{name}: saved at step {result.step} of {config.train.steps} in {directory}")
                 print("resume: run the same command again")
             else:
-                print(f"trained {result.step} steps ({result.stopped})")
+                print(
+                    f"trained {result.step} steps ({result.stopped})" if not prepared.members else "trained (finished)"
+                )
             if mesh is None:
                 run = in_memory(config, data, prepared, result.params, directory)
         summary: dict[str, Any] = {"run": str(directory), **ended, "phases": phases.seconds}
@@ -119,8 +120,8 @@ def _fit(
         if number is not None:
             raise signals.Interrupted(number)
         if evaluate:
-            before = last_measurement(directory) if liked_from is None else None
-            summary = before or measure(run or open_run(directory), 1, 1000, phases, liked_from)
+            before = last_measurement(directory)
+            summary = before or measure(run or open_run(directory), 1, 1000, phases)
             _print_next(directory, data)
         else:
             print(f"trained: {directory}; {phases}")

@@ -20,13 +20,21 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, vstack
 
-from metarec_jax.core import Array, Examples, Inputs, MetarecError, Method, Task
+from metarec_jax.core import Array, MetarecError, Method, Task
 from metarec_jax.cpu import runs_together
 from metarec_jax.data.catalogue import Catalogue, check_method
 from metarec_jax.data.tasks import TaskSet, batches, check_tasks
 from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.results import ALL, FACTS, Report
-from metarec_jax.evaluation.scoring import Ranked, compiled, query_ranks, user_blocks
+from metarec_jax.evaluation.scoring import (
+    Ranked,
+    adapt_each,
+    batch_size,
+    compiled,
+    predict_each,
+    query_ranks,
+    user_blocks,
+)
 
 _LISTS_AT_ONCE = 2048
 
@@ -261,16 +269,6 @@ def _overflows(per_task: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _adapt(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
-    """The adapted state of B tasks. Separate from `_predict`, which is not compiled for each support length."""
-    return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
-
-
-def _predict(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
-    """Scores ``[B, Q]``."""
-    return jax.vmap(predict, (None, 0, 0))(params, adapted, query)
-
-
 @jax.jit
 def _keys(seed: Array, number: Array, purpose: Array) -> Array:
     """A key per task, independent of its batch. Purpose 0: draws of a method; 1: ties of scores; 2: ties of targets."""
@@ -291,7 +289,7 @@ class _Runner:
         progress: Callable[[int], Any],
     ) -> None:
         self.methods, self.known, self.seed, self.of_new = methods, known, seed, of_new
-        self.batch = min(batch, 1 << (len(of_new) - 1).bit_length())  # few tasks are not padded to a large batch
+        self.batch = batch_size(len(of_new), batch)
         self.shapes: set[Any] = set()
         self.first = dict.fromkeys(methods, 0.0)
         self.later: dict[str, list[tuple[int, float]]] = {name: [] for name in methods}
@@ -360,7 +358,7 @@ class _Runner:
     def timed(self, name: str, task: Task, keys: Array, n: int) -> tuple[Array, Any]:
         """Query scores and adapted state of one method on ``n`` real tasks; the call is timed to its completion."""
         method = self.methods[name]
-        adapt, predict = compiled(_adapt, method.adapt), compiled(_predict, method.predict)
+        adapt, predict = compiled(adapt_each, method.adapt), compiled(predict_each, method.predict)
         before, start = adapt.traced + predict.traced, time.perf_counter()
         adapted = adapt.call(method.params, task.support, keys)
         scores = jax.block_until_ready(predict.call(method.params, adapted, task.query.inputs))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core import Array, Method
+from metarec_jax.core import Array, Examples, Inputs, Method, Task
 from metarec_jax.data.catalogue import Catalogue, inputs
-from metarec_jax.data.tasks import TaskSet
+from metarec_jax.data.tasks import TaskSet, batches
 from metarec_jax.evaluation import metrics
 
 _SCORES = 1 << 23
@@ -63,7 +63,9 @@ def user_blocks(count: int, batch: int, num_rows: int) -> Iterator[slice]:
 def catalogue_scores(
     method: Method, adapted: Any, known: Catalogue, user: Array, items: np.ndarray | None = None
 ) -> np.ndarray:
-    """Scores of items for U adapted users, float32 ``[U, n]``, equal to `predict` of each user and item.
+    """Scores that order lists: ``method.orders`` of U adapted users and n items, float32 ``[U, n]``.
+
+    A method with ``rank`` may know unknown items by their content: its ``scores`` are used for known items alone.
 
     Args:
       adapted: result of ``method.adapt``, each leaf with leading axis U.
@@ -73,13 +75,22 @@ def catalogue_scores(
     rows = np.asarray(known.item_row)
     every = np.arange(len(rows)) if items is None else items
     if method.scores is not None:
-        return np.take(np.asarray(method.scores(method.params, adapted)), rows[every], axis=1)
-    chunk = max(1, min(_CHUNK // len(user), len(every)))
-    predict = partial(compiled(predictions, method.predict).call, method.params, adapted, known, user)
-    out = np.empty((len(user), len(every)), np.float32)
-    for first in range(0, len(every), chunk):
-        chosen = np.resize(every[first : first + chunk], chunk).astype(np.int32)
-        out[:, first : first + chunk] = np.asarray(predict(chosen))[:, : len(every) - first]
+        out = np.take(np.asarray(method.scores(method.params, adapted)), rows[every], axis=1)
+        new = np.flatnonzero(rows[every] == 0)
+        if method.rank is not None and len(new):
+            out[:, new] = _in_chunks(method, adapted, known, user, every[new])
+        return out
+    return _in_chunks(method, adapted, known, user, every)
+
+
+def _in_chunks(method: Method, adapted: Any, known: Catalogue, user: Array, items: np.ndarray) -> np.ndarray:
+    """`catalogue_scores` by calls of ``method.orders`` on some items at a time."""
+    chunk = max(1, min(_CHUNK // len(user), len(items)))
+    score = partial(compiled(predictions, method.orders).call, method.params, adapted, known, user)
+    out = np.empty((len(user), len(items)), np.float32)
+    for first in range(0, len(items), chunk):
+        chosen = np.resize(items[first : first + chunk], chunk).astype(np.int32)
+        out[:, first : first + chunk] = np.asarray(score(chosen))[:, : len(items) - first]
     return out
 
 
@@ -143,3 +154,62 @@ def weighted_rows(table: Array, ids: Array, values: Array) -> Array:
         )
 
     return jax.lax.map(one, (ids, values))
+
+
+def batch_size(count: int, most: int = 256) -> int:
+    """Tasks per call: ``most``, or the next power of two from ``count``, so that few are not padded to many.
+
+    >>> batch_size(5), batch_size(5000)
+    (8, 256)
+    """
+    return min(most, 1 << (count - 1).bit_length())
+
+
+def adapted_to(method: Method, tasks: TaskSet, known: Catalogue, batch: int) -> Iterator[tuple[np.ndarray, Any, Task]]:
+    """The positions of the tasks of a batch ``[n]``, the method's adapted state and the batch: leaves ``[batch, ...]``.
+
+    The order of the tasks depends on the tasks alone (`data.tasks.batches`).
+    """
+    keys = jax.random.split(jax.random.key(0), batch)
+    for index, task in batches(tasks, known, batch):
+        yield index, compiled(adapt_each, method.adapt).call(method.params, task.support, keys), task
+
+
+def query_scores(method: Method, tasks: TaskSet, known: Catalogue, batch: int) -> np.ndarray:
+    """What ``method.predict`` gives for the query of each task after its support, float32 ``[T, Q]``."""
+    out = np.zeros(tasks.query_item.shape, np.float32)
+    for index, adapted, task in adapted_to(method, tasks, known, batch):
+        scores = compiled(predict_each, method.predict).call(method.params, adapted, task.query.inputs)
+        out[index] = np.asarray(scores)[: len(index)]
+    return out
+
+
+def list_scores(
+    method: Method, tasks: TaskSet, known: Catalogue, of_new: np.ndarray, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of tasks: their positions ``[U]``, and the scores of all items, -inf for no candidate, ``[U, rows]``.
+
+    Args:
+      of_new: bool ``[T]``, whether only items that are not in training are candidates.
+      batch: tasks per call; a smaller last batch is padded.
+    """
+    for index, adapted, task in adapted_to(method, tasks, known, batch):
+        size = task.support.mask.shape[0]
+        rows = np.concatenate([index, np.full(size - len(index), index[0])])
+        for some in user_blocks(len(index), size, len(known.item_row)):
+            users = tasks.take(rows[some])
+            own = jax.tree.map(lambda a, some=some: a[some], adapted)
+            scores = catalogue_scores(method, own, known, jnp.asarray(users.user))
+            free = candidates(users, of_new[rows[some]], np.asarray(known.item_row))
+            real = index[some]
+            yield real, np.where(free, scores, -np.inf)[: len(real)]
+
+
+def adapt_each(adapt: Any, params: Any, support: Examples, keys: Array) -> Any:
+    """The adapted state of B tasks. Separate from `predict_each`, which is not compiled for each support length."""
+    return jax.vmap(adapt, (None, 0, 0))(params, support, keys)
+
+
+def predict_each(predict: Any, params: Any, adapted: Any, query: Inputs) -> Array:
+    """Scores ``[B, Q]``."""
+    return jax.vmap(predict, (None, 0, 0))(params, adapted, query)

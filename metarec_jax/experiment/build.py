@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,13 +25,17 @@ from metarec_jax.options import error
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from metarec_jax.core import Array, Learner, Model, Params
+    from metarec_jax.core import Array, Learner, Method, Model, Params
     from metarec_jax.data.draw import TaskSource
     from metarec_jax.data.interactions import Interactions
     from metarec_jax.data.splits import Split
     from metarec_jax.data.store.held_out import Held
     from metarec_jax.data.store.opened import Store
     from metarec_jax.training.step import Optimizers
+
+
+_WHOLE = 118
+"""Most support examples of a training task that holds a whole history."""
 
 
 def build_data(config: DataConfig, *, data_dir: str | Path | None = None) -> Interactions:
@@ -143,7 +148,7 @@ def support(config: TaskConfig, longest: int) -> tuple[int, int]:
 def _drawing(config: TaskConfig, data: Interactions, longest: int) -> dict[str, Any]:
     """How tasks are drawn for training, from histories of at most ``longest``."""
     given = dataclasses.asdict(config) | {"negatives": negatives(config, data), "support": support(config, longest)}
-    return {name: value for name, value in given.items() if name != "max_history"}
+    return {name: value for name, value in given.items() if name not in ("max_history", "liked_from")}
 
 
 def _longest(train: Interactions) -> int:
@@ -176,6 +181,11 @@ def build_source(config: Config, train: Interactions) -> TaskSource:
 
     given = _drawing(config.tasks, train, _longest(train))
     own = {"user_rows": "own", "user_drop": 0.0} if build_learner(config, train).user_rows == "own" else {}
+    if registry.row(config.learner.name).whole:
+        own |= {"whole": True, "item_drop": 0.0, "cold_tasks": 0.0, "negatives": 0}
+        if config.tasks.support is None:
+            low, high = given["support"]
+            own["support"] = (low, max(high, min(_WHOLE, _longest(train) - 1)))
     return task_source(train, **given | own)
 
 
@@ -197,6 +207,52 @@ def build_loss(config: LearnerConfig, data: Interactions) -> Callable[..., Array
     return losses.LOSSES[usual if name == "auto" else name]
 
 
+def predicts_ratings(config: Config, data: Interactions) -> bool:
+    """Whether scores are ratings: of a mixture on ratings, or of a learner trained by an error of ratings."""
+    if config.learner.name == "mixture":
+        return not data.implicit
+    return not data.implicit and build_loss(config.learner, data).__name__ in ("mse", "mae")
+
+
+def resolved(config: Config, data: Interactions, *, streamed: bool = False) -> Config:
+    """The configuration with the members of a mixture named, where they are chosen by the data.
+
+    For ratings `ridge`, and the `autoencoder` for lists where it can score all items in each step; for clicks the
+    `autoencoder`, or `item_map` on larger catalogues. Of a store that is streamed: one learner that needs no counts.
+    """
+    from metarec_jax.learners.autoencoder import DENSE_LIMIT
+
+    if config.learner.name != "mixture" or config.learner.options["members"]:
+        return config
+    lists = ("autoencoder",) if data.items.num_rows <= DENSE_LIMIT and not streamed else ()
+    names = (lists or ("item_map",)) if data.implicit else ("ridge", *lists)
+    return dataclasses.replace(config, learner=LearnerConfig("mixture", {"members": names}))
+
+
+def members(config: Config) -> dict[str, Config]:
+    """The configurations of the learners that a mixture trains, by name, the one that rates first.
+
+    Raises:
+      MetarecError: a member that is unknown, or a mixture itself.
+    """
+    found = {}
+    for name in config.learner.options["members"]:
+        if registry.row(name).built_from == "methods":
+            raise error(f"a mixture cannot have the member {name!r}; name learners that it should train")
+        found[name] = dataclasses.replace(config, learner=LearnerConfig(name))
+    return found
+
+
+def build_method(config: Config, learner: Learner, params: Params) -> Method:
+    """A learner of the registry with these parameters, for evaluation: with whole-catalogue scores if it has them."""
+    from metarec_jax.core import Method
+
+    name = config.learner.name
+    scores = getattr(importlib.import_module(f"metarec_jax.learners.{name}"), f"{name}_scores", None)
+    rank = learner.predict if scores is not None else None  # unknown items have content, which `scores` do not read
+    return Method(params, learner.adapt, learner.predict, learner.tables, scores, rank)
+
+
 def build_learner(config: Config, data: Interactions) -> Learner:
     """The meta-learner over the model, for the columns of ``data``.
 
@@ -208,6 +264,8 @@ def build_learner(config: Config, data: Interactions) -> Learner:
     from metarec_jax.learners.rules import RULES
 
     given, row = config.learner, registry.row(config.learner.name)
+    if row.built_from == "methods":
+        raise error(f"{given.name!r} is made of fitted methods, not built alone; it is for metarec fit and mr.train")
     if row.feedback == "ratings" and data.implicit:
         raise error(f"learner {given.name!r} is for ratings, and the data has clicks; give --learner item_map")
     if row.feedback == "clicks" and not data.implicit:
@@ -293,7 +351,9 @@ def build_params(config: Config, learner: Learner, train: Interactions) -> Param
         return None
     params = learner.init(run_keys(config.train.seed)[0])
     start = registry.start(config.learner.name)
-    return start(params, train, seed=config.train.seed, **_columns_of_tasks(start))
+    of_lists = "liked_from" in inspect.signature(start).parameters
+    threshold = {"liked_from": config.tasks.liked_from} if of_lists else {}
+    return start(params, train, seed=config.train.seed, **threshold, **_columns_of_tasks(start))
 
 
 def warm_starts(config: Config, train: Interactions) -> bool:

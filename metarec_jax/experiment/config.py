@@ -75,6 +75,11 @@ class TaskConfig(Checked):
     item_drop: float = option(0.1, "probability of hiding an item's id, so that content is learned", low=0.0, high=1.0)
     cold_tasks: float = option(0.3, "probability of hiding all item ids of a task", low=0.0, high=1.0)
     negatives: int | None = option(None, "sampled negatives per positive; default: 4 for clicks, 0 for ratings", low=0)
+    liked_from: float | None = option(
+        None,
+        "rating from which an item counts as liked, in the lists that are learned and in the report; default: three "
+        "quarters of the scale, or, where that suits few ratings or nearly all, what a quarter of them reach",
+    )
     max_history: int = option(
         100,
         "validation and test: maximum number of ratings to adapt on per user; rankings of the catalogue exclude the "
@@ -128,7 +133,7 @@ class LearnerFlags(Checked):
     The flags below set the same options, for the learners that have them.
     """
 
-    name: str = option("ridge", "one of: LEARNERS", flag="learner")
+    name: str = option("auto", "one of: LEARNERS; auto is the mixture, with members chosen by the data", flag="learner")
     inner_lr: float | None = option(None, "inner learning rate")
     inner_steps: int | None = option(None, "inner gradient steps")
     rule: str | None = option(None, f"inner update rule: {', '.join(registry.RULES)}")
@@ -218,7 +223,7 @@ class TrainConfig(Checked):
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run; ``Config()`` is the default of ``metarec fit``.
+    """All options of a run; the defaults are those of ``metarec fit --learner ridge``.
 
     >>> Config(learner=LearnerConfig("maml", {"inner_steps": 1})).train.steps
     1000

@@ -44,7 +44,7 @@ class Phases:
             ended.set()
             if not silent:
                 reporter.join()
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+        self.seconds[name] = self.seconds.get(name, 0.0) + round(time.perf_counter() - began, 2)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())

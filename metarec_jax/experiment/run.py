@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from metarec_jax import signals
 from metarec_jax.core import Learner, MetarecError, Method, Params
+from metarec_jax.cpu import runs_together
 from metarec_jax.data.catalogue import Catalogue, catalogue
 from metarec_jax.data.draw import TaskSource
 from metarec_jax.data.interactions import Interactions
@@ -32,15 +34,19 @@ from metarec_jax.evaluation.evaluate import evaluate
 from metarec_jax.evaluation.results import Report, merge
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
+from metarec_jax.experiment import mixed
 from metarec_jax.experiment.build import (
     build_data,
     build_learner,
-    build_loss,
+    build_method,
     build_source,
     build_split,
     build_stream,
+    members,
     negatives,
     open_store,
+    predicts_ratings,
+    resolved,
     settled,
     with_inner_steps,
 )
@@ -72,6 +78,8 @@ if TYPE_CHECKING:
 
 CURVE = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50)
 """Support sizes at which a run is also measured."""
+_MEMBERS = "members"
+"""Folder of a mixture's run that holds the checkpoints of each member."""
 Say = Callable[[str], None]
 
 
@@ -99,7 +107,7 @@ class Run:
       config: how it was trained.
       data: what it was trained and tested on.
       catalogue: of ``data``; items that training never saw have row 0.
-      learner: as configured.
+      learner: as configured; of a mixture, the first member.
       params: the trained parameters, the best by validation.
       directory: where it is on disk; None for a run in memory.
       part: of a run that streamed a store, int8 ``[data.users.num_rows]``: which users of ``data`` were held out.
@@ -138,13 +146,32 @@ class Run:
     def method(self) -> Method:
         """The trained method.
 
+        A `mixture` is rebuilt from its parameters, with the functions of its members.
+
         It adapts as in training, to the same numbers; but where training treated inner gradients as constants (Reptile,
         first order), a derivative through this adaptation is whole: without it no feedback would seem to move a score.
         """
         options = self.config.learner.options
+        if self.config.learner.name == "mixture":
+            return mixed.rebuild(self.config, self.data, self.params)
         first_order = self.config.learner.name == "reptile" or options.get("first_order")
         learner = self._with_steps(options["inner_steps"]) if first_order else self.learner
-        return Method(self.params, learner.adapt, learner.predict, learner.tables)
+        return build_method(self.config, learner, self.params)
+
+    @cached_property
+    def baselines(self) -> dict[str, Method]:
+        """The plain methods by name, tuned on validation tasks."""
+        return self._plain(self._threshold, on_stderr)
+
+    @property
+    def _threshold(self) -> float:
+        return relevant_from(self.data, self.config.tasks.liked_from)
+
+    def _plain(self, liked_from: float, say: Say) -> dict[str, Method]:
+        on_stderr("tuning the baselines")
+        validation = fixed_tasks(self.config, self.parts, self.parts.validation, seed=0, max_users=VALIDATION_USERS)
+        tuned = mixed.Tuned(self.directory, self.config, self.data, liked_from)
+        return mixed.plain(self.parts.train, self.catalogue, validation, tuned, liked_from, say)
 
     def by_inner_steps(self) -> dict[int, Method]:
         """The trained parameters adapted by 0 to twice the inner steps of training; {} for learners without them."""
@@ -161,14 +188,20 @@ class Run:
         assert chosen is not None, "asked of learners that take inner steps"
         return build_learner(dataclasses.replace(self.config, learner=chosen), self.data)
 
-    def recommender(self) -> Recommender:
-        """The method as a service: adapts to a user, recommends, and says why."""
+    def recommender(self, *, by: Literal["list", "rating"] = "list") -> Recommender:
+        """The method as a service: adapts to a user, recommends, and says why.
+
+        Args:
+          by: order of the items: "list", by what the user may like where the method has that; "rating", by the
+            predicted rating.
+        """
         return Recommender(
             self.method,
             self.data,
             self.catalogue,
             negatives=negatives(self.config.tasks, self.data),
-            predicts_ratings=build_loss(self.config.learner, self.data).__name__ in ("mse", "mae"),
+            predicts_ratings=predicts_ratings(self.config, self.data),
+            by=by,
         )
 
     def evaluate(self, *, seeds: int = 1, max_users: int = 1000, liked_from: float | None = None) -> Report:
@@ -177,7 +210,7 @@ class Run:
         Args:
           seeds: draws of support and query to average over.
           max_users: test users per scenario, at most; more are sampled.
-          liked_from: rating from which an item counts as liked; None: three quarters of the scale.
+          liked_from: rating from which an item counts as liked; None: as in training.
         """
         return self.measure(seeds=seeds, max_users=max_users, liked_from=liked_from).report
 
@@ -197,22 +230,13 @@ class Run:
           phases: times the parts, and prints progress.
           say: called with a line per tuned baseline.
         """
-        from metarec_jax.baselines.tuning import fit_baselines
-
         config, data, phases = self.config, self.data, phases or Phases()
+        liked_from = config.tasks.liked_from if liked_from is None else liked_from
         liking = liked(data, liked_from)
+        validation = fixed_tasks(config, self.parts, self.parts.validation, seed=0, max_users=VALIDATION_USERS)
         with phases("baselines"):
-            validation = fixed_tasks(config, self.parts, self.parts.validation, seed=0, max_users=VALIDATION_USERS)
-            on_stderr("tuning the baselines")
-            tuned = None if self.directory is None else _Tuned(self.directory, config, data)
-            baselines = fit_baselines(
-                self.parts.train,
-                self.catalogue,
-                validation,
-                say=say or _nothing,
-                kept={} if tuned is None else tuned,
-                liked_from=relevant_from(data, liked_from),
-            )
+            threshold = relevant_from(data, liked_from)
+            baselines = self.baselines if threshold == self._threshold else self._plain(threshold, say or _nothing)
         methods: dict[str, Method] = {config.learner.name: self.method} | baselines
         with phases("evaluate"):
             on_stderr(f"evaluating {len(methods)} methods")
@@ -270,22 +294,6 @@ class Run:
         return f"Run({self.config.learner} on {self.data.name}, {where})"
 
 
-class _Tuned(dict[str, dict[str, Any]]):
-    """What tuning found, by baseline, kept in ``tuned.json`` of the run: a measurement that was ended reuses it."""
-
-    def __init__(self, directory: Path, config: configs.Config, data: Interactions) -> None:
-        self._path = directory / "tuned.json"
-        self._identity = json.loads(json.dumps(directories.identity(config, data)))
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(self._path.read_text())
-            if kept["identity"] == self._identity:
-                super().__init__(kept["tuned"])
-
-    def __setitem__(self, name: str, settings: dict[str, Any]) -> None:
-        super().__setitem__(name, settings)
-        directories.write_json(self._path, {"identity": self._identity, "tuned": self})
-
-
 def open_run(directory: str | os.PathLike[str]) -> Run:
     """Open a run that has ended.
 
@@ -293,9 +301,13 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
       MetarecError: no run there, one that is still to be trained, or one whose files do not belong together.
     """
     stored = directories.read(directory)
-    learner = build_learner(stored.config, stored.data)
-    like = jax.eval_shape(learner.init, jax.random.key(0))
-    params = checkpoint.load_params(stored.directory, like=like)
+    if stored.config.learner.name == "mixture":
+        learner = build_learner(next(iter(members(stored.config).values())), stored.data)
+        params = mixed.shaped(stored.config, stored.data, checkpoint.load_params(stored.directory))
+    else:
+        learner = build_learner(stored.config, stored.data)
+        like = jax.eval_shape(learner.init, jax.random.key(0))
+        params = checkpoint.load_params(stored.directory, like=like)
     return Run(
         stored.config, stored.data, stored.catalogue, learner, params, stored.directory, stored.part, stored.trained_on
     )
@@ -315,13 +327,20 @@ class World(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What training needs, built from a configuration; ``part`` as in `Run`."""
+    """What training needs, built from a configuration; ``part`` as in `Run`.
+
+    Attributes:
+      members: of a mixture, the learners that it trains, each with its configuration; learner and source are those of
+        the first one.
+    """
 
     parts: Split
     learner: Learner
     source: TaskSource
     catalogue: Catalogue
     part: np.ndarray | None
+    members: Mapping[str, tuple[configs.Config, Prepared]] = MappingProxyType({})
+    fitted: dict[str, Method] = {}  # noqa: RUF012  replaced for each mixture
 
 
 def load(config: configs.Config, data_dir: Path | None = None, say: Say = print) -> World:
@@ -349,11 +368,21 @@ def load(config: configs.Config, data_dir: Path | None = None, say: Say = print)
 
 
 def prepare(config: configs.Config, world: World, say: Say = print) -> Prepared:
-    """All that may refuse the configuration, and is quick."""
+    """All that may refuse the configuration, and is quick. A mixture's members are named in it (`resolved`)."""
     data, held = world.data, world.held
     parts = build_split(config.split, data) if held is None else held.split
     for line in _split_lines(parts):
         say(line)
+    if config.learner.name == "mixture":
+        prepared = {name: (one, _prepared(one, world, parts, say)) for name, one in members(config).items()}
+        say(f"  {config.learner.name} of {', '.join(prepared)} and the plain methods")
+        first = next(iter(prepared.values()))[1]
+        return first._replace(members=prepared, fitted={})
+    return _prepared(config, world, parts, say)
+
+
+def _prepared(config: configs.Config, world: World, parts: Split, say: Say) -> Prepared:
+    data, held = world.data, world.held
     learner = build_learner(config, data)
     jax.eval_shape(learner.init, jax.random.key(0))
     if world.store is not None and held is not None:
@@ -420,11 +449,13 @@ def fit_prepared(
     Args:
       directory: where the run is written; None for a training in memory.
     """
-    parts, learner, source, known, part = prepared
+    if prepared.members:
+        return _fit_mixture(config, data, prepared, directory, checkpoints, phases or Phases(), mesh, quiet)
+    parts, learner, source, known, part = prepared[:5]
     phases, steps = phases or Phases(), config.train.steps
     written = directory if processes.is_first() else None
     with phases("warm start"):
-        if written is not None:
+        if written is not None and written.parent.name != _MEMBERS:
             directories.write(written, config, data, parts.train, known, part)
         options = _options(config, data, prepared)
     if directory is not None:
@@ -457,9 +488,90 @@ def fit_prepared(
     return Trained(result, stop.number)
 
 
+def _fit_mixture(
+    config: configs.Config,
+    data: Interactions,
+    prepared: Prepared,
+    directory: Path | None,
+    checkpoints: Checkpoints | None,
+    phases: Phases,
+    mesh: Mesh | None,
+    quiet: bool,
+) -> Trained:
+    """Train the members one after the other, fit the plain methods, and learn the weights on validation tasks."""
+    parts, known = prepared.parts, prepared.catalogue
+    if directory is not None and processes.is_first():
+        directories.write(directory, config, data, parts.train, known, prepared.part)
+    say: Say = _nothing if quiet else on_stderr
+    validation = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
+    liked_from = relevant_from(data, config.tasks.liked_from)
+    tuned, lines = mixed.Tuned(directory, config, data, liked_from), list[str]()
+    plain = functools.partial(mixed.plain, parts.train, known, validation, tuned, liked_from)
+    methods: dict[str, Method] = {}
+    trained = None
+    # Plain methods are tuned on the host while the members train, which keeps few cores busy.
+    with _Aside(tuned.stop, processes.count() == 1 and runs_together() > 1) as aside:
+        baselines_later = aside.submit(plain, lines.append)
+        for number, (name, (own, member)) in enumerate(prepared.members.items(), 1):
+            say(f"member {number} of {len(prepared.members)}: {name}")
+            folder = None if directory is None else directory / _MEMBERS / name
+            with contextlib.ExitStack() as stack:
+                kept = None
+                if folder is not None:
+                    kept = stack.enter_context(open_checkpoints(folder, own, World(data), say=say))
+                trained = fit_prepared(
+                    own, data, member, directory=folder, checkpoints=kept, phases=phases, mesh=mesh, quiet=quiet
+                )
+                if kept is not None:
+                    kept.wait()
+            if trained.result.stopped == "interrupted":
+                return trained
+            methods[name] = build_method(own, member.learner, trained.result.params)
+        assert trained is not None
+        with phases("tune"):
+            say("tuning the plain methods")
+            baselines = baselines_later()
+    for line in lines:
+        say(line)
+    with phases("mixture"):
+        say("learning the weights of the mixture")
+        configured = {name: own for name, (own, _) in prepared.members.items()}
+        found = mixed.weighted(methods, baselines, configured, data, validation, known, liked_from)
+    for line in found.lines:
+        say(f"  {line}")
+    result = trained.result._replace(params=found.method.params, method=found.method, stopped="finished")
+    if checkpoints is not None:
+        checkpoints.save(result.step, {"params": result.params}, best=True, wait=True)
+    if directory is not None and processes.is_first():
+        directories.write_json(directory / "mixture.json", {"lines": found.lines})
+        directories.write_json(directory / "result.json", {"step": result.step, "stopped": result.stopped})
+    prepared.fitted.update(baselines)
+    return Trained(result, None)
+
+
+class _Aside:
+    """One call in a thread beside the caller; or, not ``aside``, when its result is asked for."""
+
+    def __init__(self, stop: Callable[[], None], aside: bool) -> None:
+        self._stop, self._pool = stop, ThreadPoolExecutor(1) if aside else None
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        if self._pool is None:
+            return functools.partial(function, *arguments)
+        return self._pool.submit(function, *arguments).result
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()  # of a call that has ended this is nothing
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
 def _options(config: configs.Config, data: Interactions, prepared: Prepared) -> dict[str, Any]:
     """The arguments of `fit` beside learner and source."""
-    parts, learner, _, known, _ = prepared
+    parts, learner, _, known = prepared[:4]
     validation = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
     return training_options(config, learner, data, parts.train, known, validation)
 
@@ -522,7 +634,7 @@ class _Resuming:
 
 
 def train(
-    learner: str | configs.LearnerConfig = "ridge",
+    learner: str | configs.LearnerConfig = "auto",
     data: Interactions | str | os.PathLike[str] = "ml-1m",
     directory: str | os.PathLike[str] | None = None,
     *,
@@ -535,7 +647,8 @@ def train(
     """Train a recommender as ``metarec fit`` does: the same split, tasks, start, optimisers, validation and early stop.
 
     Args:
-      learner: a name of the registry with options, such as ``"leo:latent=4"`` (``metarec learners`` lists them).
+      learner: a name of the registry with options, such as ``"leo:latent=4"`` (``metarec learners`` lists them);
+        "auto" is the `mixture` of learners that suit the data and of plain methods.
       data: interactions, the name of a data set, or the path of a file, a folder or a task store.
       directory: where the run is written; interrupted, the same call resumes there. None: in memory.
       fresh: start over, whatever the directory holds.
@@ -562,6 +675,7 @@ def train(
     config = configs.configure(learner, None if isinstance(data, Interactions) else os.fspath(data), settings)
     say: Say = _nothing if quiet else on_stderr
     world = World(data) if isinstance(data, Interactions) else load(config, _path(data_dir), say)
+    config = resolved(config, world.data, streamed=world.held is not None)
     to = _path(directory)
     if to is not None and not fresh and directories.result(to) is not None:
         with open_checkpoints(to, config, world, say=say):  # refuses another run
@@ -596,6 +710,8 @@ def in_memory(
     """The run that a training of this process made, without reading it back."""
     run = Run(config, data, prepared.catalogue, prepared.learner, params, directory, prepared.part)
     run.__dict__["parts"] = prepared.parts  # as `cached_property` keeps it
+    if prepared.members:
+        run.__dict__["baselines"] = dict(prepared.fitted)
     return run
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 from metarec_jax.options import arguments_of, checked, error, meant, parsed
 
-Family = Literal["closed form", "nearest", "gradient", "reader", "cold rows", "plain"]
+Family = Literal["mixture", "closed form", "nearest", "gradient", "reader", "cold rows", "plain"]
 FAMILIES: Mapping[Family, str] = MappingProxyType(
     {
+        "mixture": "learners and plain methods together, weighted on validation tasks; the default",
         "closed form": "solved on learned vectors or on counts",
         "nearest": "similarity to the items of the support",
         "gradient": "gradient steps on the support",
@@ -31,7 +32,7 @@ LOSSES = ("auto", "mse", "mae", "bce", "bpr", "sampled_softmax")
 RULES = ("auto", "sgd", "meta_sgd", "lslr", "meta_curvature", "lstm", "adam")
 """Names of the inner rules; auto is the learner's own choice."""
 _NAMED = (("loss", LOSSES), ("rule", RULES))
-_FROM_DATA = ("column", "other", "table")
+_FROM_DATA = ("column", "other", "table", "rating_range", "new_items")
 """Text arguments of factories that follow from the data and are not options of a user."""
 
 
@@ -43,11 +44,12 @@ class Row(NamedTuple):
       paper: the source, short.
       feedback: what it can learn from: "any", "ratings" or "clicks".
       built_from: first argument of the factory: a "model" (any), "vectors" (a model with ``features``), a model and a
-        "content" model of the task's own columns, the data's "columns", or its number of "items".
+        "content" model of the task's own columns, the data's "columns", its number of "items", or fitted "methods".
       start: initial parameters: "factorisation" (`warm_start`, for models that it fits), "base" (the same for clicks
         too: the learner expects a trained model and leaves it as it is), "counts" (always), "closed form" (for
         catalogues that it can hold). A module's own start, if it has one, replaces `warm_start`.
       loss: default loss of the query, for ratings and for clicks.
+      whole: whether training tasks hold whole histories, which the learner's loss divides itself.
       lr: default outer rate; None for the usual one.
       dense_rate: rate of dense parameters from a warm start, as a multiple of that of rows.
       adapts_like: the learner, with options, that adapts in the same way by any number of inner steps, for diagnosis
@@ -60,9 +62,10 @@ class Row(NamedTuple):
     family: Family
     paper: str
     feedback: Literal["any", "ratings", "clicks"] = "any"
-    built_from: Literal["model", "vectors", "content", "columns", "items"] = "model"
+    built_from: Literal["model", "vectors", "content", "columns", "items", "methods"] = "model"
     start: Literal["factorisation", "base", "counts", "closed form"] = "factorisation"
     loss: tuple[str, str] = ("mse", "bce")
+    whole: bool = False
     lr: float | None = None
     dense_rate: float = 1.0
     adapts_like: tuple[str, Mapping[str, Any]] | None = None
@@ -76,6 +79,7 @@ _READ = ("mae", "bce")
 
 ROWS: Mapping[str, Row] = MappingProxyType(
     {
+        "mixture": Row("mixture", "Wolpert 1992; Breiman 1996", built_from="methods"),
         "ridge": Row(
             "closed form", "Bertinetto et al. 2019 (R2-D2)", built_from="vectors", loss=("mae", "mse"), dense_rate=20,
             compared=True,
@@ -117,6 +121,10 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "neural_process": Row(
             "reader", "Garnelo et al. 2018; Lin et al. 2021 (TaNP)", built_from="vectors", loss=_READ, dense_rate=20,
             compared=True, small={"size": 2, "width": 4, "hidden": (4,)},
+        ),
+        "autoencoder": Row(
+            "reader", "Liang et al. 2018", built_from="columns", start="counts", whole=True, lr=3e-3,
+            loss=("sampled_softmax", "sampled_softmax"), small={"size": 3, "hide": 0.2},
         ),
         "in_context": Row(
             "reader", "Müller et al. 2022; Fang et al. 2024 (HIRE)", built_from="vectors", loss=_READ, dense_rate=20,
@@ -186,6 +194,8 @@ def complete(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name and options of ``NAME:option=value:option=value``.
 
+    "auto" is the `mixture` with members chosen by the data.
+
     Raises:
       MetarecError: an unknown name, or an option that the learner does not have.
 
@@ -193,6 +203,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     ('leo', {'latent': 8, 'inner_steps': 3})
     """
     name, *parts = text.split(":")
+    name = "mixture" if name == "auto" else name
     row(name)
     own = options(name) if parts else {}
     values: dict[str, Any] = {}

@@ -26,7 +26,16 @@ from metarec_jax.data.splits import Split
 from metarec_jax.data.tasks import TaskSet
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
-from metarec_jax.experiment.build import build_data, build_learner, build_source, build_split, open_store, settled
+from metarec_jax.experiment import run as runs
+from metarec_jax.experiment.build import (
+    build_data,
+    build_learner,
+    build_source,
+    build_split,
+    open_store,
+    resolved,
+    settled,
+)
 from metarec_jax.experiment.compare import cells
 from metarec_jax.experiment.compare.cells import Cell
 from metarec_jax.experiment.compare.choice import cost
@@ -73,7 +82,6 @@ def compare(
     seeds: int,
     max_users: int,
     support_curve: Sequence[int],
-    liked_from: float | None = None,
     recommend: bool,
     max_ms: float | None,
     max_mib: float | None,
@@ -100,6 +108,7 @@ def compare(
     print(f"{data.name}: {directories.summary({'counts': counts})}")
     for note in remarks(data):
         print(f"  note: {note}")
+    liked_from = config.tasks.liked_from
     relevant = relevant_from(data, liked_from)  # raises before any training
     if ours is None:
         ours = learners_of(config, default_learners(data), flags)
@@ -296,7 +305,9 @@ def _cell(
     from metarec_jax.evaluation.evaluate import evaluate
 
     try:
-        if entry.kind == "learner":
+        if config.learner.name == "mixture" and entry.kind == "learner":
+            method, seconds = _train_mixture(config, data, training, identity)
+        elif entry.kind == "learner":
             if entry.name not in built:  # one object for all seeds, so that evaluation compiles once
                 built[entry.name] = build_learner(config, data)
             method, seconds = _train(config, built[entry.name], data, world, training, identity)
@@ -391,6 +402,22 @@ def _train(
         _log(f"  {stop.name or 'stopped'}: saved at step {result.step}; the same command resumes")
         raise signals.Interrupted(stop.number or signal.SIGINT)
     return result.method, spent()
+
+
+def _train_mixture(
+    config: configs.Config, data: Interactions, folder: Path, identity: Mapping[str, Any]
+) -> tuple[Method, float]:
+    """As `_train`, for a mixture, whose members are kept as they are trained; the seconds are those of this session."""
+    began = time.perf_counter()
+    config = resolved(config, data)
+    with Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
+        prepared = runs.prepare(config, runs.World(data), _indented)
+        result, number = runs.fit_prepared(
+            config, data, prepared, directory=folder, checkpoints=checkpoints, quiet=True
+        )
+    if result.stopped == "interrupted":
+        raise signals.Interrupted(number or signal.SIGINT)
+    return result.method, time.perf_counter() - began
 
 
 def _elapsed(folder: Path) -> float:
