@@ -352,6 +352,7 @@ def test_a_sharded_state_goes_back_to_its_shards(tmp_path):
     assert restored.sharding.device_set == placed.sharding.device_set
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_saving(tmp_path):
     """Whatever moment SIGKILL strikes, the newest step found is whole: its leaf is filled with its own number."""
     program = textwrap.dedent(

@@ -59,7 +59,7 @@ def ratings(own_folder):
 @pytest.fixture(scope="module")
 def trained(ratings):
     """The run directory of a finished, measured run."""
-    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL]
+    command = ["fit", "stars.csv", "--learner", "ridge", "--user-col", "uid", "--item-col", "film", *SMALL]
     assert cli.main(command) == 0
     return Path("runs/stars")
 
@@ -98,7 +98,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_the_defaults_of_the_command_line_are_those_of_the_configuration():
-    assert cli.configured(cli.Options()) == cli.config.Config()
+    chosen = cli.config.LearnerConfig("mixture")  # auto
+    assert cli.configured(cli.Options()) == cli.config.Config(learner=chosen)
 
 
 def test_fit_leaves_all_that_the_other_commands_need(trained):
@@ -110,7 +111,12 @@ def test_fit_leaves_all_that_the_other_commands_need(trained):
 
 
 def test_the_same_command_again_says_that_it_is_finished(trained, capsys):
-    assert cli.main(["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--json"]) == 0
+    assert (
+        cli.main(
+            ["fit", "stars.csv", "--learner", "ridge", "--user-col", "uid", "--item-col", "film", *SMALL, "--json"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "finished already" in out
     assert "metarec recommend runs/stars" in out
@@ -119,7 +125,20 @@ def test_the_same_command_again_says_that_it_is_finished(trained, capsys):
 
 
 def test_another_configuration_is_refused_by_the_field(trained, capsys):
-    said = failure(capsys, "fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--lr", "0.5")
+    said = failure(
+        capsys,
+        "fit",
+        "stars.csv",
+        "--learner",
+        "ridge",
+        "--user-col",
+        "uid",
+        "--item-col",
+        "film",
+        *SMALL,
+        "--lr",
+        "0.5",
+    )
     assert "config.train.lr was None, now 0.5" in said
     assert "--fresh" in said
 
@@ -127,7 +146,19 @@ def test_another_configuration_is_refused_by_the_field(trained, capsys):
 def test_other_data_is_refused(trained, ratings, capsys):
     lines = ratings.read_text().splitlines()
     (ratings.parent / "fewer.csv").write_text("\n".join(lines[:-1]))
-    command = ["fit", "fewer.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", trained]
+    command = [
+        "fit",
+        "fewer.csv",
+        "--learner",
+        "ridge",
+        "--user-col",
+        "uid",
+        "--item-col",
+        "film",
+        *SMALL,
+        "--out",
+        trained,
+    ]
     said = failure(capsys, *command)
     assert re.search(
         r"fewer.csv \(last changed 20\S+ \S+, [\d,]+ bytes\) is not the data that runs/stars was trained on", said
@@ -145,7 +176,9 @@ def test_other_data_is_refused(trained, ratings, capsys):
 def test_a_directory_in_use_is_refused(trained, capsys):
     stored = json.loads((trained / "identity.json").read_text())
     with Checkpoints(trained, identity=stored):
-        said = failure(capsys, "fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL)
+        said = failure(
+            capsys, "fit", "stars.csv", "--learner", "ridge", "--user-col", "uid", "--item-col", "film", *SMALL
+        )
     assert "in use by another process" in said
 
 
@@ -280,7 +313,20 @@ def test_evaluate_wants_a_draw_and_a_user(trained, capsys):
 
 
 def test_what_cannot_be_trained_leaves_the_directory_as_it_was(trained, ratings, capsys):
-    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--support", "500", "600"]
+    command = [
+        "fit",
+        "stars.csv",
+        "--learner",
+        "ridge",
+        "--user-col",
+        "uid",
+        "--item-col",
+        "film",
+        *SMALL,
+        "--support",
+        "500",
+        "600",
+    ]
     before = sorted(path.name for path in trained.iterdir())
     assert "no user has 501 interactions" in failure(capsys, *command, "--fresh")
     assert sorted(path.name for path in trained.iterdir()) == before
@@ -294,7 +340,21 @@ def test_fit_by_default_runs_on_data_too_small_for_every_scenario(own_folder, ca
     """Everyone clicked all ten items: nobody has a support and a query of the one item held out."""
     rows = "".join(f"{user},{item}\n" for user in range(30) for item in range(10))
     (own_folder / "full.csv").write_text(f"user,item\n{rows}")
-    command = ["fit", "full.csv", "--steps", "2", "--tasks", "4", "--query", "2", "--size", "2", "--no-evaluate"]
+    command = [
+        "fit",
+        "full.csv",
+        "--learner",
+        "ridge",
+        "--steps",
+        "2",
+        "--tasks",
+        "4",
+        "--query",
+        "2",
+        "--size",
+        "2",
+        "--no-evaluate",
+    ]
     assert cli.main([*command, "--mesh", "data=1,model=1"]) == 0
     said = capsys.readouterr().out
     assert "note: item_cold is not tested: " in said
@@ -306,7 +366,19 @@ def test_fit_by_default_runs_on_data_too_small_for_every_scenario(own_folder, ca
 
 
 def test_without_a_comparison_the_last_line_is_json_too(trained, capsys):
-    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--no-evaluate", "--json"]
+    command = [
+        "fit",
+        "stars.csv",
+        "--learner",
+        "ridge",
+        "--user-col",
+        "uid",
+        "--item-col",
+        "film",
+        *SMALL,
+        "--no-evaluate",
+        "--json",
+    ]
     assert cli.main(command) == 0
     found = last_line(capsys)
     assert (found["run"], found["step"], found["stopped"]) == ("runs/stars", 40, "finished")
@@ -366,7 +438,7 @@ def test_a_run_that_may_not_be_read_is_not_called_damaged(trained, capsys, monke
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(["doctor"], marks=pytest.mark.slow), ["recommend", "runs/stars", "--rate", "film 3=5"]],
+    [pytest.param(c, marks=pytest.mark.slow) for c in (["doctor"], ["recommend", "runs/stars", "--rate", "film 3=5"])],
     ids=lambda c: c[0],
 )
 def test_a_platform_that_is_not_there_is_one_line(trained, command):
@@ -394,7 +466,10 @@ def named(own_folder):
     (own_folder / "people.csv").write_text(f"who,age,gender\n{people}")
     columns = ["--user-col", "who", "--item-col", "thing", "--rating-col", "mark", "--timestamp-col", "when"]
     files = ["--item-features", "films.csv", "--user-features", "people.csv"]
-    assert cli.main(["fit", "odd.csv", *columns, *files, *SMALL, "--steps", "2", "--no-evaluate"]) == 0
+    assert (
+        cli.main(["fit", "odd.csv", "--learner", "ridge", *columns, *files, *SMALL, "--steps", "2", "--no-evaluate"])
+        == 0
+    )
     return Path("runs/odd")
 
 
@@ -547,7 +622,19 @@ def test_doctor_names_the_extras_that_are_missing(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_that_explodes_is_told(ratings, capsys):
-    command = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *SMALL, "--out", "runs/wild"]
+    command = [
+        "fit",
+        "stars.csv",
+        "--learner",
+        "ridge",
+        "--user-col",
+        "uid",
+        "--item-col",
+        "film",
+        *SMALL,
+        "--out",
+        "runs/wild",
+    ]
     said = failure(capsys, *command, "--learner", "maml", "--inner-lr", "1e30")
     assert "the loss of step" in said
 
@@ -568,7 +655,7 @@ def wait_for_step(child):
 
 
 LONG = [*SMALL, "--steps", "400", "--validate-every", "10", "--patience", "1000", "--no-evaluate", "--out"]
-LONG = ["fit", "stars.csv", "--user-col", "uid", "--item-col", "film", *LONG]
+LONG = ["fit", "stars.csv", "--learner", "ridge", "--user-col", "uid", "--item-col", "film", *LONG]
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,7 @@ def test_reptile_moves_towards_the_adapted_parameters(float64):
     np.testing.assert_allclose(got, start - p, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_reptile_with_one_support_example_and_a_shared_user():
     """Support width 1: the user's column is still shared by all examples, not joined with itself (shapes would not fit)."""
     model, task = seed_world()

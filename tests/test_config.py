@@ -189,6 +189,7 @@ def test_a_gaussian_process_knows_whom_it_counted(ratings):
         build_learner(given, replace(ratings, rating=None))
 
 
+@pytest.mark.slow
 def test_a_users_row_alone_takes_one_rating_for_less_than_thirty(ratings):
     """The step of the command line's maml is that of prior 30: at one rating a thirty-first of the paper's."""
     moved = {}

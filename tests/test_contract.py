@@ -20,17 +20,23 @@ from worlds import (
     tasks,
     wide_and_deep,
 )
+from worlds import (
+    LEARNERS as OF_REGISTRY,
+)
 
 from metarec_jax import learners, losses
 from metarec_jax.core import MetarecError, Task
 from metarec_jax.data.draw import TaskSource
+from metarec_jax.learners import registry
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, _groups, init_state, loss_and_grads, make_step
 
 LEARNERS = every_learner()
 KEY = jax.random.key(0)
-BY_DEFAULT = {"ridge", "item_map", "protonet", "maml", "in_context", "meta_embedding", "pair"}
+BY_DEFAULT = {"ridge", "item_map", "protonet", "maml", "autoencoder", "meta_embedding", "pair"}
 """One of each way to adapt, and one of several tables on a column; the others are slow."""
+DIVIDES = {name for name in OF_REGISTRY if registry.row(name).whole}
+"""Learners whose loss divides a task at random, so that it is not that of what `adapt` and `predict` give."""
 each_learner = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in LEARNERS]
 )
@@ -174,6 +180,8 @@ def test_one_task_at_a_time_is_the_same(name):
     assert largest_difference(turned, alone) < 2e-5
     assert bool(jnp.isfinite(none).all())
     assert bool(jnp.isfinite(single).all())
+    if name in DIVIDES:
+        return
     mse = jnp.sum(task.query.mask * (alone - task.query.target) ** 2) / task.query.mask.sum()
     assert float(mse) == pytest.approx(float(query_loss), rel=1e-4)
 
@@ -220,7 +228,7 @@ def test_one_trace_in_ten_steps_and_the_state_keeps_its_form(name):
         state, metrics = step(state, batch)
     assert traces == seen == 1
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == form
-    assert float(metrics["query_loss"]) < float(first["query_loss"])
+    assert name in DIVIDES or float(metrics["query_loss"]) < float(first["query_loss"])
 
 
 def test_the_seed_model_is_one_linear_layer():
@@ -233,6 +241,7 @@ def test_the_seed_model_is_one_linear_layer():
     assert model.apply(params, {"user_id": jnp.array([1]), "item_id": jnp.array([2])}).tolist() == [13.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ridge", *(pytest.param(n, marks=pytest.mark.slow) for n in ("maml_seed", "melu"))])
 def test_groups_change_only_the_order_of_sums(name, float64):
     """6 tasks at once, in 2 groups and in 6: the same loss, metrics and gradients of everything."""
@@ -252,6 +261,7 @@ def test_groups_are_of_at_most_64_tasks_on_a_cpu():
         make_step(LEARNERS["ridge"], source, optimizers, groups=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "per_step"), [(2, False), pytest.param(7, True, marks=pytest.mark.slow)])
 def test_remat_changes_no_derivative(steps, per_step, float64):
     """Segments of round(sqrt(k)) steps and what is left: 2 = 2 of 1, 7 = 2 of 3 and 1."""

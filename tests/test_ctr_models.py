@@ -13,6 +13,8 @@ from metarec_jax.core import Column, MetarecError
 from metarec_jax.models.content import content_model
 from metarec_jax.models.ctr import deepfm, factorization_machine, two_tower
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = {
     "user_id": Column("id", 5),
     "user_age": Column("categorical", 3),

@@ -14,6 +14,8 @@ from metarec_jax.core import Examples, MetarecError, Model, Table, Task
 from metarec_jax.evaluation import diagnostics
 from metarec_jax.evaluation.diagnostics import converge, findings, from_json, points, remedy, to_json
 
+pytestmark = pytest.mark.slow
+
 
 def half(scores, target, where):
     """1/2 sum of w^2, w = scores - target: its Hessian in the scores is the identity."""

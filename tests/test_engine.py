@@ -194,6 +194,7 @@ def test_a_model_of_other_data_is_refused_before_the_first_step():
         fit(ridge, DATA, steps=1)
 
 
+@pytest.mark.slow
 def test_debug_names_the_step_that_drew_a_wrong_id():
     """A source of one's own: from step 3 of 6 on, item id 101 in a table of rows 0..100."""
     inner = source()

@@ -202,7 +202,20 @@ FULL = """
 
     Checkpoints.save = save_on_a_full_disk
 """
-SMALL = ["fit", "synthetic", "--steps", "60", "--save-every", "10", "--validate-every", "1000", "--tasks", "8"]
+SMALL = [
+    "fit",
+    "synthetic",
+    "--learner",
+    "ridge",
+    "--steps",
+    "60",
+    "--save-every",
+    "10",
+    "--validate-every",
+    "1000",
+    "--tasks",
+    "8",
+]
 
 
 def metarec(*arguments: str, before: str = "") -> subprocess.Popen[str]:

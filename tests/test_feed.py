@@ -16,6 +16,8 @@ from metarec_jax.data.synthetic import synthetic
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
 from metarec_jax.training.loop import fit
 
+pytestmark = pytest.mark.slow
+
 DATA = synthetic(60, 40, ratings_per_user=(8, 20), seed=0).data
 DRAWN = task_source(DATA, tasks=4, support=(2, 6), query=3)
 _draw = jax.jit(DRAWN.draw)

@@ -17,6 +17,8 @@ from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import make_tasks
 from metarec_jax.models.content import meta_recommender
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 
@@ -100,7 +102,7 @@ HELD = {"user_cold": make_tasks(DATA.take(DATA.user > 110), query=10, seed=0)}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("sgd_mf", "factorization_machine"))) for n in plain.TRAINED],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "factorization_machine")) for n in plain.TRAINED],
 )
 def test_a_plain_model_is_fitted_and_served_by_its_defaults(name):
     """60 steps leave a model whose closed-form users have an error below that of the mean rating."""

@@ -137,6 +137,7 @@ def test_padding_changes_nothing(world, fitted):
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_have_the_derivative_of_finite_differences(world, fitted, float64):
     _, train, _ = world
     known = catalogue(train, user_rows="own")

@@ -120,6 +120,7 @@ def test_imaml_refuses():
 # CAVIA
 
 
+@pytest.mark.slow
 def test_cavia_is_maml_on_the_context_alone():
     """The same loss and gradients as `maml` with ``only=`` the context, which starts at 0."""
     model, task = content("mlp"), one(tasks(jax.random.key(3), 2), 1)
@@ -158,6 +159,7 @@ def test_one_step_of_a_context_by_hand(float64):
     np.testing.assert_allclose(jax.jit(learner.predict)(params, adapted, task.query.inputs), want, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_context_before_dense_layers_is_concatenated(float64):
     """With linear layers alone: w . [u + M'c, v] + b = [w, M w_u] . [u, v, c] + b."""
     model = seed_model()

@@ -115,8 +115,8 @@ def evaluating(name: str, items: int):
     _, task = next(batches(tasks, catalogue(data, user_rows="own"), USERS_EVALUATED))
     assert task.support.mask.shape == (USERS_EVALUATED, WIDTH)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), USERS_EVALUATED))
-    adapt = scoring.compiled(evaluation._adapt, learner.adapt).call.lower(params, task.support, keys)
-    predict = scoring.compiled(evaluation._predict, learner.predict).call
+    adapt = scoring.compiled(scoring.adapt_each, learner.adapt).call.lower(params, task.support, keys)
+    predict = scoring.compiled(scoring.predict_each, learner.predict).call
     predict = predict.lower(params, adapt.out_info, task.query.inputs)
     return adapt.compile(), predict.compile()
 

@@ -121,6 +121,7 @@ def tables_of() -> tuple:
     return data.user, data.item, data.rating, data.timestamp, data.users, data.items
 
 
+@pytest.mark.slow
 def test_archives_that_lie(tmp_path, monkeypatch):
     """Links, members outside, a declared size of nothing, a zip inside the deflate bound: read in memory, by name, by sum."""
     tiny = stored.TINY

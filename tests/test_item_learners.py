@@ -19,6 +19,8 @@ from metarec_jax.learners import _cold_rows as made_rows
 from metarec_jax.learners.cvar import kl, wasserstein
 from metarec_jax.learners.mwuf import common_row
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 COLUMNS = {
     "user_id": Column("id", 600),

@@ -65,7 +65,7 @@ def test_what_is_kept_low_rank():
         pytest.param({"only": ("net",), "inner_steps": 4}, marks=pytest.mark.slow),
         pytest.param({"inner_steps": 3}, marks=pytest.mark.slow),
         pytest.param({"only": ("net",), "inner_steps": 2, "first_order": True}, marks=pytest.mark.slow),
-        {"only": ("net",), "inner_steps": 3, "per_step_losses": True},
+        pytest.param({"only": ("net",), "inner_steps": 3, "per_step_losses": True}, marks=pytest.mark.slow),
         {"only": ("net/params/dense_1",), "inner_steps": 2, "prior": 4.0},
     ],
     ids=str,

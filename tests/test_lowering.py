@@ -22,12 +22,13 @@ from metarec_jax.data.catalogue import catalogue
 from metarec_jax.data.draw import task_source
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import batches, make_tasks
-from metarec_jax.evaluation import evaluate as evaluation
 from metarec_jax.evaluation import scoring
 from metarec_jax.serving import catalogue_scores
 from metarec_jax.training import loop
 from metarec_jax.training.row_optimizers import lazy_adam
 from metarec_jax.training.step import Optimizers, init_state, make_step
+
+pytestmark = pytest.mark.slow
 
 VENDOR_CALLS: dict[str, set[str]] = {"cuda": {"cusolver_potrf_ffi"}, "tpu": set()}
 """Of CUDA: the Cholesky factor of ridge's normal matrix."""
@@ -90,8 +91,8 @@ def test_evaluation(name):
     learner, (known, task) = LEARNERS[name], world()
     params = jax.eval_shape(learner.init, jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    adapt = scoring.compiled(evaluation._adapt, learner.adapt).call
-    predict, rank = (scoring.compiled(of, learner.predict).call for of in (evaluation._predict, scoring.predictions))
+    adapt = scoring.compiled(scoring.adapt_each, learner.adapt).call
+    predict, rank = (scoring.compiled(of, learner.predict).call for of in (scoring.predict_each, scoring.predictions))
     adapted = jax.eval_shape(adapt, params, task.support, keys)
     users = jax.ShapeDtypeStruct((8,), jnp.int32)
     lower(adapt, params, task.support, keys)

@@ -48,7 +48,7 @@ SMALL = {
     "written_head": lambda model: learners.hypernetwork(model, hidden=4, width=5),
     "memory": lambda model: learners.memory(model, slots=2, inner_steps=2),
 }
-BY_DEFAULT = ("protonet", "in_context", "memory")
+BY_DEFAULT = ("protonet", "memory")
 """One of each kind; the others are slow."""
 each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in SMALL]
@@ -154,6 +154,7 @@ def test_refusals(make, message):
         make(world()[0])
 
 
+@pytest.mark.slow
 def test_sixty_steps_of_leo_are_the_steps_one_by_one_in_a_program_of_the_same_size(float64):
     """The code is that of a plain loop, and the program of sixty steps is as long as that of six."""
     model, task = world()
@@ -312,6 +313,7 @@ def test_a_hypernetwork_writes_the_users_weights(hidden, float64):
     np.testing.assert_allclose(scores, 3.0 + q @ PRIOR + h @ w[:-1] + w[-1], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_leo_steps_in_its_code(float64):
     """z from the encoder, then twice z - rate 5 / (5 + prior) dL/dz; with L = mean((c + [x, 1] M' z - r)^2) the gradient is, in NumPy,
     2/S M [x, 1]' ([x, 1] M' z - e)."""
@@ -367,6 +369,7 @@ def test_the_divergence_of_gaussians_is_that_of_an_integral(float64):
     assert float(got) == pytest.approx(want, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_latent_neural_process(float64):
     """kl_weight times KL(q(support, query) || q(support)) over 3 query examples; none where the query tells nothing new."""
     model, task = world()
@@ -389,6 +392,7 @@ def test_a_likelihood_without_examples_is_0_and_has_no_gradient():
     assert slope.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_in_context_is_a_masked_transformer(float64):
     """Support and query side by side in one sequence, one mask: column j is seen where j is of the support. In NumPy.
 

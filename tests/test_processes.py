@@ -22,7 +22,19 @@ from metarec_jax.training.checkpoints.checkpoint import load_params
 from metarec_jax.training.devices import launch, watch
 
 COMMAND = [sys.executable, "-m", "metarec_jax.cli", "fit"]
-SETTINGS = ["--tasks", "16", "--size", "4", "--save-every", "10", "--validate-every", "1000000", "--no-evaluate"]
+SETTINGS = [
+    "--learner",
+    "ridge",
+    "--tasks",
+    "16",
+    "--size",
+    "4",
+    "--save-every",
+    "10",
+    "--validate-every",
+    "1000000",
+    "--no-evaluate",
+]
 
 
 @pytest.fixture(scope="module")

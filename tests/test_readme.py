@@ -37,7 +37,12 @@ def test_python_is_the_command_line(tmp_path, monkeypatch, capsys):
     rating = mr.load("synthetic:120x80").rating
     exec(compile(by_hand, "README.md", "exec"), {"SPAN": (float(rating.min()), float(rating.max()))})
     assert capsys.readouterr().out.strip() == figure
-    assert cli.main(["fit", "synthetic:120x80", "--steps", "20", "--scenarios", "user_cold", "--json"]) == 0
+    assert (
+        cli.main(
+            ["fit", "synthetic:120x80", "--learner", "ridge", "--steps", "20", "--scenarios", "user_cold", "--json"]
+        )
+        == 0
+    )
     shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert f"mean={shown['results']['ridge']['user_cold']['mae']['mean']:.6f}"[:11] in figure
 

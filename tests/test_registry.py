@@ -41,11 +41,12 @@ TRAINED = [
     (name, kind)
     for name, row in registry.ROWS.items()
     for kind in KINDS
-    if row.feedback == kind or (row.feedback == "any" and (kind == "ratings" or row.start == "base"))
+    if row.built_from != "methods"
+    and (row.feedback == kind or (row.feedback == "any" and (kind == "ratings" or row.start == "base")))
 ]
 
 
-BY_DEFAULT = {("ridge", "ratings"), ("item_map", "clicks"), ("mwuf", "clicks")}
+BY_DEFAULT = {("ridge", "ratings"), ("item_map", "clicks")}
 """A start from a factorisation, one in closed form and one from a trained model; the others are slow."""
 
 

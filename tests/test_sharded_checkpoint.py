@@ -24,7 +24,7 @@ from metarec_jax.training.checkpoints import folders
 from metarec_jax.training.checkpoints import lock as run_directory
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints, load_params, saved_metrics
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")]
 MESHES = [(1, 8), (8, 1), (2, 4), (1, 3), (1, 1)]
 
 
@@ -144,6 +144,7 @@ def together(tmp_path_factory, eight) -> Together:
     return Together(folder, says)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_what_they_saved(together):
     """`sharded_child.check` compares the bits of each shard in each process."""
     for lines in together.says:

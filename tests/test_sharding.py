@@ -55,7 +55,7 @@ def assert_same_run(many, one, digits=2e-6):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "maml")) for n in LEARNERS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "ridge")) for n in LEARNERS])
 @pytest.mark.parametrize(
     ("data", "model"), [(4, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 8), (8, 1)))]
 )

@@ -146,7 +146,7 @@ def test_training_that_has_nothing_to_save_ends_at_once():
 
 
 SMALL = ["--tasks", "8", "--support", "2", "8", "--query", "4", "--size", "2", "--scenarios", "user_cold"]
-FIT = ["fit", "synthetic", *SMALL, "--validate-every", "100000"]
+FIT = ["fit", "synthetic", "--learner", "ridge", *SMALL, "--validate-every", "100000"]
 
 
 def interrupted(number: int, phase: str, *arguments: object) -> str:
