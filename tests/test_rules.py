@@ -135,7 +135,8 @@ def test_meta_gradients_agree_with_finite_differences(make, float64):
     task = double(Task(shift(task.support), shift(task.query)))
     learner = make(model)
     params = double(off_start(jax.jit(learner.init)(KEY)))
-    agree_with_finite_differences(lambda p: learner.loss(p, task, KEY)[0], params, rel=2e-6)
+    # iMAML is exact where its inner steps have converged: to 5e-8 here, beside a derivative of 0.02.
+    agree_with_finite_differences(lambda p: learner.loss(p, task, KEY)[0], params, rel=5e-6)
 
 
 def test_the_inputs_of_the_gates_are_constants(float64):

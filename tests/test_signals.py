@@ -192,7 +192,8 @@ def test_each_phase_of_fit_ends_and_what_was_computed_is_kept(tmp_path):
 @pytest.mark.slow
 def test_compare_keeps_its_cells_and_the_training_under_way(tmp_path):
     """Ended in a baseline, then in training: the cells are kept, and the state of the training is saved."""
-    options = ["--steps", "200000", "--save-every", "999999", "--learners", "ridge", "--baselines", "bias"]
+    options = ["--steps", "200000", "--save-every", "999999", "--validate-every", "100000"]
+    options += ["--learners", "ridge", "--baselines", "bias"]
     command = ["compare", "synthetic", *SMALL, *options, "--out", tmp_path]
     assert "cells are kept in" in interrupted(signal.SIGINT, ": bias", *command)
     text = interrupted(signal.SIGTERM, "  step ", *command)
