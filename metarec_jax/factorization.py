@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, lapack
+from scipy.linalg import cho_factor, cho_solve, lapack, solve_triangular
 from scipy.sparse import csr_matrix
 
 from metarec_jax.core import MetarecError
@@ -335,6 +335,33 @@ def item_weights(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
     out *= scale
     np.fill_diagonal(out, 0.0)
     return out
+
+
+def item_vectors(train: Feedback, values: np.ndarray, reg: float) -> np.ndarray:
+    """`item_weights` as vectors, for fewer users than items: ``B_ij = <V_i, V_j> / (1 - |V_j|^2)`` for i != j.
+
+    By the Woodbury identity ``reg P = I - X^T (X X^T + reg I)^-1 X = I - V V^T``: a matrix of users is solved in place
+    of one of items.
+
+    Args:
+      values, reg: as in `item_weights`.
+
+    Returns:
+      V, float32 ``[rows, users in train]``.
+
+    Raises:
+      MetarecError: ``reg`` is not above 0.
+    """
+    if not reg > 0:
+        raise MetarecError(f"item_vectors: reg must be above 0, got {reg}; give a larger ridge")
+    users, user = np.unique(train.user, return_inverse=True)
+    x = csr_matrix((values, (user, train.item)), shape=(len(users), train.items.num_rows), dtype=np.float32)
+    gram = (x @ x.T).toarray(order="F")
+    gram[np.diag_indices_from(gram)] += np.float32(reg)
+    factor, bad = lapack.spotrf(gram, lower=True, overwrite_a=True)
+    if bad:
+        raise MetarecError(f"item_vectors: the matrix is numerically singular with reg {reg}; give a larger reg")
+    return solve_triangular(factor, x.toarray(order="F"), lower=True, overwrite_b=True, check_finite=False).T
 
 
 def support_map(

@@ -84,7 +84,7 @@ def test_scores_of_the_catalogue_are_the_predictions():
 
 def test_the_loss_is_the_likelihood_of_what_is_not_shown(float64):
     """Without hiding: of examples that no code reads, minus the mean log-softmax over the items that are not shown."""
-    learner = autoencoder(COLUMNS, size=3, dropout=0.0, hide=0.0, decay=0.0, rated_weight=0.25)
+    learner = autoencoder(COLUMNS, size=3, dropout=0.0, hide=0.0, rated_weight=0.25)
     params = jax.tree.map(lambda a: a.astype(jnp.float64), drawn()[1])
     params["fixed"]["liked_from"] = jnp.float64(4.0)
     every = Examples(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metarec_jax.baselines import closed_form
 from metarec_jax.baselines.closed_form import (
     BASELINES,
     als,
@@ -92,6 +93,28 @@ def served(adapt, predict, params, examples, items, key):
 def predict(method, examples, items, key=KEY):
     items = jnp.asarray(items, jnp.int32)
     return np.asarray(served(method.adapt, method.predict, method.params, examples, items, key))
+
+
+@pytest.mark.parametrize("data", [RATED, CLICKED], ids=["ratings", "clicks"])
+def test_ease_by_vectors_of_users_is_ease_by_a_matrix_of_items(data, monkeypatch):
+    """Few users, so that vectors are the smaller form: the same scores, of items in the support too."""
+    few = data.take(data.user <= data.items.num_rows // 4)
+    known, ids = catalogue(data, few), np.arange(1, data.items.num_rows)
+    by_matrix = ease(few, known, reg=3.0)
+    monkeypatch.setattr(closed_form, "_VECTORS_FROM", 0)
+    by_vectors = ease(few, known, reg=3.0)
+    assert "vectors" in by_vectors.params
+    support = Examples(
+        {"item_id": jnp.array([3, 5, 9, 5, 0])}, jnp.array([1.0, 1, 1, 1, 1]), jnp.array([1.0, 1, 1, 1, 0])
+    )
+    found = []
+    for method in (by_matrix, by_vectors):
+        adapted = method.adapt(method.params, support, jax.random.key(0))
+        batch = jax.tree.map(lambda a: jnp.stack([a, a]), adapted)
+        found += [method.predict(method.params, adapted, {"item_id": jnp.asarray(ids)})]
+        found += [method.scores(method.params, batch)[1][1:]]
+    for one in found[1:]:
+        np.testing.assert_allclose(one, found[0], atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "data"), CASES, ids=IDS)

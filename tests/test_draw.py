@@ -118,7 +118,7 @@ def test_words_are_random_in_every_bit():
     """
     count = 2**16
     streams = [jnp.array(s, jnp.uint32) for s in ((0, 0), (1, 0), (0, 1))]
-    words = [np.asarray(draw._words(s, (count,))) for s in streams]
+    words = [np.asarray(draw.random_words(s, (count,))) for s in streams]
     assert all(len(np.unique(w)) > 0.999 * count for w in words)  # as many as of random ones: 2^16 (1 - 2^-17)
     samples = [*words, words[0] ^ np.roll(words[0], 1), words[0] ^ words[1], words[0] ^ words[2]]
     for sample in samples:
@@ -137,9 +137,9 @@ _below = jax.jit(draw._below)
 
 def test_chances_at_the_ends():
     words = jnp.array([0, 255, 2**31, 2**32 - 1], jnp.uint32)
-    assert draw._chance(words, 0.0).tolist() == [False] * 4
-    assert draw._chance(words, 1.0).tolist() == [True] * 4
-    assert draw._chance(words, 0.5).tolist() == [True, True, False, False]
+    assert draw.happens(words, 0.0).tolist() == [False] * 4
+    assert draw.happens(words, 1.0).tolist() == [True] * 4
+    assert draw.happens(words, 0.5).tolist() == [True, True, False, False]
 
 
 def one_user_of_five() -> Interactions:

@@ -42,7 +42,7 @@ def scores(method, given, items):
 
 
 def penalised_likelihood(f, data, reg, reg_item, reg_noise):
-    """Of dense multivariate normals, one per user, in float64."""
+    """The log-likelihood of the ratings under dense multivariate normals, one per user, in float64."""
     v, m, noise = (np.asarray(a, np.float64) for a in (f.loadings, f.item_mean, f.noise))
     total = 0.0
     for user in np.unique(data.user):

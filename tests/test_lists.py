@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metarec_jax.baselines.closed_form import BASELINES, LISTS, als, of_liked
+from metarec_jax.baselines.fitted import fitted
 from metarec_jax.baselines.trained import fit_plain
 from metarec_jax.baselines.tuning import fit_baselines, some_items, suitable, tune
 from metarec_jax.core import Examples, MetarecError
@@ -41,7 +42,7 @@ def support(items, targets):
 
 
 def scores(method, given):
-    """Of the whole catalogue, by `scores` and by `predict`."""
+    """Scores of the whole catalogue, by `scores` and by `predict`."""
     adapted = jax.vmap(lambda one: method.adapt(method.params, one, KEY))(given)
     every = {"item_id": jnp.arange(DATA.items.num_rows)}
     one_by_one = jax.vmap(lambda one: method.predict(method.params, one, every))(adapted)
@@ -174,3 +175,23 @@ def test_the_most_frequent_items_stay():
     assert len(np.unique(few.item)) == 5
     assert len(few) == np.sort(count)[-5:].sum()
     assert some_items(TRAIN, 30) is TRAIN
+
+
+@pytest.mark.parametrize("clicks", [False, True])
+def test_a_stored_method_is_rebuilt_from_its_name_and_parameters(clicks):
+    """`fitted`: the same predictions and catalogue scores as the method that was fitted, for every baseline."""
+    data = synthetic(60, 40, ratings_per_user=(8, 12), seed=0).data
+    data = replace(data, rating=None) if clicks else data
+    known = catalogue(data)
+    support = Examples(
+        {"user_id": jnp.zeros(1, int), "item_id": jnp.array([3, 5, 9])}, jnp.array([4.0, 1.0, 5.0]), jnp.ones(3)
+    )
+    items = {"user_id": jnp.zeros(1, int), "item_id": jnp.arange(1, 41)}
+    methods = fit_baselines(data, known, liked_from=None if clicks else 3.0)
+    for name in methods.keys() - {"random"}:
+        one, again = methods[name], fitted(name, methods[name].params)
+        adapted, rebuilt = (m.adapt(m.params, support, KEY) for m in (one, again))
+        assert np.array_equal(one.predict(one.params, adapted, items), again.predict(again.params, rebuilt, items)), (
+            name
+        )
+        assert (one.scores is None) == (again.scores is None), name

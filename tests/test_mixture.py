@@ -30,7 +30,7 @@ def level(value: float) -> Method:
 
 
 def test_weights_follow_the_length_of_the_support_and_whether_the_item_is_known():
-    """10 examples: half of the weights of short, half of those of long supports; members are clipped; lists are scaled."""
+    """10 examples: half of the weights of short, half of those of long supports; members are bounded; lists are scaled."""
     ratings = Weights(
         {"low": np.array([[1.0, 0.0], [0.2, 0.6]]), "high": np.array([[0.0, 1.0], [0.8, 0.4]])},
         {"low": 1.0, "high": 1.0},
@@ -40,7 +40,7 @@ def test_weights_follow_the_length_of_the_support_and_whether_the_item_is_known(
     ten = Examples({"item_id": jnp.ones(12, int)}, jnp.ones(12), jnp.arange(12) < 10)
     adapted = both.adapt(both.params, ten._replace(mask=ten.mask.astype(jnp.float32)), KEY)
     items = {"item_id": jnp.array([3, 0])}
-    np.testing.assert_allclose(both.predict(both.params, adapted, items), [0.4 + 0.6 * 5, 0.5 + 0.5 * 5], rtol=1e-6)
+    np.testing.assert_allclose(both.predict(both.params, adapted, items), [0.4 + 0.6 * 7, 0.5 + 0.5 * 7], rtol=1e-6)
     np.testing.assert_allclose(both.rank(both.params, adapted, items), [6 * 9 / 2, 2 * 9 / 2], rtol=1e-6)
     with pytest.raises(MetarecError, match="weights for low"):
         mixture({"high": level(1.0)}, ratings, lists)
@@ -160,3 +160,14 @@ def test_new_items_come_after_the_first_ten_of_a_list():
     adapted = moved.adapt(moved.params, Examples({"item_id": jnp.zeros(1, int)}, jnp.zeros(1), jnp.zeros(1)), KEY)
     inputs = {"item_id": jnp.array([150, 0]), "item_number": jnp.array([[150.0], [250.0]])}
     assert moved.rank(moved.params, adapted, inputs).tolist() == [150.0, 191.0]
+
+
+def test_a_run_in_a_folder_called_members_is_written_whole(tmp_path):
+    data = mr.synthetic(60, 40, ratings_per_user=(8, 12))
+    run = mr.train("ridge", data, tmp_path / "members" / "ridge", steps=2, size=2, scenarios=("user_cold",), quiet=True)
+    assert mr.open_run(run.directory).config == run.config
+
+
+def test_a_recipe_of_a_mixture_without_members_is_refused():
+    with pytest.raises(MetarecError, match=r"a mixture is trained by mr\.train"):
+        mr.recipe("auto", mr.synthetic(60, 40, ratings_per_user=(8, 12)))

@@ -18,7 +18,7 @@ from metarec_jax.core import MetarecError, Table
 from metarec_jax.training import row_optimizers as ro
 
 LENGTHS = (1, 12)
-"""Of the lists that are drawn: each is one compiled program."""
+"""Lengths of the lists that are drawn; each length is one compiled program."""
 
 
 def ids_of(length: int):

@@ -7,10 +7,11 @@ import numpy as np
 from metarec_jax import learners, models
 from metarec_jax.baselines import item_knn
 from metarec_jax.core import Method
-from metarec_jax.data.catalogue import catalogue, inputs
+from metarec_jax.data.catalogue import Catalogue, catalogue, inputs
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tasks import batches, make_tasks
 from metarec_jax.evaluation import scoring
+from metarec_jax.learners.item_map import item_map, item_map_scores
 
 DATA = synthetic(30, 40, ratings_per_user=(8, 12), size=2).data
 TRAIN = DATA.take(DATA.item != 7)  # an item that training never saw
@@ -62,3 +63,30 @@ def test_weighted_rows_are_a_product_with_a_sparse_matrix():
             dense[b, :, ids[b, s]] += values[b, :, s]
     found = scoring.weighted_rows(jnp.asarray(table, jnp.float32), jnp.asarray(ids), jnp.asarray(values, jnp.float32))
     np.testing.assert_allclose(found, dense @ table, atol=1e-5)
+
+
+def test_lists_follow_rank_and_new_items_are_scored_by_their_columns():
+    """`scores` has a row per known item; an item without one is scored by ``rank`` on its columns."""
+    number = jnp.arange(6.0)[:, None]
+    known = Catalogue(jnp.zeros(3, jnp.int32), jnp.array([0, 1, 2, 0, 4, 0]), {}, {"item_number": number})
+
+    def rank(params, adapted, inputs):
+        return jnp.where(inputs["item_id"] > 0, 10.0 * inputs["item_id"], inputs["item_number"][:, 0]) + adapted["user"]
+
+    both = Method(
+        (),
+        lambda p, s, k: {"user": s.target.sum()},
+        lambda p, a, x: -rank(p, a, x),
+        scores=lambda p, a: a["user"][:, None] + 10.0 * jnp.arange(6)[None],
+        rank=rank,
+    )
+    found = scoring.catalogue_scores(both, {"user": jnp.array([0.0, 0.5])}, known, jnp.array([1, 2]))
+    assert found.tolist() == [[0.0, 10.0, 20.0, 3.0, 40.0, 5.0], [0.5, 10.5, 20.5, 3.5, 40.5, 5.5]]
+
+
+def test_an_item_map_scores_the_catalogue_by_one_product():
+    learner = item_map(6, size=2)
+    params = learner.init(jax.random.key(0))
+    vectors = {"vector": jax.random.normal(jax.random.key(1), (3, 2))}
+    each = jax.vmap(lambda v: learner.predict(params, {"vector": v}, {"item_id": jnp.arange(6)}))(vectors["vector"])
+    assert np.allclose(item_map_scores(params, vectors)[:, :6], each, atol=1e-6)

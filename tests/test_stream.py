@@ -273,7 +273,7 @@ def test_places_are_those_of_the_device_draw():
     """The same formula as `draw._permuted`, from the same pivots, factors and terms."""
     from metarec_jax.data import draw
 
-    words = np.asarray(draw._words(jax.random.bits(jax.random.key(0), (2,), "uint32"), (3, 12, 5)))
+    words = np.asarray(draw.random_words(jax.random.bits(jax.random.key(0), (2,), "uint32"), (3, 12, 5)))
     n, x = np.array([4, 9, 30, 1000, 2**31 - 1]), np.tile(np.arange(4), (5, 1))
 
     class Fixed:

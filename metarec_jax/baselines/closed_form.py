@@ -27,6 +27,7 @@ from metarec_jax.factorization import (
     bias_terms,
     gaussian_factors,
     implicit_als_factors,
+    item_vectors,
     item_weights,
     neighbours,
     similarities,
@@ -259,6 +260,10 @@ def _from_neighbours(lists: Mapping[str, Array], ids: Array, values: Array) -> A
     return jnp.asarray((support @ matrix).toarray().reshape(users, sums, rows))
 
 
+_VECTORS_FROM = 4000
+"""Item rows from which `ease` keeps vectors in place of a square matrix, if there are three times as many as users."""
+
+
 def ease(
     train: Interactions,
     known: Catalogue,
@@ -294,8 +299,12 @@ def ease(
         mu, item_bias, user_bias = bias_terms(train)
         values = train.rating - np.float32(mu) - item_bias[train.item] - user_bias[train.user]
         params = _bias_params(train, 5.0, 2.0)
-    weights = item_weights(train, values, reg)
-    params["weights"] = jnp.asarray(weights)
+    if rows > _VECTORS_FROM and 3 * len(np.unique(train.user)) <= rows:
+        vectors = item_vectors(train, values, reg)
+        params["vectors"] = jnp.asarray(vectors)
+        params["divisor"] = jnp.asarray(np.maximum(1 - np.square(vectors).sum(1), 1e-6))
+    else:
+        params["weights"] = jnp.asarray(item_weights(train, values, reg))
     return Method(params, _ease_adapt, _ease_predict, scores=_ease_scores)
 
 
@@ -303,21 +312,39 @@ def _ease_adapt(params: Any, support: Examples, key: Array) -> Any:
     """Ids and values of the support; padding has value 0."""
     target, weight = _weighted(support)
     ids = jnp.where(weight > 0, support.inputs["item_id"], 0)
-    if "mu" not in params:
-        return {"id": ids, "value": weight * target}
-    user = _bias_adapt(params, support, key)
-    return user | {"id": ids, "value": weight * (target - _bias_predict(params, user, {"item_id": ids}))}
+    user, value = {}, weight * target
+    if "mu" in params:
+        user = _bias_adapt(params, support, key)
+        value = weight * (target - _bias_predict(params, user, {"item_id": ids}))
+    if "vectors" in params:
+        user["vector"] = value @ params["vectors"][ids]
+    return {**user, "id": ids, "value": value}
 
 
 def _ease_predict(params: Any, adapted: Any, inputs: Inputs) -> Array:
-    items, ids, value, weights = inputs["item_id"], adapted["id"], adapted["value"], params["weights"]
-    total = value @ weights[ids[:, None], items[None]]
+    items, ids, value = inputs["item_id"], adapted["id"], adapted["value"]
+    if "vectors" in params:
+        own = ((items[:, None] == ids[None]) * value[None]).sum(1)
+        total = _by_vectors(params["vectors"][items] @ adapted["vector"], own, params["divisor"][items])
+    else:
+        total = value @ params["weights"][ids[:, None], items[None]]
     return _bias_predict(params, adapted, inputs) + total if "mu" in params else total
 
 
 def _ease_scores(params: Any, adapted: Any) -> Array:
-    total = weighted_rows(params["weights"], adapted["id"], adapted["value"][:, None])[:, 0]
+    ids, value = adapted["id"], adapted["value"]
+    if "vectors" in params:
+        product = adapted["vector"] @ params["vectors"].T
+        own = jnp.zeros_like(product).at[jnp.arange(len(ids))[:, None], ids].add(value)
+        total = _by_vectors(product, own, params["divisor"][None])
+    else:
+        total = weighted_rows(params["weights"], ids, value[:, None])[:, 0]
     return _bias_everywhere(params, adapted) + total if "mu" in params else total
+
+
+def _by_vectors(product: Array, own: Array, divisor: Array) -> Array:
+    """Scores by `item_vectors`; ``own``: the support's value of the item itself, which does not count."""
+    return (product - own * (1 - divisor)) / divisor
 
 
 def als(

@@ -94,9 +94,10 @@ def _fit(
             ended = directories.result(directory) or {}
             print(f"{directory} is finished already (--fresh starts over)")
         else:
-            result, number = fit_prepared(
+            trained = fit_prepared(
                 config, data, prepared, directory=directory, checkpoints=checkpoints, phases=phases, mesh=mesh
             )
+            result, number = trained.result, trained.signal
             ended = {"step": result.step, "stopped": result.stopped}
             if result.stopped == "interrupted":
                 number = number or signal.SIGTERM  # one that reached another process
@@ -104,11 +105,10 @@ def _fit(
                 print(f"{name}: saved at step {result.step} of {config.train.steps} in {directory}")
                 print("resume: run the same command again")
             else:
-                print(
-                    f"trained {result.step} steps ({result.stopped})" if not prepared.members else "trained (finished)"
-                )
+                what = f"{result.step} steps ({result.stopped})"
+                print(f"trained {f'the mixture of {len(prepared.members)} learners' if prepared.members else what}")
             if mesh is None:
-                run = in_memory(config, data, prepared, result.params, directory)
+                run = in_memory(config, data, prepared, trained, directory)
         summary: dict[str, Any] = {"run": str(directory), **ended, "phases": phases.seconds}
         checkpoints.wait()
         launch.leave()

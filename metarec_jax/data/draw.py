@@ -3,9 +3,9 @@
 Drawing requires no table of a user's history and no sort: a keyed permutation of ``0..n-1`` is evaluated only at the
 required positions (swap-or-not, Hoang, Morris and Rogaway 2012), so that a draw costs the same for any history length.
 
-JAX's generator is called once per batch, for two words per purpose; they key a counter hash (`_words`) that makes the
-rest. A random word w becomes a number below n as ``floor(w n / 2^32)``, so that the probabilities of two numbers differ
-by at most a factor of 1 + n / 2^32. Probabilities are rounded to 2^-24.
+JAX's generator is called once per batch, for two words per purpose; they key a counter hash (`random_words`) that
+makes the rest. A random word w becomes a number below n as ``floor(w n / 2^32)``, so that the probabilities of two
+numbers differ by at most a factor of 1 + n / 2^32. Probabilities are rounded to 2^-24.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def task_source(
 
     def draw(data: TaskData, key: Array) -> Task:
         for_user, for_size, for_place, for_cold, for_user_drop, for_drop, for_negatives = _streams(key, 7)
-        who = data.users[_below(_words(for_user, (tasks,)), data.users.shape[0])]
+        who = data.users[_below(random_words(for_user, (tasks,)), data.users.shape[0])]
         user, (start, n, distinct) = who[:, 0], (who[:, k : k + 1] for k in (1, 2, 3))
         # Sizes that no history of this data shortens are constants, and so are their masks.
         q: Any = query if shortest >= low + query else jnp.minimum(query, n - low)
@@ -124,22 +124,22 @@ def task_source(
         if low < high and whole:
             s = jnp.minimum(high, n - q)
         elif low < high:
-            s = low + _below(_words(for_size, (tasks, 1)), jnp.minimum(high, n - q) - low + 1)
+            s = low + _below(random_words(for_size, (tasks, 1)), jnp.minimum(high, n - q) - low + 1)
         if order == "random":
             place = _permuted(_side_by_side(tasks, slot_q, q + slot_s), n[:, 0], for_place)
         else:
-            cut = s + _below(_words(for_place, (tasks, 1)), n - q - s + 1)
+            cut = s + _below(random_words(for_place, (tasks, 1)), n - q - s + 1)
             place = jnp.minimum(_side_by_side(tasks, cut + slot_q, cut - s + slot_s), n - 1)
         events = data.events.at[(start + place).astype(jnp.uint32)].get(mode="promise_in_bounds")
         items, targets = events[..., 0], jax.lax.bitcast_convert_type(events[..., 1], jnp.float32)
         if negatives:
-            words = _words(for_negatives, (tasks, (query + high) * negatives))
+            words = random_words(for_negatives, (tasks, (query + high) * negatives))
             drawn, free = _free_items(data, start, distinct, words, longest)
-        keep_user = None if user_drop == 0 else ~_chance(_words(for_user_drop, (tasks,)), user_drop)
+        keep_user = None if user_drop == 0 else ~happens(random_words(for_user_drop, (tasks,)), user_drop)
         keep = None
         if max(item_drop, cold_tasks) > 0:
-            keep = ~_chance(_words(for_drop, (tasks, (query + high) * (1 + negatives))), item_drop)
-            keep &= ~_chance(_words(for_cold, (tasks, 1)), cold_tasks)
+            keep = ~happens(random_words(for_drop, (tasks, (query + high) * (1 + negatives))), item_drop)
+            keep &= ~happens(random_words(for_cold, (tasks, 1)), cold_tasks)
 
         def examples(first: int, last: int, real: Any) -> Examples:
             item, target = (jnp.where(real, a[:, first:last], 0) for a in (items, targets))
@@ -234,7 +234,7 @@ def _streams(key: Array, count: int) -> Array:
     return jax.random.bits(key, (count, 2), jnp.uint32)
 
 
-def _words(stream: Array, shape: tuple[int, ...]) -> Array:
+def random_words(stream: Array, shape: tuple[int, ...]) -> Array:
     """Random uint32 words: a hash of the counters 0, 1, ... under the two words of ``stream``.
 
     The mixing is that of triple32 (Wellons, "hash-prospector", 2018), the second word added after its first product.
@@ -258,7 +258,7 @@ def _below(word: Array, n: Array | int) -> Array:
     return (word_high * n_high + (middle >> 16) + (other >> 16)).astype(jnp.int32)
 
 
-def _chance(word: Array, chance: float) -> Array:
+def happens(word: Array, chance: float) -> Array:
     """True with this probability, to 2^-24."""
     if chance == 0:
         return jnp.zeros(word.shape, bool)
@@ -283,7 +283,7 @@ def permuted(x: Array, n: Array, key: Array) -> Array:
 
 def _permuted(x: Array, n: Array, stream: Array) -> Array:
     """`permuted` for T permutations at once: x ``[T, K]``, n ``[T]``."""
-    pivots, factors, terms = _words(stream, (3, _ROUNDS, n.shape[0]))
+    pivots, factors, terms = random_words(stream, (3, _ROUNDS, n.shape[0]))
     size = n.astype(jnp.uint32)[:, None]
 
     def swap_or_not(x: Array, rounds: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -317,7 +317,7 @@ def draw_negatives(data: TaskData, start: Array, n: Array, count: int, key: Arra
     >>> sorted({int(i) for i in items[0]}), free[:, 0].tolist()  # user 1 had 2 and 4 of 1..4; user 2 had all four
     ([1, 3], [1.0, 0.0])
     """
-    words = _words(_streams(key, 1)[0], (start.shape[0], count))
+    words = random_words(_streams(key, 1)[0], (start.shape[0], count))
     return _free_items(data, start[:, None], n[:, None], words, data.free_before.shape[0])
 
 

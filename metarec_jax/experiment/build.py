@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from metarec_jax.training.step import Optimizers
 
 
+_SCORED, _FEWEST = 4_000_000, 250
+"""Steps of a member that scores all items: as many as make 4 million scores per task in all, 250 or more."""
 _WHOLE = 118
 """Most support examples of a training task that holds a whole history."""
 
@@ -229,8 +231,11 @@ def resolved(config: Config, data: Interactions, *, streamed: bool = False) -> C
     return dataclasses.replace(config, learner=LearnerConfig("mixture", {"members": names}))
 
 
-def members(config: Config) -> dict[str, Config]:
+def members(config: Config, items: int) -> dict[str, Config]:
     """The configurations of the learners that a mixture trains, by name, the one that rates first.
+
+    Args:
+      items: number of items, by which a member that scores all of them in each step takes fewer steps.
 
     Raises:
       MetarecError: a member that is unknown, or a mixture itself.
@@ -239,7 +244,12 @@ def members(config: Config) -> dict[str, Config]:
     for name in config.learner.options["members"]:
         if registry.row(name).built_from == "methods":
             raise error(f"a mixture cannot have the member {name!r}; name learners that it should train")
-        found[name] = dataclasses.replace(config, learner=LearnerConfig(name))
+        member = dataclasses.replace(config, learner=LearnerConfig(name))
+        if registry.row(name).whole:  # each step scores all items
+            most = max(_FEWEST, round(_SCORED / max(1, items)))
+            steps = min(config.train.steps, most)
+            member = dataclasses.replace(member, train=dataclasses.replace(config.train, steps=steps))
+        found[name] = member
     return found
 
 

@@ -33,7 +33,7 @@ from metarec_jax.experiment import config as configs
 from metarec_jax.messages import one_line, shown
 from metarec_jax.training.checkpoints import checkpoint
 
-_WRITTEN = ("result.json", "tuned.json", "mixture.json", "metrics.jsonl", "report.md", "report.html", "config.json")
+_WRITTEN = ("result.json", "tuned.json", "metrics.jsonl", "report.md", "report.html", "config.json")
 _FILES = ("data.parquet", "catalogue.npz")
 """Files whose sha256 stands in the configuration."""
 

@@ -19,8 +19,8 @@ from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.tasks import TaskSet
 from metarec_jax.experiment import config as configs
 from metarec_jax.experiment import directory as directories
-from metarec_jax.experiment.build import build_learner, build_method, members, predicts_ratings
-from metarec_jax.experiment.mixing import Mixed, mix
+from metarec_jax.experiment.build import build_learner, build_method, members
+from metarec_jax.experiment.mixing import mix
 from metarec_jax.experiment.protocol import lists_only, rating_range
 from metarec_jax.learners.mixture import rebuilt
 
@@ -45,11 +45,11 @@ def weighted(
     validation: Mapping[str, TaskSet],
     known: Catalogue,
     liked_from: float,
-) -> Mixed:
+) -> Method:
     """The mixture of trained ``methods``, configured so, and of ``baselines``."""
     every = dict(methods) | {name: method for name, method in baselines.items() if name != "random"}
-    listing = lists_only(data, every)
-    rates = [n for n in every if n not in listing and (n not in methods or predicts_ratings(configured[n], data))]
+    listing = lists_only(data, every, configured)
+    rates = [n for n in every if n not in listing]
     # A list scores the whole catalogue: by methods that do so by one product.
     ranks = [n for n in every if every[n].scores is not None and (n in listing or n in methods)]
     ranks = sorted(ranks or ["popularity"], key=lambda n: (n not in listing, n not in methods))
@@ -66,7 +66,7 @@ def weighted(
 
 def rebuild(config: configs.Config, data: Interactions, params: Params) -> Method:
     """The method of a mixture with these parameters."""
-    learned = members(config)
+    learned = members(config, data.items.num_rows)
     methods = {}
     for name, own in params["methods"].items():
         if name in learned:
@@ -78,7 +78,7 @@ def rebuild(config: configs.Config, data: Interactions, params: Params) -> Metho
 
 def shaped(config: configs.Config, data: Interactions, stored: Any) -> Params:
     """Parameters as a checkpoint holds them, in nested dicts, with each learner's in the structure of the learner."""
-    learned = members(config)
+    learned = members(config, data.items.num_rows)
     methods = {}
     for name, own in stored["methods"].items():
         if name in learned:

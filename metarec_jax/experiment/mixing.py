@@ -18,8 +18,9 @@ from scipy.optimize import nnls
 from metarec_jax.core import Array, Method
 from metarec_jax.data.catalogue import Catalogue
 from metarec_jax.data.tasks import TaskSet
+from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.scoring import batch_size, list_scores, query_scores
-from metarec_jax.learners.mixture import FEW, Weights, mixture
+from metarec_jax.learners.mixture import FEW, Weights, bounds, mixture
 
 _SHOWN = (None, 20, 5, 1)
 """Support sizes, None for the whole, at which the weights of ratings are learned; lists use the first and the third."""
@@ -35,13 +36,6 @@ _LEAST = 0.02
 """Smallest share of a mean that a member keeps."""
 
 
-class Mixed(NamedTuple):
-    """A mixture, and how it came to be: one line per part."""
-
-    method: Method
-    lines: tuple[str, ...]
-
-
 def mix(
     methods: Mapping[str, Method],
     tasks: Mapping[str, TaskSet],
@@ -51,7 +45,7 @@ def mix(
     ranks: Sequence[str],
     rating_range: tuple[float, float] | None,
     liked_from: float,
-) -> Mixed:
+) -> Method:
     """A `mixture` of fitted methods with weights learned on validation tasks; without any, the first name of each list.
 
     Args:
@@ -63,7 +57,6 @@ def mix(
       rating_range: lowest and highest rating; None for clicks.
       liked_from: target from which an item of the query is liked.
     """
-    lines = [] if tasks else ["no validation task: one learner rates, and one makes lists"]
     batch = batch_size(max(1, sum(len(one) for one in tasks.values())))
     ratings = None
     if rates and rating_range is not None:
@@ -77,7 +70,6 @@ def mix(
                     blend[group] = _rating_weights(x[rows], y[rows], few[rows], cluster[rows], rating_range)
         alone = {1: np.tile(np.eye(len(rates))[0], (2, 1))}
         ratings = _weights(list(rates), blend or alone, np.ones(len(rates)))
-        lines += [f"ratings of {what}: {_spelled(rates, blend[group])}" for group, what in _GROUPS if group in blend]
     found: dict[int, np.ndarray] = {}
     scale = np.ones(len(ranks))
     for group, scenarios in ((1, ("user_cold", "warm")), (0, ("item_cold", "both_cold"))):
@@ -96,14 +88,13 @@ def mix(
         found[group] = _list_weights(every._replace(score=every.score / scale), list(ranks))
     if found:
         lists_of = _weights(list(ranks), found, scale)
-        lines += [f"lists of {what}: {_spelled(ranks, found[group])}" for group, what in _GROUPS if group in found]
     else:
         lists_of = Weights({ranks[0]: np.ones((2, 2))}, {ranks[0]: 1.0})
     used = {*lists_of.weight, *(ratings.weight if ratings else ())}
     chosen = {name: method for name, method in methods.items() if name in used}
     made = mixture(chosen, ratings, lists_of, rating_range=rating_range)
     offset = _place_of_new_items(made, tasks, known, batch)
-    return Mixed(mixture(chosen, ratings, lists_of, rating_range=rating_range, new_items=offset), tuple(lines))
+    return mixture(chosen, ratings, lists_of, rating_range=rating_range, new_items=offset)
 
 
 def _place_of_new_items(made: Method, tasks: Mapping[str, TaskSet], known: Catalogue, batch: int) -> float:
@@ -127,27 +118,12 @@ def _place_of_new_items(made: Method, tasks: Mapping[str, TaskSet], known: Catal
     return float(np.quantile(gap[np.isfinite(gap)], _LISTS)) if np.isfinite(gap).any() else 0.0
 
 
-_GROUPS = ((1, "known items"), (0, "new items"))
-
-
 def _weights(names: list[str], blend: Mapping[int, np.ndarray], scale: np.ndarray) -> Weights:
     """Weights by name from those by group, ``[2 (short, long), M]``; a group without tasks has those of the other."""
     other = next(iter(blend.values()))
     table = np.stack([blend.get(group, other) for group in (0, 1)])  # [2, 2, M]
     used = [k for k in range(len(names)) if table[..., k].any()]
     return Weights({names[k]: table[..., k] for k in used}, {names[k]: float(scale[k]) for k in used})
-
-
-def _spelled(names: Sequence[str], weights: np.ndarray) -> str:
-    """The members with a weight, by their share for long supports.
-
-    >>> _spelled(["bias", "als", "ridge"], np.array([[1.0, 0, 0], [0, 0.25, 0.75]]))
-    'ridge 75% (short histories: 0%), als 25% (short histories: 0%), bias 0% (short histories: 100%)'
-    """
-    share = weights / np.maximum(weights.sum(1, keepdims=True), 1e-12)
-    order = [k for k in np.argsort(-share[1], kind="stable") if share[:, k].any()]
-    short = lambda k: f" (short histories: {share[0, k]:.0%})" if abs(share[0, k] - share[1, k]) > 0.1 else ""  # noqa: E731
-    return ", ".join(f"{names[k]} {share[1, k]:.0%}{short(k)}" for k in order)
 
 
 def _shown(tasks: TaskSet, shown: int | None) -> TaskSet:
@@ -162,7 +138,11 @@ def _rated(
     rating_range: tuple[float, float],
     batch: int,
 ) -> tuple[np.ndarray, ...]:
-    """Of every query rating: predictions ``[n, M]``, the rating, "short", if the item is known, the task, the item."""
+    """The query ratings of all tasks at each support size, as columns.
+
+    Returns:
+      Predictions ``[n, M]``, ratings, shares of the weights of short supports, whether the item is known, task, item.
+    """
     columns, item_row, number = [], np.asarray(known.item_row), 0
     for one in tasks.values():
         real = one.query_mask > 0
@@ -171,7 +151,7 @@ def _rated(
         for shown in _SHOWN:
             part = _shown(one, shown)
             x = np.stack(
-                [np.clip(query_scores(m, part, known, batch), *rating_range)[real] for m in methods.values()], 1
+                [np.clip(query_scores(m, part, known, batch), *bounds(rating_range))[real] for m in methods.values()], 1
             )
             few = np.broadcast_to((FEW / (FEW + (part.support_mask > 0).sum(1)))[:, None], real.shape)
             item = one.query_item[real]
@@ -198,11 +178,11 @@ def _rating_weights(
         if not fit.any() or not out.any():
             continue
         weights = _least_deviations(x[fit], y[fit], few[fit])
-        best = np.abs(x[fit] - y[fit, None]).mean(0).argmin()
-        gain[out] = np.abs(x[out, best] - y[out]) - np.abs(_mean(x[out], few[out], weights) - y[out])
+        best = _errors(x[fit], y[fit, None]).mean(0).argmin()
+        gain[out] = _errors(x[out, best], y[out]) - _errors(_mean(x[out], few[out], weights), y[out])
     by_cluster = np.bincount(np.unique(cluster, return_inverse=True)[1], gain)
-    if by_cluster.sum() < np.sqrt(np.square(by_cluster - by_cluster.mean()).sum()):  # less than a standard error
-        return np.tile(np.eye(x.shape[1])[np.abs(x - y[:, None]).mean(0).argmin()], (2, 1))
+    if by_cluster.sum() <= np.sqrt(np.square(by_cluster - by_cluster.mean()).sum()):  # less than a standard error
+        return np.tile(np.eye(x.shape[1])[_errors(x, y[:, None]).mean(0).argmin()], (2, 1))
     weights = _least_deviations(x, y, few)
     weights[weights < _LEAST] = 0.0
     return weights / weights.sum(1, keepdims=True)
@@ -210,6 +190,11 @@ def _rating_weights(
 
 def _mean(x: np.ndarray, few: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (x @ weights[0]) * few + (x @ weights[1]) * (1 - few)
+
+
+def _errors(predicted: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Absolute errors of predictions within the scale, which is 0 to 4 here."""
+    return np.abs(np.clip(predicted, 0.0, 4.0) - y)
 
 
 def _least_deviations(x: np.ndarray, y: np.ndarray, few: np.ndarray, sweeps: int = 30) -> np.ndarray:
@@ -341,12 +326,16 @@ def _blend(lists: _Lists, weights: np.ndarray) -> np.ndarray:
 
 
 def _ndcg(score: np.ndarray, liked: np.ndarray) -> np.ndarray:
-    """nDCG@10 of each list; a liked item comes after others of its score."""
-    order = np.lexsort((liked, -score), axis=1)
-    hit = np.take_along_axis(liked, order, 1)[:, :10]
-    discount = 1 / np.log2(2.0 + np.arange(hit.shape[1]))
-    ideal = np.cumsum(discount)[np.minimum(liked.sum(1), hit.shape[1]) - 1]
-    return (hit * discount).sum(1) / ideal
+    """nDCG@10 of each list, ties broken at random."""
+    found = metrics.ndcg(
+        jnp.asarray(score),
+        jnp.asarray(liked, jnp.float32),
+        where=jnp.asarray(np.isfinite(score)),
+        topn=10,
+        gain="binary",
+        key=jax.random.key(0),
+    )
+    return np.asarray(found)
 
 
 def _likeliest(lists: _Lists, steps: int = 200) -> np.ndarray:
@@ -371,6 +360,6 @@ def _ascend(score: Array, free: Array, liked: Array, few: Array, steps: int) -> 
     def step(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], None]:
         logs, state = carry
         updates, state = optimizer.update(jax.grad(loss)(logs), state)
-        return (optax.apply_updates(logs, updates), state), None  # type: ignore[return-value]
+        return (logs + updates, state), None
 
     return jnp.exp(jax.lax.scan(step, (logs, optimizer.init(logs)), None, length=steps)[0][0])

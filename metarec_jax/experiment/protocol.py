@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -87,24 +88,35 @@ def training_options(
 
 
 def measuring_options(
-    data: Interactions, methods: Mapping[str, Method], liked_from: float | None = None
+    data: Interactions,
+    methods: Mapping[str, Method],
+    liked_from: float | None = None,
+    configured: Mapping[str, configs.Config] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The arguments of `evaluation.evaluate` that depend on the kind of feedback.
 
     Args:
       liked_from: as in `relevant_from`.
+      configured: configurations of the methods that are trained; the others are baselines.
     """
     return {
         "rating_range": rating_range(data),
         "relevant": relevant_from(data, liked_from),
-        "ranking_only": tuple(lists_only(data, methods)),
+        "ranking_only": tuple(lists_only(data, methods, configured)),
     }
 
 
-def lists_only(data: Interactions, methods: Iterable[str]) -> list[str]:
-    """The methods whose scores are not ratings: all for clicks."""
-    listing = {"popularity", "autoencoder", *LISTS}
-    return [name for name in methods if data.implicit or name in listing]
+def lists_only(
+    data: Interactions, names: Iterable[str], configured: Mapping[str, configs.Config] = MappingProxyType({})
+) -> list[str]:
+    """The methods whose scores are not ratings: all for clicks; ``configured`` as in `measuring_options`."""
+
+    def rates(name: str) -> bool:
+        if name in configured:
+            return predicts_ratings(configured[name], data)
+        return not data.implicit and name not in {"popularity", *LISTS}
+
+    return [name for name in names if not rates(name)]
 
 
 def rating_range(data: Interactions) -> tuple[float, float] | None:

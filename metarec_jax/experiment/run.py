@@ -60,6 +60,7 @@ from metarec_jax.experiment.protocol import (
     relevant_from,
     training_options,
 )
+from metarec_jax.learners.mixture import explained
 from metarec_jax.serving.recommender import Recommender
 from metarec_jax.training.checkpoints import checkpoint
 from metarec_jax.training.checkpoints.checkpoint import Checkpoints
@@ -250,13 +251,16 @@ class Run:
                     baselines=tuple(baselines),
                     seed=seed,
                     progress=phases.progress,
-                    **measuring_options(data, methods, liked_from),
+                    **measuring_options(data, methods, liked_from, {config.learner.name: config}),
                 )
                 for seed in range(seeds)
             ]
             by_steps = self._measure_inner_steps(max_users, liked_from)
             curves = diagnose(config, data, self.params, self.catalogue, validation)
-        return Measurement(merge(reports), by_steps, curves, liking)
+        report = merge(reports)
+        if config.learner.name == "mixture":
+            report = dataclasses.replace(report, notes=(*report.notes, *explained(self.params)))
+        return Measurement(report, by_steps, curves, liking)
 
     def _measure_inner_steps(self, max_users: int, liked_from: float | None) -> Report | None:
         """`by_inner_steps` on new users, else on the first of the test scenarios."""
@@ -270,7 +274,7 @@ class Run:
             fixed_tasks(self.config, self.parts, {scenario: test[scenario]}, seed=0, max_users=max_users),
             self.catalogue,
             catalogue_ranking=self.data.implicit,
-            **measuring_options(self.data, methods, liked_from),
+            **measuring_options(self.data, methods, liked_from, dict.fromkeys(methods, self.config)),
         )
 
     def save(self, path: str | os.PathLike[str]) -> Run:
@@ -302,7 +306,7 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
     """
     stored = directories.read(directory)
     if stored.config.learner.name == "mixture":
-        learner = build_learner(next(iter(members(stored.config).values())), stored.data)
+        learner = build_learner(next(iter(members(stored.config, stored.data.items.num_rows).values())), stored.data)
         params = mixed.shaped(stored.config, stored.data, checkpoint.load_params(stored.directory))
     else:
         learner = build_learner(stored.config, stored.data)
@@ -340,7 +344,6 @@ class Prepared(NamedTuple):
     catalogue: Catalogue
     part: np.ndarray | None
     members: Mapping[str, tuple[configs.Config, Prepared]] = MappingProxyType({})
-    fitted: dict[str, Method] = {}  # noqa: RUF012  replaced for each mixture
 
 
 def load(config: configs.Config, data_dir: Path | None = None, say: Say = print) -> World:
@@ -374,10 +377,16 @@ def prepare(config: configs.Config, world: World, say: Say = print) -> Prepared:
     for line in _split_lines(parts):
         say(line)
     if config.learner.name == "mixture":
-        prepared = {name: (one, _prepared(one, world, parts, say)) for name, one in members(config).items()}
+        if not config.learner.options["members"]:
+            raise MetarecError(
+                "a mixture is trained by mr.train or metarec fit; or name its members, as in mixture:members=ridge"
+            )
+        prepared = {
+            name: (one, _prepared(one, world, parts, say)) for name, one in members(config, data.items.num_rows).items()
+        }
         say(f"  {config.learner.name} of {', '.join(prepared)} and the plain methods")
         first = next(iter(prepared.values()))[1]
-        return first._replace(members=prepared, fitted={})
+        return first._replace(members=prepared)
     return _prepared(config, world, parts, say)
 
 
@@ -427,10 +436,14 @@ def open_checkpoints(
 
 
 class Trained(NamedTuple):
-    """How a training ended: the result, and the number of the signal that came, if any did."""
+    """How a training ended: the result, and the number of the signal that came, if any did.
+
+    ``baselines``: the plain methods that a mixture was fitted with; None where there is none.
+    """
 
     result: FitResult
     signal: int | None
+    baselines: Mapping[str, Method] | None = None
 
 
 def fit_prepared(
@@ -449,14 +462,29 @@ def fit_prepared(
     Args:
       directory: where the run is written; None for a training in memory.
     """
-    if prepared.members:
-        return _fit_mixture(config, data, prepared, directory, checkpoints, phases or Phases(), mesh, quiet)
-    parts, learner, source, known, part = prepared[:5]
-    phases, steps = phases or Phases(), config.train.steps
-    written = directory if processes.is_first() else None
+    if directory is not None and processes.is_first():
+        directories.write(directory, config, data, prepared.parts.train, prepared.catalogue, prepared.part)
+    fit_one = _fit_mixture if prepared.members else _fit_learner
+    trained = fit_one(config, data, prepared, directory, checkpoints, phases or Phases(), mesh, quiet)
+    if directory is not None and processes.is_first() and trained.result.stopped != "interrupted":
+        ended = {"step": trained.result.step, "stopped": trained.result.stopped}
+        directories.write_json(directory / "result.json", ended)
+    return trained
+
+
+def _fit_learner(
+    config: configs.Config,
+    data: Interactions,
+    prepared: Prepared,
+    directory: Path | None,
+    checkpoints: Checkpoints | None,
+    phases: Phases,
+    mesh: Mesh | None,
+    quiet: bool,
+) -> Trained:
+    """Train one learner; ``directory`` holds its checkpoints and metrics."""
+    steps, written = config.train.steps, directory if processes.is_first() else None
     with phases("warm start"):
-        if written is not None and written.parent.name != _MEMBERS:
-            directories.write(written, config, data, parts.train, known, part)
         options = _options(config, data, prepared)
     if directory is not None:
         signals.keep(functools.partial(_what_is_kept, directory, steps))
@@ -474,8 +502,8 @@ def fit_prepared(
     ):
         progress.note("compiling the outer step")
         result = fit(
-            learner,
-            source,
+            prepared.learner,
+            prepared.source,
             checkpoints=None if checkpoints is None else _Resuming(checkpoints, progress),
             progress=progress.update,
             say=progress.start,
@@ -483,8 +511,6 @@ def fit_prepared(
             mesh=mesh,
             **options,
         )
-    if written is not None and result.stopped != "interrupted":
-        directories.write_json(written / "result.json", {"step": result.step, "stopped": result.stopped})
     return Trained(result, stop.number)
 
 
@@ -500,8 +526,6 @@ def _fit_mixture(
 ) -> Trained:
     """Train the members one after the other, fit the plain methods, and learn the weights on validation tasks."""
     parts, known = prepared.parts, prepared.catalogue
-    if directory is not None and processes.is_first():
-        directories.write(directory, config, data, parts.train, known, prepared.part)
     say: Say = _nothing if quiet else on_stderr
     validation = fixed_tasks(config, parts, parts.validation, seed=0, max_users=VALIDATION_USERS)
     liked_from = relevant_from(data, config.tasks.liked_from)
@@ -519,15 +543,15 @@ def _fit_mixture(
                 kept = None
                 if folder is not None:
                     kept = stack.enter_context(open_checkpoints(folder, own, World(data), say=say))
-                trained = fit_prepared(
-                    own, data, member, directory=folder, checkpoints=kept, phases=phases, mesh=mesh, quiet=quiet
-                )
+                trained = _fit_learner(own, data, member, folder, kept, phases, mesh, quiet)
                 if kept is not None:
                     kept.wait()
             if trained.result.stopped == "interrupted":
                 return trained
             methods[name] = build_method(own, member.learner, trained.result.params)
         assert trained is not None
+        if directory is not None:
+            signals.keep(f"the members of the mixture are kept in {directory}, and the same command goes on from there")
         with phases("tune"):
             say("tuning the plain methods")
             baselines = baselines_later()
@@ -536,17 +560,13 @@ def _fit_mixture(
     with phases("mixture"):
         say("learning the weights of the mixture")
         configured = {name: own for name, (own, _) in prepared.members.items()}
-        found = mixed.weighted(methods, baselines, configured, data, validation, known, liked_from)
-    for line in found.lines:
+        method = mixed.weighted(methods, baselines, configured, data, validation, known, liked_from)
+    for line in explained(method.params):
         say(f"  {line}")
-    result = trained.result._replace(params=found.method.params, method=found.method, stopped="finished")
+    result = trained.result._replace(params=method.params, method=method, stopped="finished")
     if checkpoints is not None:
         checkpoints.save(result.step, {"params": result.params}, best=True, wait=True)
-    if directory is not None and processes.is_first():
-        directories.write_json(directory / "mixture.json", {"lines": found.lines})
-        directories.write_json(directory / "result.json", {"step": result.step, "stopped": result.stopped})
-    prepared.fitted.update(baselines)
-    return Trained(result, None)
+    return Trained(result, None, baselines)
 
 
 class _Aside:
@@ -687,7 +707,7 @@ def train(
             checkpoints = stack.enter_context(open_checkpoints(to, config, world, fresh=fresh, say=say))
             if fresh:
                 directories.clear(to)
-        result, number = fit_prepared(
+        trained = fit_prepared(
             config,
             world.data,
             prepared,
@@ -699,19 +719,19 @@ def train(
         )
         if checkpoints is not None:
             checkpoints.wait()
-    if result.stopped == "interrupted":
-        raise signals.Interrupted(number) if number is not None else KeyboardInterrupt
-    return in_memory(config, world.data, prepared, result.params, to)
+    if trained.result.stopped == "interrupted":
+        raise signals.Interrupted(trained.signal) if trained.signal is not None else KeyboardInterrupt
+    return in_memory(config, world.data, prepared, trained, to)
 
 
 def in_memory(
-    config: configs.Config, data: Interactions, prepared: Prepared, params: Params, directory: Path | None
+    config: configs.Config, data: Interactions, prepared: Prepared, trained: Trained, directory: Path | None
 ) -> Run:
     """The run that a training of this process made, without reading it back."""
-    run = Run(config, data, prepared.catalogue, prepared.learner, params, directory, prepared.part)
+    run = Run(config, data, prepared.catalogue, prepared.learner, trained.result.params, directory, prepared.part)
     run.__dict__["parts"] = prepared.parts  # as `cached_property` keeps it
-    if prepared.members:
-        run.__dict__["baselines"] = dict(prepared.fitted)
+    if trained.baselines is not None:
+        run.__dict__["baselines"] = dict(trained.baselines)
     return run
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import Array, Column, Examples, Inputs, Learner, MetarecError, Params, Task
+from metarec_jax.data.draw import happens, random_words
 from metarec_jax.data.interactions import Interactions
 from metarec_jax.data.liked import relevant_from
 from metarec_jax.options import POSITIVE, Bounds, bounded
@@ -33,7 +34,6 @@ def autoencoder(
     rated_weight: Annotated[float, Bounds(0.0)] = 0.5,
     dropout: Annotated[float, Bounds(0.0, 0.9)] = 0.2,
     hide: Annotated[float, Bounds(0.0, 0.9)] = 0.05,
-    decay: Annotated[float, Bounds(0.0)] = 1e-4,
     dense_limit: Annotated[int, POSITIVE] = DENSE_LIMIT,
 ) -> Learner:
     """Meta-train a code of the support, and item vectors that it scores. For lists: scores are not ratings.
@@ -44,8 +44,8 @@ def autoencoder(
     up to 256 values, and numeric ones); an item unknown to training has its content alone.
 
     The loss is the mean negative log-likelihood of the query's liked items under the softmax over all items that are
-    not in the support, plus ``rated_weight`` times that of all its items. In training, support and query are divided
-    anew at random, so that codes of short and long supports are learned.
+    not in the support, plus ``rated_weight`` times that of all its items. In training, the examples of a
+    task are divided into support and query at random, so that codes of short and long supports are learned.
 
     Args:
       columns: columns of the data (`Interactions.columns`).
@@ -53,7 +53,6 @@ def autoencoder(
       rated_weight: weight of the head of what will be rated.
       dropout: share of the code that training hides.
       hide: share of the items that a task scores by their content alone, as if they were new.
-      decay: weight of the squared items' own rows in the loss.
       dense_limit: largest number of item rows; each step scores all of them.
 
     Returns:
@@ -114,7 +113,7 @@ def autoencoder(
     def meta_loss(params: Params, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
         net, fixed = params["net"], params["fixed"]
         for_share, for_split, for_code, for_items = jax.random.split(key, 4)
-        salt = jax.random.bits(for_items, (2,), jnp.uint32)
+        stream = jax.random.bits(for_items, (2,), jnp.uint32)
         every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), _items(task.support), _items(task.query))
         real = jnp.where(every.target >= fixed["rated_from"], every.mask, 0.0)
         share = jax.random.uniform(for_share, minval=0.3, maxval=0.95)
@@ -124,7 +123,7 @@ def autoencoder(
         ids = every.inputs["item_id"]
         hidden = jnp.zeros(rows, bool).at[jnp.where(shown & (real > 0), ids, 0)].set(True).at[0].set(True)
         asked = jnp.where(shown | hidden[ids], 0.0, real)  # an item may occur twice
-        known = (_hashed(rows, salt) >= hide).astype(code.dtype)
+        known = (~happens(random_words(stream, (rows,)), hide)).astype(code.dtype)
         liked = jnp.where(every.target >= fixed["liked_from"], asked, 0.0)
         total, metrics = jnp.zeros(()), dict[str, Array]()
         for head, (name, wanted, weight) in enumerate((("liked", liked, 1.0), ("rated", asked, rated_weight))):
@@ -135,17 +134,9 @@ def autoencoder(
             log_share = scores[ids] - jax.nn.logsumexp(scores)
             value = -jnp.where(wanted > 0, wanted * log_share, 0.0).sum() / jnp.maximum(wanted.sum(), 1.0)
             total, metrics = total + weight * value, {**metrics, name: value}
-        penalty = decay * (jnp.square(net["own"]).sum() + jnp.square(net["inward"]).sum()) / rows
-        return total + penalty, {"query_loss": metrics["liked"]}
+        return total, {"query_loss": metrics["liked"]}
 
     return Learner(init, adapt, predict, meta_loss, {})
-
-
-def _hashed(rows: int, salt: Array) -> Array:
-    """A pseudo-random number in [0, 1) for each row: two rounds of multiply and xor-shift, cheaper than a generator."""
-    word = (jnp.arange(rows, dtype=jnp.uint32) ^ salt[0]) * jnp.uint32(0x9E3779B1)
-    word = ((word ^ (word >> 15)) + salt[1]) * jnp.uint32(0x85EBCA77)
-    return ((word ^ (word >> 13)) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 @jax.jit
@@ -207,14 +198,15 @@ def content_columns(columns: Mapping[str, Column]) -> dict[str, int]:
 
 def as_content(inputs: Inputs, features: Mapping[str, int]) -> Array:
     """The features of items as numbers, ``[n, sum of features]``: shares of each value, or the numbers themselves."""
-    parts: list[Any] = [jnp.zeros((inputs["item_id"].shape[0], 0))]
+    count = inputs["item_id"].shape[0]
+    parts: list[Any] = [jnp.zeros((count, 0))]
     for name, size in features.items():
         values = inputs[name]
         if jnp.issubdtype(values.dtype, jnp.floating):
             parts.append(values)
             continue
-        values = values.reshape(values.shape[0], -1)
+        values = values.reshape(count, -1)
         real = (values > 0).astype(jnp.float32)
-        shares = jax.nn.one_hot(values, size) * (real / jnp.maximum(real.sum(1, keepdims=True), 1.0))[..., None]
-        parts.append(shares.sum(1))
+        share = real / jnp.maximum(real.sum(1, keepdims=True), 1.0)
+        parts.append(jnp.zeros((count, size)).at[jnp.arange(count)[:, None], values].add(share))
     return jnp.concatenate(parts, axis=1)

@@ -40,7 +40,7 @@ def mixture(
     new_items: float = 0.0,
     members: tuple[str, ...] = (),
 ) -> Method:
-    """``rating(x) = sum_m w_m(x) clip(m(x))`` and ``rank(x) = sum_m v_m(x) m(x) / s_m`` of fitted methods m.
+    """``rating(x) = sum_m w_m(x) bounded(m(x))`` and ``rank(x) = sum_m v_m(x) m(x) / s_m`` of fitted methods m.
 
     ``w_m`` is linear between the weights of a short and of a long support: ``10 / (10 + n)`` of the first.
 
@@ -48,7 +48,8 @@ def mixture(
       methods: the members by name.
       ratings: weights of the members that predict ratings; None for clicks, where ``predict`` ranks.
       lists: weights of the members that rank.
-      rating_range: lowest and highest rating, to which each member's predictions are clipped.
+      rating_range: lowest and highest rating. Predictions of members are bounded by it and half of its span beyond, so
+        that none runs away and the order of predictions near the ends is kept.
       new_items: what is added to the rank of an unknown item, whose weights are on a scale of their own.
       members: learners to train, joined by +, such as ridge+autoencoder; plain methods are members too. By default
         chosen by the kind and the size of the data.
@@ -79,9 +80,19 @@ def mixture(
         "ratings": _arrays(ratings),
         "lists": _arrays(lists),
         "new_items": jnp.float32(new_items),
-        "range": jnp.asarray((-np.inf, np.inf) if rating_range is None else rating_range, jnp.float32),
+        "range": jnp.asarray((-np.inf, np.inf) if rating_range is None else bounds(rating_range), jnp.float32),
     }
     return rebuilt(methods, params)
+
+
+def bounds(rating_range: tuple[float, float]) -> tuple[float, float]:
+    """The lowest and the highest prediction of a member.
+
+    >>> bounds((1.0, 5.0))
+    (-1.0, 7.0)
+    """
+    low, high = rating_range
+    return low - (high - low) / 2, high + (high - low) / 2
 
 
 def rebuilt(methods: Mapping[str, Method], params: Params) -> Method:
@@ -128,6 +139,34 @@ def rebuilt(methods: Mapping[str, Method], params: Params) -> Method:
 
     quick = all(parts[name].scores is not None for name in params["lists"])
     return Method(params, adapt, predict, scores=scores if quick else None, rank=rank)
+
+
+def explained(params: Params) -> tuple[str, ...]:
+    """What a mixture rates and ranks by, in words: a line for ratings and lists of known and of new items.
+
+    >>> bias, als = np.array([[1.0, 0.0]] * 2), np.array([[0.0, 1.0]] * 2)
+    >>> weights = Weights({"bias": bias, "als": als}, {"bias": 1.0, "als": 1.0})
+    >>> explained({"ratings": _arrays(weights), "lists": {}})[0]
+    'ratings of known items: als 100% (short histories: 0%), bias 0% (short histories: 100%)'
+    """
+    lines = []
+    for of in ("ratings", "lists"):
+        for group, what in ((1, "known"), (0, "new")):
+            weights = {name: np.asarray(member["weight"])[group] for name, member in params[of].items()}
+            if weights:
+                lines.append(f"{of} of {what} items: {_shares(weights)}")
+    return tuple(lines)
+
+
+def _shares(weights: Mapping[str, np.ndarray]) -> str:
+    """The members with a weight ``[2]``, by their share for long supports; that for short ones where it differs."""
+    total = np.maximum(sum(weights.values()), 1e-12)
+    shares = {name: weight / total for name, weight in weights.items() if weight.any()}
+    parts = []
+    for name, (short, long) in sorted(shares.items(), key=lambda one: -one[1][1]):
+        differs = f" (short histories: {short:.0%})" if abs(short - long) > 0.1 else ""
+        parts.append(f"{name} {long:.0%}{differs}")
+    return ", ".join(parts)
 
 
 def _after(adapted: Any, support: Examples) -> Examples:

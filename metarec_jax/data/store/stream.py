@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.core import Array, Examples, Inputs, MetarecError, Task
-from metarec_jax.data.draw import TaskSource, _chance, _check_ranges, _streams, _words, negatives_of
+from metarec_jax.data.draw import TaskSource, _check_ranges, _streams, happens, negatives_of, random_words
 from metarec_jax.data.store.opened import Store, lengths, read_events
 
 _ROUNDS = 12
@@ -124,9 +124,9 @@ def stream_source(
             targets = jnp.ones(items.shape, jnp.float32)
         else:
             targets = jax.lax.bitcast_convert_type(given["events"][..., 1], jnp.float32)
-        keep_user = ~_chance(_words(for_user_drop, (tasks,)), user_drop) & (user_rows == "own")
-        keep = ~_chance(_words(for_drop, (tasks, (query + high) * (1 + negatives))), item_drop)
-        keep &= ~_chance(_words(for_cold, (tasks, 1)), cold_tasks)
+        keep_user = ~happens(random_words(for_user_drop, (tasks,)), user_drop) & (user_rows == "own")
+        keep = ~happens(random_words(for_drop, (tasks, (query + high) * (1 + negatives))), item_drop)
+        keep &= ~happens(random_words(for_cold, (tasks, 1)), cold_tasks)
 
         def examples(first: int, last: int, real: Array) -> Examples:
             item, target = (jnp.where(real, a[:, first:last], 0) for a in (items, targets))

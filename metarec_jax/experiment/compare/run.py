@@ -333,7 +333,9 @@ def _cell(
             curve=curve,
             baselines=() if entry.kind == "learner" else (entry.name,),
             seed=seed,
-            **measuring_options(data, {entry.name: method}, liked_from),
+            **measuring_options(
+                data, {entry.name: method}, liked_from, {entry.name: config} if entry.kind == "learner" else {}
+            ),
         )
         took = cost(
             method,
@@ -412,12 +414,10 @@ def _train_mixture(
     config = resolved(config, data)
     with Checkpoints(folder, identity=identity, say=_indented) as checkpoints:
         prepared = runs.prepare(config, runs.World(data), _indented)
-        result, number = runs.fit_prepared(
-            config, data, prepared, directory=folder, checkpoints=checkpoints, quiet=True
-        )
-    if result.stopped == "interrupted":
-        raise signals.Interrupted(number or signal.SIGINT)
-    return result.method, time.perf_counter() - began
+        trained = runs.fit_prepared(config, data, prepared, directory=folder, checkpoints=checkpoints, quiet=True)
+    if trained.result.stopped == "interrupted":
+        raise signals.Interrupted(trained.signal or signal.SIGINT)
+    return trained.result.method, time.perf_counter() - began
 
 
 def _elapsed(folder: Path) -> float:
